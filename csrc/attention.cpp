@@ -1,0 +1,287 @@
+// How a call is cut into units of work. Query rows of a kv head form tiles. Where a problem has
+// one tile a head (a decode step), its keys are cut into pieces besides, each attended into a
+// partial state of its own; whoever finishes a head's last piece merges them, in order. Cuts and
+// order follow from the shapes alone, so the result has the same bits for any number of threads.
+#include "attention.h"
+
+#include "kernels/dispatch.h"
+#include "parallel.h"
+#include "state.h"
+#include "tile.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+namespace mixedkv {
+namespace {
+
+/// Pieces are this long at least, so that a unit outweighs its partial state and its hand-out ...
+constexpr std::int64_t kMinPieceKeys = 256;
+/// ... and this many of a segment at most, so that partial states stay few.
+constexpr std::int64_t kMaxPieces = 32;
+/// Calls below this many multiply-adds are not worth waking a worker.
+constexpr std::int64_t kSerialWork = 1 << 18;
+
+struct Piece {
+  int segment;
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+struct ProblemPlan {
+  std::int64_t unit_begin;     ///< first unit of the problem
+  std::int64_t num_tiles;      ///< tiles a kv head
+  std::int64_t piece_begin;    ///< where pieces are cut: into the list of pieces
+  std::int64_t num_pieces;     ///< 1 where keys are not cut
+  std::int64_t counter_begin;  ///< unfinished pieces, one counter a kv head
+  std::size_t partial_begin;   ///< floats
+};
+
+/// What a calling thread's calls need, the scratch of all their workers included; it grows in a
+/// call's plan, before anything is computed, and is kept from call to call.
+struct Workspace {
+  Buffer<ProblemPlan> plans;
+  Buffer<Piece> pieces;
+  Buffer<float> partials;
+  std::unique_ptr<std::atomic<std::int64_t>[]> counters;
+  std::int64_t num_counters = 0;
+  Buffer<float> scratch;
+};
+
+Workspace &workspace() {
+  static thread_local Workspace instance;
+  return instance;
+}
+
+std::int64_t total_keys(const AttentionProblem &problem) {
+  std::int64_t n = 0;
+  for (int s = 0; s < problem.num_segments; ++s) {
+    n += problem.segments[s].len;
+  }
+  return n;
+}
+
+std::int64_t piece_keys(std::int64_t len) {
+  const std::int64_t even = (len + kMaxPieces - 1) / kMaxPieces;
+  return std::max(kMinPieceKeys, (even + kChunkKeys - 1) / kChunkKeys * kChunkKeys);
+}
+
+std::int64_t count_pieces(const AttentionProblem &problem) {
+  std::int64_t n = 0;
+  for (int s = 0; s < problem.num_segments; ++s) {
+    const std::int64_t step = piece_keys(problem.segments[s].len);
+    n += (problem.segments[s].len + step - 1) / step;
+  }
+  return n;
+}
+
+class Call {
+public:
+  Call(const AttentionProblem *problems, int num_problems, const AttentionParams &params)
+      : kernels_(active_kernels()), problems_(problems), num_problems_(num_problems),
+        params_(params), group_(params.num_qo_heads / params.num_kv_heads), ws_(workspace()) {}
+
+  void run() {
+    const std::int64_t num_units = plan();
+    int threads = params_.num_threads > 0 ? params_.num_threads : get_num_threads();
+    threads = work_ < kSerialWork
+                  ? 1
+                  : static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, num_units)));
+    scratch_stride_ = Tile::scratch_floats(params_);
+    scratch_ = ws_.scratch.get(scratch_stride_ * threads);
+    parallel_for(num_units, threads,
+                 [this](std::int64_t unit, int worker) { run_unit(unit, worker); });
+  }
+
+private:
+  /// Cuts all problems and returns the number of units.
+  std::int64_t plan() {
+    plans_ = ws_.plans.get(num_problems_);
+    std::int64_t num_units = 0;
+    std::int64_t num_pieces = 0;
+    std::int64_t num_counters = 0;
+    std::size_t num_floats = 0;
+    for (int i = 0; i < num_problems_; ++i) {
+      const AttentionProblem &problem = problems_[i];
+      const std::int64_t rows = problem.q.len * group_;
+      ProblemPlan &p = plans_[i];
+      p = {num_units, (rows + kTileRows - 1) / kTileRows, num_pieces, 1, num_counters, num_floats};
+      if (p.num_tiles == 1) {
+        const std::int64_t count = count_pieces(problem);
+        if (count > 1) {
+          p.num_pieces = count;
+          num_pieces += count;
+          num_counters += params_.num_kv_heads;
+          num_floats += Tile::partial_floats(static_cast<int>(rows), params_.head_dim_v) *
+                        static_cast<std::size_t>(count) * params_.num_kv_heads;
+        }
+      }
+      num_units += p.num_tiles * p.num_pieces * params_.num_kv_heads;
+      work_ += rows * params_.num_kv_heads * total_keys(problem) *
+               (params_.head_dim + params_.head_dim_v);
+    }
+    partials_ = ws_.partials.get(num_floats);
+    pieces_ = ws_.pieces.get(static_cast<std::size_t>(num_pieces));
+    if (num_counters > ws_.num_counters) {
+      ws_.counters.reset(new std::atomic<std::int64_t>[static_cast<std::size_t>(num_counters)]);
+      ws_.num_counters = num_counters;
+    }
+    counters_ = ws_.counters.get();
+    for (int i = 0; i < num_problems_; ++i) {
+      if (plans_[i].num_pieces > 1) {
+        list_pieces(problems_[i], pieces_ + plans_[i].piece_begin);
+        for (int h = 0; h < params_.num_kv_heads; ++h) {
+          counters_[plans_[i].counter_begin + h].store(plans_[i].num_pieces,
+                                                       std::memory_order_relaxed);
+        }
+      }
+    }
+    return num_units;
+  }
+
+  static void list_pieces(const AttentionProblem &problem, Piece *piece) {
+    for (int s = 0; s < problem.num_segments; ++s) {
+      const std::int64_t len = problem.segments[s].len;
+      const std::int64_t step = piece_keys(len);
+      for (std::int64_t begin = 0; begin < len; begin += step) {
+        *piece++ = {s, begin, std::min(len, begin + step)};
+      }
+    }
+  }
+
+  static std::int64_t mask_begin(const AttentionProblem &problem, int segment) {
+    std::int64_t n = 0;
+    for (int s = 0; s < segment; ++s) {
+      n += problem.segments[s].len;
+    }
+    return n;
+  }
+
+  void run_unit(std::int64_t unit, int worker) {
+    float *const scratch = scratch_ + scratch_stride_ * worker;
+    const ProblemPlan *plan = std::upper_bound(plans_, plans_ + num_problems_, unit,
+                                               [](std::int64_t u, const ProblemPlan &p) {
+                                                 return u < p.unit_begin;
+                                               }) -
+                              1;
+    const AttentionProblem &problem = problems_[plan - plans_];
+    unit -= plan->unit_begin;
+    const std::int64_t piece = unit % plan->num_pieces;
+    unit /= plan->num_pieces;
+    const std::int64_t tile_index = unit % plan->num_tiles;
+    const int kv_head = static_cast<int>(unit / plan->num_tiles);
+    const std::int64_t rows = problem.q.len * group_;
+    const std::int64_t row_begin = tile_index * kTileRows;
+    const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, rows - row_begin));
+
+    Tile tile(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
+    if (plan->num_pieces == 1) {
+      if (problem.state.ms != nullptr) {
+        tile.load_state(problem.state);
+      }
+      std::int64_t first = 0;
+      for (int s = 0; s < problem.num_segments; ++s) {
+        tile.attend(problem.segments[s], 0, problem.segments[s].len, first);
+        first += problem.segments[s].len;
+      }
+      finish(tile, problem);
+      return;
+    }
+    const std::size_t stride = Tile::partial_floats(num_rows, params_.head_dim_v);
+    float *partials = partials_ + plan->partial_begin +
+                      static_cast<std::size_t>(kv_head) * plan->num_pieces * stride;
+    const Piece &p = pieces_[plan->piece_begin + piece];
+    tile.attend(problem.segments[p.segment], p.begin, p.end, mask_begin(problem, p.segment));
+    tile.store_partial(partials + static_cast<std::size_t>(piece) * stride);
+    if (counters_[plan->counter_begin + kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      merge_pieces(problem, *plan, kv_head, num_rows, partials, stride, scratch);
+    }
+  }
+
+  void merge_pieces(const AttentionProblem &problem, const ProblemPlan &plan, int kv_head,
+                    int num_rows, const float *partials, std::size_t stride, float *scratch) {
+    Tile tile(kernels_, scratch, params_, problem, kv_head, 0, num_rows);
+    if (problem.state.ms != nullptr) {
+      tile.load_state(problem.state);
+    }
+    for (std::int64_t i = 0; i < plan.num_pieces; ++i) {
+      tile.merge_partial(partials + static_cast<std::size_t>(i) * stride);
+    }
+    finish(tile, problem);
+  }
+
+  void finish(const Tile &tile, const AttentionProblem &problem) const {
+    if (problem.state.ms != nullptr) {
+      tile.store_state(problem.state);
+    }
+    if (problem.out.data != nullptr) {
+      tile.finalize(params_.sinks, problem.out);
+    }
+  }
+
+  const Kernels &kernels_;
+  const AttentionProblem *problems_;
+  int num_problems_;
+  const AttentionParams &params_;
+  int group_;
+  Workspace &ws_;
+  ProblemPlan *plans_ = nullptr;
+  Piece *pieces_ = nullptr;
+  float *partials_ = nullptr;
+  std::atomic<std::int64_t> *counters_ = nullptr;
+  float *scratch_ = nullptr;
+  std::size_t scratch_stride_ = 0;
+  std::int64_t work_ = 0;
+};
+
+} // namespace
+
+void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params) {
+  Call(problems, num_problems, params).run();
+}
+
+void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int head_dim_v,
+              const float *sinks, const OutputView &out) {
+  for (int h = 0; h < num_qo_heads; ++h) {
+    for (std::int64_t i = 0; i < len; ++i) {
+      const std::int64_t row = h * len + i;
+      const std::int64_t to = out.index != nullptr ? out.index[i] : i;
+      const float lse = finalize_row({state.ms[2 * row], state.ms[2 * row + 1]},
+                                     state.acc + row * head_dim_v, head_dim_v,
+                                     sinks != nullptr ? sinks + h : nullptr,
+                                     out.data + h * out.head_stride + to * out.row_stride);
+      if (out.lse != nullptr) {
+        out.lse[h * out.lse_head_stride + to * out.lse_row_stride] = lse;
+      }
+    }
+  }
+}
+
+void merge(const StateView &a, const StateView &b, std::int64_t num_rows, int head_dim_v) {
+  const Kernels &kernels = active_kernels();
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    RowState state{a.ms[2 * row], a.ms[2 * row + 1]};
+    merge_row(kernels, state, a.acc + row * head_dim_v, {b.ms[2 * row], b.ms[2 * row + 1]},
+              b.acc + row * head_dim_v, head_dim_v);
+    a.ms[2 * row] = state.m;
+    a.ms[2 * row + 1] = state.s;
+  }
+}
+
+void merge_states(const float *outs, const float *lses, int num_states, std::int64_t num_rows,
+                  int head_dim_v, float *out_merged, float *lse_merged) {
+  // A normalised pair is the state M = lse, S = 1, acc = out.
+  const Kernels &kernels = active_kernels();
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    float *acc = out_merged + row * head_dim_v;
+    RowState state{kMinusInfinity, 0.0f};
+    for (int i = 0; i < num_states; ++i) {
+      const std::int64_t from = i * num_rows + row;
+      merge_row(kernels, state, acc, {lses[from], 1.0f}, outs + from * head_dim_v, head_dim_v);
+    }
+    lse_merged[row] = finalize_row(state, acc, head_dim_v, nullptr, acc);
+  }
+}
+
+} // namespace mixedkv

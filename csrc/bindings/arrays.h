@@ -1,0 +1,188 @@
+// numpy arrays as the core sees them: pointers, types, sizes, strides. The checks that keep a wrong
+// call from reading or writing where it must not are all here; the façade's own come before them.
+#pragma once
+
+#include "../types.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace mixedkv::bindings {
+
+namespace py = pybind11;
+
+enum class DType : std::uint8_t { f32, f16, u8, boolean, i64 };
+
+/// A checked array of at most four axes; strides in bytes.
+struct ArrayView {
+  char *data = nullptr;
+  DType dtype = DType::f32;
+  int ndim = 0;
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::ptrdiff_t, 4> strides{};
+
+  template <typename T> T *as() const { return reinterpret_cast<T *>(data); }
+  std::string shape_text() const {
+    std::string text = "(";
+    for (int i = 0; i < ndim; ++i) {
+      text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+    }
+    return text + ")";
+  }
+};
+
+inline const char *dtype_name(DType dtype) {
+  switch (dtype) {
+  case DType::f32:
+    return "float32";
+  case DType::f16:
+    return "float16";
+  case DType::u8:
+    return "uint8";
+  case DType::boolean:
+    return "bool";
+  case DType::i64:
+    return "int64";
+  }
+  return "?";
+}
+
+enum class Access : std::uint8_t { read, write };
+
+/// Checks ndim, dtype, alignment, that the last axis is contiguous, and that a target is writable.
+inline ArrayView view_array(const py::array &array, const char *name, int ndim,
+                            std::initializer_list<DType> dtypes, Access access = Access::read,
+                            bool contiguous_last = true) {
+  ArrayView view;
+  if (array.ndim() != ndim || ndim > 4) {
+    throw std::invalid_argument(std::string(name) + " must have " + std::to_string(ndim) +
+                                " axes, got " + std::to_string(array.ndim()));
+  }
+  const char kind = array.dtype().kind();
+  const auto item_size = static_cast<std::ptrdiff_t>(array.itemsize());
+  bool known = false;
+  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
+  for (const DType dtype : dtypes) {
+    const bool match = (dtype == DType::f32 && kind == 'f' && item_size == 4) ||
+                       (dtype == DType::f16 && kind == 'f' && item_size == 2) ||
+                       (dtype == DType::u8 && kind == 'u' && item_size == 1) ||
+                       (dtype == DType::boolean && kind == 'b' && item_size == 1) ||
+                       (dtype == DType::i64 && kind == 'i' && item_size == 8);
+    if (match && native) {
+      view.dtype = dtype;
+      known = true;
+    }
+  }
+  if (!known) {
+    std::string wanted;
+    for (const DType dtype : dtypes) {
+      wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    }
+    throw py::type_error(std::string(name) + " must be " + wanted + ", got " +
+                         py::str(static_cast<py::object>(array.dtype())).cast<std::string>());
+  }
+  if (access == Access::write && !array.writeable()) {
+    throw std::invalid_argument(std::string(name) + " must be writable");
+  }
+  view.ndim = ndim;
+  view.data = const_cast<char *>(static_cast<const char *>(array.data()));
+  bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % item_size == 0;
+  for (int i = 0; i < ndim; ++i) {
+    view.shape[i] = array.shape(i);
+    view.strides[i] = array.strides(i);
+    aligned = aligned && view.strides[i] % item_size == 0;
+  }
+  if (!aligned && array.size() > 0) {
+    throw std::invalid_argument(std::string(name) + " must be aligned");
+  }
+  if (contiguous_last && ndim > 0 && view.shape[ndim - 1] > 1 &&
+      view.strides[ndim - 1] != item_size) {
+    throw std::invalid_argument(std::string(name) + " must be contiguous in its last axis");
+  }
+  return view;
+}
+
+/// The same, and contiguous as a whole.
+inline ArrayView view_contiguous(const py::array &array, const char *name, int ndim,
+                                 std::initializer_list<DType> dtypes,
+                                 Access access = Access::read) {
+  const ArrayView view = view_array(array, name, ndim, dtypes, access);
+  if ((array.flags() & py::array::c_style) == 0) {
+    throw std::invalid_argument(std::string(name) + " must be contiguous");
+  }
+  return view;
+}
+
+inline void check_shape(const ArrayView &view, const char *name,
+                        std::initializer_list<std::int64_t> shape) {
+  int i = 0;
+  bool match = static_cast<int>(shape.size()) == view.ndim;
+  std::string wanted;
+  for (const std::int64_t n : shape) {
+    match = match && view.shape[i++] == n;
+    wanted += (wanted.empty() ? "(" : ", ") + std::to_string(n);
+  }
+  if (!match) {
+    throw std::invalid_argument(std::string(name) + " must have shape " + wanted + "), got " +
+                                view.shape_text());
+  }
+}
+
+/// Rows of float32, float16, or Q4_0 blocks as uint8.
+inline KvType kv_type(DType dtype) {
+  return dtype == DType::f32 ? KvType::f32 : dtype == DType::f16 ? KvType::f16 : KvType::q4_0;
+}
+
+/// Values in a row of the last axis.
+inline std::int64_t row_width(const ArrayView &view, const char *name) {
+  const std::int64_t n = view.shape[view.ndim - 1];
+  if (view.dtype != DType::u8) {
+    return n;
+  }
+  constexpr auto block = static_cast<std::int64_t>(sizeof(block_q4_0));
+  if (n % block != 0) {
+    throw std::invalid_argument("the last axis of Q4_0 rows in " + std::string(name) +
+                                " must be a multiple of 18 bytes, got " + view.shape_text());
+  }
+  return n / block * QK4_0;
+}
+
+/// A number that fits an int.
+inline int narrow(std::int64_t value, const char *name) {
+  if (value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
+    throw std::invalid_argument(std::string(name) + " is out of range: " + std::to_string(value));
+  }
+  return static_cast<int>(value);
+}
+
+/// Lets one thread in at a time and refuses the others, instead of letting them wait: two threads
+/// on one object is a mistake of the caller's.
+class Busy {
+public:
+  Busy(std::atomic_flag &flag, const char *what) : flag_(flag) {
+    if (flag_.test_and_set(std::memory_order_acquire)) {
+      throw std::runtime_error(std::string(what) + " is in use by another thread");
+    }
+  }
+  ~Busy() { flag_.clear(std::memory_order_release); }
+  Busy(const Busy &) = delete;
+  Busy &operator=(const Busy &) = delete;
+
+private:
+  std::atomic_flag &flag_;
+};
+
+void register_machine(py::module_ &m);
+void register_quantize(py::module_ &m);
+void register_attention(py::module_ &m);
+void register_cache(py::module_ &m);
+
+} // namespace mixedkv::bindings

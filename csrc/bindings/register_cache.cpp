@@ -1,0 +1,349 @@
+// The caches.
+#include "arrays.h"
+
+#include "../cache/errors.h"
+#include "../cache/mixed_cache.h"
+
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace mixedkv::bindings {
+namespace {
+
+KvType parse_kv_type(const std::string &text, const char *name) {
+  for (const KvType type : {KvType::f32, KvType::f16, KvType::q4_0}) {
+    if (text == kv_type_name(type)) {
+      return type;
+    }
+  }
+  throw std::invalid_argument(std::string(name) + " must be 'f32', 'f16' or 'q4_0', got '" + text +
+                              "'");
+}
+
+/// A cache and the flag that keeps a second thread out.
+class Handle {
+public:
+  explicit Handle(const CacheConfig &config) : cache_(config) {}
+
+  /// Runs f on the cache without the GIL.
+  template <typename F> auto with(F &&f) {
+    Busy busy(flag_, "the cache");
+    py::gil_scoped_release release;
+    return f(cache_);
+  }
+  /// For what is short: runs f with the GIL held.
+  template <typename F> auto quickly(F &&f) {
+    Busy busy(flag_, "the cache");
+    return f(cache_);
+  }
+  const CacheConfig &config() const { return cache_.config(); }
+
+private:
+  MixedCache cache_;
+  std::atomic_flag flag_ = ATOMIC_FLAG_INIT;
+};
+
+std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_heads,
+                               std::int64_t head_dim, std::int64_t head_dim_v,
+                               std::int64_t hot_size, std::int64_t cold_size,
+                               std::int64_t group_size, double threshold, std::int64_t n_pad,
+                               std::int64_t n_seq_max, const std::string &hot_k_type,
+                               const std::string &hot_v_type, const std::string &cold_k_type,
+                               const std::string &cold_v_type, std::int64_t sinks,
+                               std::int64_t window_left, const std::vector<bool> &layers,
+                               bool quantize) {
+  CacheConfig config;
+  config.num_layers = narrow(num_layers, "num_layers");
+  config.num_kv_heads = narrow(num_kv_heads, "num_kv_heads");
+  config.head_dim = narrow(head_dim, "head_dim");
+  config.head_dim_v = narrow(head_dim_v, "head_dim_v");
+  config.hot_size = hot_size;
+  config.cold_size = cold_size;
+  config.group_size = group_size;
+  config.threshold = threshold;
+  config.n_pad = n_pad;
+  config.n_seq_max = narrow(n_seq_max, "n_seq_max");
+  config.hot_k_type = parse_kv_type(hot_k_type, "hot_k_type");
+  config.hot_v_type = parse_kv_type(hot_v_type, "hot_v_type");
+  config.cold_k_type = parse_kv_type(cold_k_type, "cold_k_type");
+  config.cold_v_type = parse_kv_type(cold_v_type, "cold_v_type");
+  config.sinks = narrow(sinks, "sinks");
+  config.window_left = window_left;
+  config.layers.assign(layers.begin(), layers.end());
+  config.quantize = quantize;
+  return std::make_unique<Handle>(config);
+}
+
+std::optional<std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>>
+find_slot(Handle &handle, const py::array &pos_array, const py::array &begin_array,
+          const py::array &ids_array) {
+  const ArrayView pos = view_contiguous(pos_array, "pos", 1, {DType::i64});
+  const ArrayView begin = view_contiguous(begin_array, "begin", 1, {DType::i64});
+  const ArrayView ids = view_contiguous(ids_array, "ids", 1, {DType::i64});
+  const std::int64_t n = pos.shape[0];
+  check_shape(begin, "begin", {n + 1});
+  std::int64_t last = 0;
+  for (std::int64_t i = 0; i <= n; ++i) {
+    const std::int64_t next = begin.as<const std::int64_t>()[i];
+    if (next < last || next > ids.shape[0] || (i == 0 && next != 0)) {
+      throw std::invalid_argument("begin must ascend from 0 to the length of ids");
+    }
+    last = next;
+  }
+  const auto slot = handle.with([&](MixedCache &cache) {
+    return cache.find_slot(pos.as<const std::int64_t>(),
+                           {begin.as<const std::int64_t>(), ids.as<const std::int64_t>()}, n);
+  });
+  if (!slot) {
+    return std::nullopt;
+  }
+  return std::make_tuple(slot->num_tokens, slot->num_hot, slot->num_cold, slot->num_moved);
+}
+
+RowsView rows_view(const py::array &array, const char *name, std::int64_t heads, std::int64_t tokens,
+                   std::int64_t width) {
+  const ArrayView view = view_array(array, name, 3, {DType::f32, DType::f16});
+  check_shape(view, name, {heads, tokens, width});
+  return {view.data, kv_type(view.dtype), view.strides[0], view.strides[1]};
+}
+
+void store(Handle &handle, std::int64_t layer, const py::array &k, const py::array &v) {
+  const std::int64_t n = handle.quickly([](MixedCache &cache) {
+    if (!cache.has_slot()) {
+      throw std::invalid_argument("store without a slot: call find_slot first");
+    }
+    return cache.slot_tokens();
+  });
+  const CacheConfig &config = handle.config();
+  const RowsView k_rows = rows_view(k, "k", config.num_kv_heads, n, config.head_dim);
+  const RowsView v_rows = rows_view(v, "v", config.num_kv_heads, n, config.head_dim_v);
+  const int layer_index = narrow(layer, "layer");
+  handle.with([&](MixedCache &cache) {
+    if (cache.slot_tokens() != n) {
+      throw std::runtime_error("the cache is in use by another thread");
+    }
+    cache.store(layer_index, k_rows, v_rows);
+  });
+}
+
+void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
+                  const py::array &out_array, const std::optional<py::array> &lse_array,
+                  double sm_scale, double logits_soft_cap, std::optional<std::int64_t> window_left,
+                  const std::optional<py::array> &alibi_array,
+                  const std::optional<py::array> &sinks_array, int threads) {
+  const std::int64_t n = handle.quickly([](MixedCache &cache) {
+    if (!cache.has_slot()) {
+      throw std::invalid_argument("attend without a slot: call find_slot first");
+    }
+    return cache.slot_tokens();
+  });
+  const CacheConfig &config = handle.config();
+  const ArrayView q = view_array(q_array, "q", 3, {DType::f32, DType::f16});
+  const std::int64_t heads = q.shape[0];
+  if (heads < 1 || heads % config.num_kv_heads != 0) {
+    throw std::invalid_argument("the heads of q must be a multiple of num_kv_heads " +
+                                std::to_string(config.num_kv_heads) + ", got " +
+                                std::to_string(heads));
+  }
+  check_shape(q, "q", {heads, n, config.head_dim});
+  const ArrayView out = view_array(out_array, "out", 3, {DType::f32}, Access::write);
+  check_shape(out, "out", {heads, n, config.head_dim_v});
+  AttendOptions options;
+  options.sm_scale = static_cast<float>(sm_scale);
+  options.logits_soft_cap = static_cast<float>(logits_soft_cap);
+  options.window_left = window_left;
+  options.num_threads = threads;
+  auto per_head = [heads](const std::optional<py::array> &array, const char *name) -> const float * {
+    if (!array) {
+      return nullptr;
+    }
+    const ArrayView view = view_contiguous(*array, name, 1, {DType::f32});
+    check_shape(view, name, {heads});
+    return view.as<const float>();
+  };
+  options.alibi_slopes = per_head(alibi_array, "alibi_slopes");
+  options.sinks = per_head(sinks_array, "sinks");
+
+  QueryView queries;
+  queries.data = q.data;
+  queries.type = kv_type(q.dtype);
+  queries.head_stride = q.strides[0];
+  queries.row_stride = q.strides[1];
+  queries.len = n;
+  constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
+  OutputView output;
+  output.data = out.as<float>();
+  output.head_stride = out.strides[0] / f32_size;
+  output.row_stride = out.strides[1] / f32_size;
+  if (lse_array) {
+    const ArrayView lse = view_contiguous(*lse_array, "lse", 2, {DType::f32}, Access::write);
+    check_shape(lse, "lse", {heads, n});
+    output.lse = lse.as<float>();
+    output.lse_head_stride = n;
+    output.lse_row_stride = 1;
+  }
+  const int layer_index = narrow(layer, "layer");
+  const int num_heads = narrow(heads, "Hq");
+  handle.with([&](MixedCache &cache) {
+    if (cache.slot_tokens() != n) {
+      throw std::runtime_error("the cache is in use by another thread");
+    }
+    cache.attend(layer_index, queries, num_heads, options, output);
+  });
+}
+
+py::tuple positions(Handle &handle, std::int64_t seq) {
+  const std::int64_t n = handle.quickly([&](MixedCache &cache) { return cache.seq_len(seq); });
+  py::array_t<std::int64_t> pos(n);
+  py::array_t<bool> in_cold(n);
+  std::vector<std::uint8_t> cold(static_cast<std::size_t>(n));
+  handle.quickly([&](MixedCache &cache) {
+    if (cache.seq_len(seq) != n) {
+      throw std::runtime_error("the cache is in use by another thread");
+    }
+    cache.positions(seq, pos.mutable_data(), cold.data());
+  });
+  for (std::int64_t i = 0; i < n; ++i) {
+    in_cold.mutable_data()[i] = cold[static_cast<std::size_t>(i)] != 0;
+  }
+  return py::make_tuple(pos, in_cold);
+}
+
+template <typename Fill>
+py::array_t<float> rows_copy(Handle &handle, std::int64_t seq, std::int64_t width, Fill &&fill) {
+  const std::int64_t n = handle.quickly([&](MixedCache &cache) { return cache.seq_len(seq); });
+  py::array_t<float> out({static_cast<std::int64_t>(handle.config().num_kv_heads), n, width});
+  float *data = out.mutable_data();
+  handle.with([&](MixedCache &cache) {
+    if (cache.seq_len(seq) != n) {
+      throw std::runtime_error("the cache is in use by another thread");
+    }
+    fill(cache, data);
+  });
+  return out;
+}
+
+py::dict stats(Handle &handle) {
+  const CacheStats s = handle.quickly([](MixedCache &cache) { return cache.stats(); });
+  py::dict d;
+  d["hot_tokens"] = s.hot_tokens;
+  d["cold_tokens"] = s.cold_tokens;
+  d["hot_size"] = s.hot_size;
+  d["cold_size"] = s.cold_size;
+  d["tokens_seen"] = s.tokens_seen;
+  d["moved"] = s.moved;
+  d["events"] = s.events;
+  d["seconds"] = s.seconds;
+  d["hot_bytes"] = s.hot_bytes;
+  d["cold_bytes"] = s.cold_bytes;
+  d["journal_bytes"] = s.journal_bytes;
+  d["books_bytes"] = s.books_bytes;
+  d["scratch_bytes"] = s.scratch_bytes;
+  d["bytes_saved"] = s.bytes_saved;
+  return d;
+}
+
+std::vector<int> held_layers(Handle &handle) {
+  const CacheConfig &config = handle.config();
+  std::vector<int> held;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    if (config.layers.empty() || config.layers[static_cast<std::size_t>(layer)] != 0) {
+      held.push_back(layer);
+    }
+  }
+  return held;
+}
+
+} // namespace
+
+void register_cache(py::module_ &m) {
+  py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError);
+  py::class_<Handle>(m, "MixedCache")
+      .def(py::init(&create), py::arg("num_layers"), py::arg("num_kv_heads"), py::arg("head_dim"),
+           py::arg("head_dim_v"), py::arg("hot_size"), py::arg("cold_size"), py::arg("group_size"),
+           py::arg("threshold"), py::arg("n_pad"), py::arg("n_seq_max"), py::arg("hot_k_type"),
+           py::arg("hot_v_type"), py::arg("cold_k_type"), py::arg("cold_v_type"), py::arg("sinks"),
+           py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
+      .def("find_slot", &find_slot, py::arg("pos"), py::arg("begin"), py::arg("ids"))
+      .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
+      .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),
+           py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("window_left"),
+           py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"))
+      .def("commit", [](Handle &h) { h.with([](MixedCache &c) { c.commit(); }); })
+      .def("restore", [](Handle &h) { h.with([](MixedCache &c) { c.restore(); }); })
+      .def(
+          "seq_rm",
+          [](Handle &h, std::int64_t seq, std::int64_t p0, std::int64_t p1) {
+            h.quickly([&](MixedCache &c) { c.seq_rm(seq, p0, p1); });
+          },
+          py::arg("seq"), py::arg("p0"), py::arg("p1"))
+      .def(
+          "seq_cp",
+          [](Handle &h, std::int64_t src, std::int64_t dst, std::int64_t p0, std::int64_t p1) {
+            h.quickly([&](MixedCache &c) { c.seq_cp(src, dst, p0, p1); });
+          },
+          py::arg("src"), py::arg("dst"), py::arg("p0"), py::arg("p1"))
+      .def(
+          "seq_keep",
+          [](Handle &h, std::int64_t seq) { h.quickly([&](MixedCache &c) { c.seq_keep(seq); }); },
+          py::arg("seq"))
+      .def(
+          "seq_add",
+          [](Handle &h, std::int64_t seq, std::int64_t p0, std::int64_t p1, std::int64_t delta) {
+            h.with([&](MixedCache &c) { c.seq_add(seq, p0, p1, delta); });
+          },
+          py::arg("seq"), py::arg("p0"), py::arg("p1"), py::arg("delta"))
+      .def(
+          "seq_div",
+          [](Handle &h, std::int64_t seq, std::int64_t p0, std::int64_t p1, std::int64_t d) {
+            h.with([&](MixedCache &c) { c.seq_div(seq, p0, p1, d); });
+          },
+          py::arg("seq"), py::arg("p0"), py::arg("p1"), py::arg("d"))
+      .def(
+          "seq_gather",
+          [](Handle &h, const py::array &sources) {
+            const ArrayView view = view_contiguous(sources, "sources", 1, {DType::i64});
+            h.quickly([&](MixedCache &c) {
+              c.seq_gather(view.as<const std::int64_t>(), view.shape[0]);
+            });
+          },
+          py::arg("sources"))
+      .def(
+          "seq_pos_min",
+          [](Handle &h, std::int64_t seq) {
+            return h.quickly([&](MixedCache &c) { return c.seq_pos_min(seq); });
+          },
+          py::arg("seq"))
+      .def(
+          "seq_pos_max",
+          [](Handle &h, std::int64_t seq) {
+            return h.quickly([&](MixedCache &c) { return c.seq_pos_max(seq); });
+          },
+          py::arg("seq"))
+      .def("clear", [](Handle &h) { h.quickly([](MixedCache &c) { c.clear(); }); })
+      .def("size", [](Handle &h) { return h.quickly([](MixedCache &c) { return c.size(); }); })
+      .def("layers", &held_layers)
+      .def("positions", &positions, py::arg("seq"))
+      .def(
+          "keys",
+          [](Handle &h, std::int64_t layer, std::int64_t seq) {
+            const int index = narrow(layer, "layer");
+            return rows_copy(h, seq, h.config().head_dim,
+                             [&](MixedCache &c, float *out) { c.keys(index, seq, out); });
+          },
+          py::arg("layer"), py::arg("seq"))
+      .def(
+          "values",
+          [](Handle &h, std::int64_t layer, std::int64_t seq) {
+            const int index = narrow(layer, "layer");
+            return rows_copy(h, seq, h.config().head_dim_v,
+                             [&](MixedCache &c, float *out) { c.values(index, seq, out); });
+          },
+          py::arg("layer"), py::arg("seq"))
+      .def("stats", &stats);
+}
+
+} // namespace mixedkv::bindings

@@ -1,0 +1,34 @@
+// Instruction sets and threads.
+#include "arrays.h"
+
+#include "../kernels/dispatch.h"
+#include "../parallel.h"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+namespace mixedkv::bindings {
+
+void register_machine(py::module_ &m) {
+  m.def("compiled_isas", [] {
+    std::vector<std::tuple<std::string, bool, std::string>> isas;
+    for (const IsaInfo &isa : compiled_isas()) {
+      isas.emplace_back(isa.name, isa.available, isa.requires_);
+    }
+    return isas;
+  });
+  m.def("active_isa", [] { return std::string(active_kernels().name); });
+  m.def("select_isa", [](const std::string &name) { select_isa(name); }, py::arg("name"));
+  m.def("get_num_threads", &get_num_threads,
+        "Threads that a call uses where it does not say.\n\n"
+        "set_num_threads, else the environment variable MIXEDKV_NUM_THREADS, else the CPUs that\n"
+        "this process may use.");
+  m.def(
+      "set_num_threads", [](std::int64_t n) { set_num_threads(narrow(n, "num_threads")); },
+      py::arg("n"),
+      "Use n threads, 1 to 1024, from now on. Results have the same bits for any number.");
+}
+
+} // namespace mixedkv::bindings

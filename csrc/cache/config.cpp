@@ -1,0 +1,158 @@
+#include "config.h"
+
+#include "checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace mixedkv {
+namespace {
+
+constexpr std::int64_t kMaxCells = std::numeric_limits<std::int32_t>::max();
+
+/// Products and sums that know when they left the range of sizes in memory.
+class Size {
+public:
+  Size(std::uint64_t value) : value_(value) {} // NOLINT: numbers are sizes
+  Size operator*(const Size &b) const {
+    return value_ != 0 && b.value_ > kMax / value_ ? Size(kMax + 1) : Size(value_ * b.value_);
+  }
+  Size operator+(const Size &b) const {
+    return Size(std::min<std::uint64_t>(value_, kMax + 1) +
+                std::min<std::uint64_t>(b.value_, kMax + 1));
+  }
+  bool fits() const { return value_ <= kMax; }
+
+private:
+  static constexpr std::uint64_t kMax = std::numeric_limits<std::ptrdiff_t>::max() / 4;
+  std::uint64_t value_;
+};
+
+Size rows_size(const RowShape &shape, std::int64_t cells) {
+  return (Size(shape.k_row_bytes()) + Size(shape.v_row_bytes())) *
+         Size(static_cast<std::uint64_t>(shape.num_kv_heads)) *
+         Size(static_cast<std::uint64_t>(shape.num_layers)) *
+         Size(static_cast<std::uint64_t>(cells));
+}
+
+void check_size(const char *name, std::int64_t size, std::int64_t n_pad) {
+  if (size < 1 || size % n_pad != 0 || size > kMaxCells) {
+    refuse(name, "be a positive multiple of n_pad (" + std::to_string(n_pad) + ") below 2^31",
+           size);
+  }
+}
+
+void check_dim(const char *name, int dim, const char *type_name, KvType type) {
+  check(dim >= 1, name, "be at least 1", dim);
+  if (type == KvType::q4_0 && dim % QK4_0 != 0) {
+    refuse(name, std::string("be a multiple of 32 where ") + type_name + " is q4_0", dim);
+  }
+}
+
+void check_type(const char *name, KvType type) {
+  check(static_cast<int>(type) < kNumKvTypes, name, "be f32, f16 or q4_0", static_cast<int>(type));
+}
+
+} // namespace
+
+std::int64_t trigger_level(const CacheConfig &config) {
+  return static_cast<std::int64_t>(
+      std::floor(config.threshold * static_cast<double>(config.hot_size)));
+}
+
+std::int64_t cold_cells(const CacheConfig &config) {
+  return config.quantize ? config.cold_size : 0;
+}
+
+std::vector<int> cached_layers(const CacheConfig &config) {
+  std::vector<int> numbers(static_cast<std::size_t>(config.num_layers), -1);
+  int next = 0;
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    if (config.layers.empty() || config.layers[i] != 0) {
+      numbers[i] = next++;
+    }
+  }
+  return numbers;
+}
+
+static RowShape tier_shape(const CacheConfig &config, KvType k_type, KvType v_type) {
+  const auto skipped = std::count(config.layers.begin(), config.layers.end(), std::uint8_t{0});
+  RowShape shape;
+  shape.num_layers = config.num_layers - static_cast<int>(skipped);
+  shape.num_kv_heads = config.num_kv_heads;
+  shape.head_dim = config.head_dim;
+  shape.head_dim_v = config.head_dim_v;
+  shape.k_type = k_type;
+  shape.v_type = v_type;
+  return shape;
+}
+
+RowShape hot_shape(const CacheConfig &config) {
+  return tier_shape(config, config.hot_k_type, config.hot_v_type);
+}
+
+RowShape cold_shape(const CacheConfig &config) {
+  return tier_shape(config, config.cold_k_type, config.cold_v_type);
+}
+
+void check_config(const CacheConfig &config) {
+  check(config.num_layers >= 1, "num_layers", "be at least 1", config.num_layers);
+  check(config.num_kv_heads >= 1, "num_kv_heads", "be at least 1", config.num_kv_heads);
+  check(config.n_seq_max >= 1, "n_seq_max", "be at least 1", config.n_seq_max);
+  check_type("hot_k_type", config.hot_k_type);
+  check_type("hot_v_type", config.hot_v_type);
+  check_type("cold_k_type", config.cold_k_type);
+  check_type("cold_v_type", config.cold_v_type);
+  check_dim("head_dim", config.head_dim, "hot_k_type", config.hot_k_type);
+  check_dim("head_dim_v", config.head_dim_v, "hot_v_type", config.hot_v_type);
+  if (config.quantize) {
+    check_dim("head_dim", config.head_dim, "cold_k_type", config.cold_k_type);
+    check_dim("head_dim_v", config.head_dim_v, "cold_v_type", config.cold_v_type);
+  }
+  check(config.n_pad >= 1, "n_pad", "be at least 1", config.n_pad);
+  check_size("hot_size", config.hot_size, config.n_pad);
+  if (config.quantize) {
+    check_size("cold_size", config.cold_size, config.n_pad);
+  }
+  check(config.group_size >= 1, "group_size", "be at least 1", config.group_size);
+  check(config.threshold > 0.0 && config.threshold <= 1.0, "threshold", "be above 0 and at most 1",
+        config.threshold);
+  check(config.window_left >= -1, "window_left", "be -1 (none) or at least 0", config.window_left);
+  check(config.sinks >= 0, "sinks", "be at least 0", config.sinks);
+  const std::int64_t level = trigger_level(config);
+  if (config.quantize && config.sinks > 0 &&
+      std::int64_t{config.sinks} * config.n_seq_max >= level) {
+    refuse("sinks",
+           "stay, times n_seq_max (" + std::to_string(config.n_seq_max) +
+               "), below floor(threshold * hot_size) = " + std::to_string(level),
+           config.sinks);
+  }
+  const std::size_t num_flags = config.layers.size();
+  if (num_flags != 0 && num_flags != static_cast<std::size_t>(config.num_layers)) {
+    refuse("layers", "have num_layers (" + std::to_string(config.num_layers) + ") entries or none",
+           num_flags);
+  }
+  const RowShape hot = hot_shape(config);
+  if (hot.num_layers == 0) {
+    refuse("layers", "keep one layer at least", "none");
+  }
+  // Rows, the journal's rows, and the owner sets, which alone grow with a square.
+  const std::int64_t cold = cold_cells(config);
+  const Size total =
+      rows_size(hot, config.hot_size) * Size(config.quantize ? 2 : 1) +
+      rows_size(cold_shape(config), cold) +
+      Size(static_cast<std::uint64_t>(config.hot_size + cold)) *
+          Size((static_cast<std::uint64_t>(config.n_seq_max) + 63) / 64 * sizeof(std::uint64_t));
+  if (!total.fits()) {
+    throw std::invalid_argument(
+        "hot_size, cold_size, num_layers, num_kv_heads, head_dim, n_seq_max: the product is more "
+        "than memory can be, got hot_size " +
+        std::to_string(config.hot_size) + ", cold_size " + std::to_string(cold) + ", num_layers " +
+        std::to_string(hot.num_layers) + ", num_kv_heads " + std::to_string(hot.num_kv_heads) +
+        ", head_dim " + std::to_string(hot.head_dim) + ", head_dim_v " +
+        std::to_string(hot.head_dim_v) + ", n_seq_max " + std::to_string(config.n_seq_max));
+  }
+}
+
+} // namespace mixedkv

@@ -1,0 +1,38 @@
+// What it takes to undo moves: the hot rows as they were, before quantising lost some of their
+// bits, and which cell went where. The rest stands in the cold cells, which nobody may change
+// while a slot is pending.
+#pragma once
+
+#include "unified_cache.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace mixedkv {
+
+class Journal {
+public:
+  /// Room for num_cells moves of rows of hot's shape. Throws std::bad_alloc.
+  Journal(const RowShape &hot, std::int64_t num_cells);
+
+  std::size_t bytes() const;
+
+  /// Keeps the rows of tokens that were just copied from hot cells to cold ones; call it before
+  /// the hot cells are used again.
+  void record(const UnifiedCache &hot, const std::int32_t *hot_cells,
+              const std::int32_t *cold_cells, std::int64_t n) noexcept;
+  /// Puts all recorded tokens back into their hot cells, which are free, and frees the cold ones.
+  void undo(UnifiedCache &hot, UnifiedCache &cold) noexcept;
+  /// Forgets: the moves are final.
+  void drop() noexcept { num_moves_ = 0; }
+
+private:
+  RowStorage rows_;                      ///< row i: of move i
+  std::vector<std::int32_t> entries_;    ///< 0, 1, 2, ...
+  std::vector<std::int32_t> hot_cells_;  ///< of move i
+  std::vector<std::int32_t> cold_cells_; ///< of move i
+  std::int64_t num_moves_ = 0;
+};
+
+} // namespace mixedkv

@@ -1,0 +1,392 @@
+// A group of query rows against a run of keys, in the vocabulary of simd_common.h.
+//
+// qk: a micro-tile of R query rows by C keys keeps one vector of partial sums for each pair, lanes
+// are dims, and a key's values are loaded or unpacked once for the R rows. Four vectors at a time
+// are added up to four scores by transposition. pv: lanes are dims; R rows by some vectors of acc
+// stay in registers over the whole run of keys.
+//
+// What a score or an element of acc comes to does not depend on which tile it was computed in: the
+// order of its additions follows from head_dim (qk) and from the order of keys (pv) alone. So a row
+// gets the same bits however many rows come with it, and acc the same bits however a run is cut.
+//
+// Where there are more rows than a tile holds, a few keys (values) at a time are unpacked to f32
+// on the stack, where they stay in the first-level cache for all groups of rows.
+
+template <typename T> MIXEDKV_INLINE const T *row_at(const Rows &rows, int j) {
+  const ptrdiff_t row = rows.index ? rows.index[j] : j;
+  return reinterpret_cast<const T *>(static_cast<const char *>(rows.base) + rows.stride * row);
+}
+
+/// The rows from row j on.
+MIXEDKV_INLINE Rows rows_from(const Rows &rows, int j) {
+  if (rows.index)
+    return {rows.base, rows.stride, rows.index + j};
+  return {static_cast<const char *>(rows.base) + rows.stride * j, rows.stride, nullptr};
+}
+
+enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first-level caches
+enum : int { kMaxUnpackedDim = 512 };
+
+MIXEDKV_INLINE void unpack_row(const f16_t *x, float *y, int n) {
+  f16_to_f32(x, y, static_cast<size_t>(n));
+}
+MIXEDKV_INLINE void unpack_row(const block_q4_0 *x, float *y, int n) {
+  for (int b = 0; b < n / QK4_0; ++b)
+    store_pairs<0>(q4_open(x + b), y + b * QK4_0);
+}
+MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
+  memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
+}
+
+MIXEDKV_INLINE size_t at(int row, size_t ld, int column) {
+  return static_cast<size_t>(row) * ld + static_cast<size_t>(column);
+}
+
+// --- qk ----------------------------------------------------------------------------------------
+
+/// Unpacked Q4_0: f32 values whose products are added in the order of qk over Q4_0 itself.
+struct UnpackedQ4 {
+  float values[QK4_0];
+};
+
+template <int R, int C, typename T>
+MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const T *const (&keys)[C],
+                                 int head_dim, f32v (&sum)[R][C]) {
+  int i = 0;
+  for (; i + kLanes <= head_dim; i += kLanes) {
+    f32v k[C];
+    for (int c = 0; c < C; ++c)
+      k[c] = load(keys[c] + i);
+    for (int r = 0; r < R; ++r) {
+      const f32v x = load(q + at(r, ld_q, i));
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = fma(x, k[c], sum[r][c]);
+    }
+  }
+  if (i < head_dim) {
+    const int n = head_dim - i;
+    f32v k[C];
+    for (int c = 0; c < C; ++c)
+      k[c] = load_n(keys[c] + i, n);
+    for (int r = 0; r < R; ++r) {
+      const f32v x = load_n(q + at(r, ld_q, i), n);
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = fma(x, k[c], sum[r][c]);
+    }
+  }
+}
+
+MIXEDKV_INLINE Q4 open_block(const block_q4_0 *block) { return q4_open(block); }
+MIXEDKV_INLINE const float *open_block(const UnpackedQ4 *block) { return block->values; }
+template <int H> MIXEDKV_INLINE void block_pair(const Q4 &block, f32v &low, f32v &high) {
+  q4_pair<H>(block, low, high);
+}
+template <int H> MIXEDKV_INLINE void block_pair(const float *values, f32v &low, f32v &high) {
+  low = load(values + H * kLanes);
+  high = load(values + QK4_0 / 2 + H * kLanes);
+}
+
+template <int H, int R, int C, typename B>
+MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const B (&blocks)[C],
+                                       f32v (&sum)[R][C]) {
+  f32v low[C], high[C];
+  for (int c = 0; c < C; ++c)
+    block_pair<H>(blocks[c], low[c], high[c]);
+  for (int r = 0; r < R; ++r) {
+    const f32v x_low = load(q + at(r, ld_q, H * kLanes));
+    const f32v x_high = load(q + at(r, ld_q, QK4_0 / 2 + H * kLanes));
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = fma(x_low, low[c], sum[r][c]);
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = fma(x_high, high[c], sum[r][c]);
+  }
+  if constexpr (H + 1 < kPairs)
+    add_block_products<H + 1>(q, ld_q, blocks, sum);
+}
+
+template <int R, int C, typename T>
+MIXEDKV_INLINE void add_products_of_blocks(const float *q, size_t ld_q, const T *const (&keys)[C],
+                                           int head_dim, f32v (&sum)[R][C]) {
+  for (int b = 0; b < head_dim / QK4_0; ++b) {
+    decltype(open_block(keys[0])) blocks[C];
+    for (int c = 0; c < C; ++c)
+      blocks[c] = open_block(keys[c] + b);
+    add_block_products<0>(q + b * QK4_0, ld_q, blocks, sum);
+  }
+}
+
+template <int R, int C>
+MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const block_q4_0 *const (&keys)[C],
+                                 int head_dim, f32v (&sum)[R][C]) {
+  add_products_of_blocks(q, ld_q, keys, head_dim, sum);
+}
+template <int R, int C>
+MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const UnpackedQ4 *const (&keys)[C],
+                                 int head_dim, f32v (&sum)[R][C]) {
+  add_products_of_blocks(q, ld_q, keys, head_dim, sum);
+}
+
+template <int R, typename T>
+void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_dim, float *scores,
+             size_t ld_scores) noexcept {
+  constexpr int C = key_tile(R);
+  static_assert(R * C % 4 == 0, "scores are added up in fours");
+  for (int j = 0; j < num_keys; j += C) {
+    const int count = num_keys - j < C ? num_keys - j : C;
+    const T *keys[C];
+    for (int c = 0; c < C; ++c) // a short last tile computes its last key several times
+      keys[c] = row_at<T>(k, j + (c < count ? c : count - 1));
+    f32v sum[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = zero();
+    add_products(q, ld_q, keys, head_dim, sum);
+    if (C % 4 == 0 && count == C) {
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c + 3 < C; c += 4)
+          sum4(scores + at(r, ld_scores, j + c), sum[r][c], sum[r][c + 1], sum[r][c + 2],
+               sum[r][c + 3]);
+    } else {
+      float tile[R * C];
+      const f32v *flat = sum[0];
+      for (int s = 0; s < R * C; s += 4)
+        sum4(tile + s, flat[s], flat[s + 1], flat[s + 2], flat[s + 3]);
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < count; ++c)
+          scores[at(r, ld_scores, j + c)] = tile[r * C + c];
+    }
+  }
+}
+
+template <typename T, int R = kRows>
+MIXEDKV_INLINE void qk_tile(int num_rows, const float *q, size_t ld_q, const Rows &k, int num_keys,
+                            int head_dim, float *scores, size_t ld_scores) {
+  if constexpr (R > 1)
+    if (num_rows < R)
+      return qk_tile<T, R - 1>(num_rows, q, ld_q, k, num_keys, head_dim, scores, ld_scores);
+  qk_rows<R, T>(q, ld_q, k, num_keys, head_dim, scores, ld_scores);
+}
+
+/// Rows of a group, of num_rows cut into as few and as even groups as possible.
+MIXEDKV_INLINE int rows_of_group(int num_rows) {
+  const int groups = (num_rows + kRows - 1) / kRows;
+  return (num_rows + groups - 1) / groups;
+}
+
+template <typename T>
+MIXEDKV_INLINE void qk_groups(const float *q, size_t ld_q, int num_rows, const Rows &k,
+                              int num_keys, int head_dim, float *scores, size_t ld_scores) {
+  const int step = rows_of_group(num_rows);
+  for (int r = 0; r < num_rows; r += step)
+    qk_tile<T>(num_rows - r < step ? num_rows - r : step, q + at(r, ld_q, 0), ld_q, k, num_keys,
+               head_dim, scores + at(r, ld_scores, 0), ld_scores);
+}
+
+/// Keys that fit on the stack, in whole tiles.
+MIXEDKV_INLINE int keys_on_stack(int head_dim) { return kStackFloats / head_dim / 8 * 8; }
+
+/// U: how unpacked keys are read.
+template <typename T, typename U>
+MIXEDKV_INLINE void qk_of(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys,
+                          int head_dim, float *scores, size_t ld_scores) {
+  if (num_rows <= kRows || head_dim > kMaxUnpackedDim) {
+    if (num_rows > 0)
+      qk_groups<T>(q, ld_q, num_rows, *k, num_keys, head_dim, scores, ld_scores);
+    return;
+  }
+  alignas(64) float unpacked[kStackFloats];
+  const int step = keys_on_stack(head_dim);
+  for (int j = 0; j < num_keys; j += step) {
+    const int count = num_keys - j < step ? num_keys - j : step;
+    Rows part = rows_from(*k, j);
+    if (sizeof(T) != sizeof(float)) {
+      for (int c = 0; c < count; ++c)
+        unpack_row(row_at<T>(part, c), unpacked + c * head_dim, head_dim);
+      part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim, nullptr};
+    }
+    qk_groups<U>(q, ld_q, num_rows, part, count, head_dim, scores + j, ld_scores);
+  }
+}
+
+void qk_f32(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
+            float *scores, size_t ld_scores) noexcept {
+  qk_of<float, float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+}
+void qk_f16(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
+            float *scores, size_t ld_scores) noexcept {
+  qk_of<f16_t, float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+}
+void qk_q4_0(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
+             float *scores, size_t ld_scores) noexcept {
+  qk_of<block_q4_0, UnpackedQ4>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+}
+
+// --- pv ----------------------------------------------------------------------------------------
+
+/// B vectors of acc from dim i on; the last one only n lanes wide where n is not kLanes.
+template <int R, int B, bool Partial, typename T>
+MIXEDKV_INLINE void pv_vectors(const float *p, size_t ld_p, const Rows &v, int num_keys, int i,
+                               int n, float *acc, size_t ld_acc) {
+  f32v sum[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      const float *a = acc + at(r, ld_acc, i + b * kLanes);
+      sum[r][b] = Partial ? load_n(a, n) : load(a);
+    }
+  for (int j = 0; j < num_keys; ++j) {
+    const T *row = row_at<T>(v, j) + i;
+    f32v x[B];
+    for (int b = 0; b < B; ++b)
+      x[b] = Partial ? load_n(row + b * kLanes, n) : load(row + b * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const f32v weight = set1(p[at(r, ld_p, j)]);
+      for (int b = 0; b < B; ++b)
+        sum[r][b] = fma(weight, x[b], sum[r][b]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      float *a = acc + at(r, ld_acc, i + b * kLanes);
+      if (Partial)
+        store_n(a, sum[r][b], n);
+      else
+        store(a, sum[r][b]);
+    }
+}
+
+/// From dim i on, B vectors at a time, then half as many, and so on to the tail.
+template <int R, int B, typename T>
+MIXEDKV_INLINE void pv_dims(const float *p, size_t ld_p, const Rows &v, int num_keys, int i,
+                            int head_dim_v, float *acc, size_t ld_acc) {
+  for (; i + B * kLanes <= head_dim_v; i += B * kLanes)
+    pv_vectors<R, B, false, T>(p, ld_p, v, num_keys, i, kLanes, acc, ld_acc);
+  if constexpr (B > 1)
+    pv_dims<R, B / 2, T>(p, ld_p, v, num_keys, i, head_dim_v, acc, ld_acc);
+  else if (i < head_dim_v)
+    pv_vectors<R, 1, true, T>(p, ld_p, v, num_keys, i, head_dim_v - i, acc, ld_acc);
+}
+
+template <int R, typename T> struct PvRows {
+  static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
+                  float *acc, size_t ld_acc) noexcept {
+    pv_dims<R, value_tile(R), T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
+  }
+};
+
+/// Pairs H to H + N - 1 of NB blocks, as vectors x[2 * N * NB].
+template <int H, int N> MIXEDKV_INLINE void unpack_pairs(const Q4 &q4, f32v *x) {
+  q4_pair<H>(q4, x[0], x[1]);
+  if constexpr (N > 1)
+    unpack_pairs<H + 1, N - 1>(q4, x + 2);
+}
+
+template <int R, int NB, int H, int N>
+MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys, int block,
+                              float *acc, size_t ld_acc) {
+  constexpr int B = 2 * N * NB;
+  int dim[B];
+  for (int b = 0; b < B; ++b)
+    dim[b] = (block + b / (2 * N)) * QK4_0 + b % 2 * (QK4_0 / 2) + (H + b / 2 % N) * kLanes;
+  f32v sum[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b)
+      sum[r][b] = load(acc + at(r, ld_acc, dim[b]));
+  for (int j = 0; j < num_keys; ++j) {
+    const block_q4_0 *row = row_at<block_q4_0>(v, j) + block;
+    f32v x[B];
+    for (int b = 0; b < NB; ++b)
+      unpack_pairs<H, N>(q4_open(row + b), x + b * 2 * N);
+    for (int r = 0; r < R; ++r) {
+      const f32v weight = set1(p[at(r, ld_p, j)]);
+      for (int b = 0; b < B; ++b)
+        sum[r][b] = fma(weight, x[b], sum[r][b]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b)
+      store(acc + at(r, ld_acc, dim[b]), sum[r][b]);
+}
+
+/// All pairs of one block, N at a time.
+template <int R, int H, int N>
+MIXEDKV_INLINE void pv_block_parts(const float *p, size_t ld_p, const Rows &v, int num_keys,
+                                   int block, float *acc, size_t ld_acc) {
+  pv_blocks<R, 1, H, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+  if constexpr (H + N < kPairs)
+    pv_block_parts<R, H + N, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+}
+
+constexpr int pairs_at_once(int vectors) {
+  int n = kPairs;
+  while (2 * n > vectors && n > 1)
+    n /= 2;
+  return n;
+}
+
+template <int R> struct PvRows<R, block_q4_0> {
+  static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
+                  float *acc, size_t ld_acc) noexcept {
+    constexpr int N = pairs_at_once(value_tile(R));
+    constexpr int NB = value_tile(R) / (2 * kPairs) > 1 ? value_tile(R) / (2 * kPairs) : 1;
+    const int num_blocks = head_dim_v / QK4_0;
+    int b = 0;
+    if constexpr (NB > 1)
+      for (; b + NB <= num_blocks; b += NB)
+        pv_blocks<R, NB, 0, kPairs>(p, ld_p, v, num_keys, b, acc, ld_acc);
+    for (; b < num_blocks; ++b)
+      pv_block_parts<R, 0, N>(p, ld_p, v, num_keys, b, acc, ld_acc);
+  }
+};
+
+template <typename T, int R = kRows>
+MIXEDKV_INLINE void pv_tile(int num_rows, const float *p, size_t ld_p, const Rows &v, int num_keys,
+                            int head_dim_v, float *acc, size_t ld_acc) {
+  if constexpr (R > 1)
+    if (num_rows < R)
+      return pv_tile<T, R - 1>(num_rows, p, ld_p, v, num_keys, head_dim_v, acc, ld_acc);
+  PvRows<R, T>::run(p, ld_p, v, num_keys, head_dim_v, acc, ld_acc);
+}
+
+template <typename T>
+MIXEDKV_INLINE void pv_groups(const float *p, size_t ld_p, int num_rows, const Rows &v,
+                              int num_keys, int head_dim_v, float *acc, size_t ld_acc) {
+  const int step = rows_of_group(num_rows);
+  for (int r = 0; r < num_rows; r += step)
+    pv_tile<T>(num_rows - r < step ? num_rows - r : step, p + at(r, ld_p, 0), ld_p, v, num_keys,
+               head_dim_v, acc + at(r, ld_acc, 0), ld_acc);
+}
+
+template <typename T>
+MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys,
+                          int head_dim_v, float *acc, size_t ld_acc) {
+  if (num_rows <= kRows || head_dim_v > kMaxUnpackedDim) {
+    if (num_rows > 0)
+      pv_groups<T>(p, ld_p, num_rows, *v, num_keys, head_dim_v, acc, ld_acc);
+    return;
+  }
+  alignas(64) float unpacked[kStackFloats];
+  const int step = keys_on_stack(head_dim_v);
+  for (int j = 0; j < num_keys; j += step) {
+    const int count = num_keys - j < step ? num_keys - j : step;
+    Rows part = rows_from(*v, j);
+    if (sizeof(T) != sizeof(float)) {
+      for (int c = 0; c < count; ++c)
+        unpack_row(row_at<T>(part, c), unpacked + c * head_dim_v, head_dim_v);
+      part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim_v, nullptr};
+    }
+    pv_groups<float>(p + j, ld_p, num_rows, part, count, head_dim_v, acc, ld_acc);
+  }
+}
+
+void pv_f32(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
+            float *acc, size_t ld_acc) noexcept {
+  pv_of<float>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
+}
+void pv_f16(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
+            float *acc, size_t ld_acc) noexcept {
+  pv_of<f16_t>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
+}
+void pv_q4_0(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
+             float *acc, size_t ld_acc) noexcept {
+  pv_of<block_q4_0>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
+}

@@ -1,0 +1,15 @@
+// The one symbol that each instruction set's file exports. Which of these exist in a build is
+// CMake's table of ISAs to say; dispatch.cpp names only those.
+#pragma once
+
+#include "kernels.h"
+
+namespace mixedkv {
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dotprod;
+
+} // namespace mixedkv

@@ -1,0 +1,67 @@
+// The one interface between what depends on the instruction set and what does not: a table of
+// function pointers. Every kernel is noexcept, allocates nothing, needs no alignment beyond that
+// of the element type, reads and writes only what its contract names, and adds up in f32.
+#pragma once
+
+#include "../types.h"
+
+namespace mixedkv {
+
+struct Kernels {
+  /// The name that users see and may force: "scalar", "avx2", "avx512", "neon", ...
+  const char *name;
+
+  // --- rows: n values each; where Q4_0 takes part, n is a multiple of QK4_0 ------------------
+
+  /// Round to nearest even; overflow gives infinity, NaN stays NaN.
+  void (*f32_to_f16)(const float *x, f16_t *y, std::size_t n) noexcept;
+  void (*f16_to_f32)(const f16_t *x, float *y, std::size_t n) noexcept;
+
+  /// ggml's quantize_row_q4_0_ref, byte for byte: d = max / -8 with max the first value of
+  /// largest magnitude, sign kept; q = min(15, trunc(x * id + 8.5)) with id = 1 / d, x * id
+  /// rounded to f32 before the sum. Where 1 / d is not finite the block holds d rounded to f16
+  /// (a zero) and every q is 8. A block with a NaN or infinity in it gets d = NaN and every
+  /// q = 0, so that each of its values reads back as NaN.
+  void (*quantize_row_q4_0_f32)(const float *x, block_q4_0 *y, std::size_t n) noexcept;
+  void (*quantize_row_q4_0_f16)(const f16_t *x, block_q4_0 *y, std::size_t n) noexcept;
+  void (*dequantize_row_q4_0_f32)(const block_q4_0 *x, float *y, std::size_t n) noexcept;
+  /// (q - 8) * d in f32, rounded to f16.
+  void (*dequantize_row_q4_0_f16)(const block_q4_0 *x, f16_t *y, std::size_t n) noexcept;
+
+  /// Whether none of n values is NaN or infinite.
+  bool (*all_finite_f32)(const float *x, std::size_t n) noexcept;
+  bool (*all_finite_f16)(const f16_t *x, std::size_t n) noexcept;
+
+  // --- attention: a group of query rows against a run of keys --------------------------------
+
+  /// scores[r * ld_scores + j] = q_r . k_j for r < num_rows, j < num_keys; q_r = q + r * ld_q.
+  /// One function a key type, indexed by KvType. head_dim >= 1 (q4_0: a multiple of QK4_0).
+  /// A key row is unpacked once for the whole group of query rows where registers allow.
+  using QkFn = void(const float *q, std::size_t ld_q, int num_rows, const Rows *k, int num_keys,
+                    int head_dim, float *scores, std::size_t ld_scores) noexcept;
+  QkFn *qk[kNumKvTypes];
+
+  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i].
+  using PvFn = void(const float *p, std::size_t ld_p, int num_rows, const Rows *v, int num_keys,
+                    int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
+  PvFn *pv[kNumKvTypes];
+
+  // --- one row of scores -----------------------------------------------------------------------
+
+  /// Largest of n >= 1 values; -inf where all are. If any is NaN the result may be anything that
+  /// is not above the largest number, or NaN: the NaN itself shows up in exp_sum.
+  float (*row_max)(const float *x, std::size_t n) noexcept;
+  /// x_j = exp(x_j - m) in place, and returns their sum. m finite; x_j <= m or NaN; exp(-inf)
+  /// is exactly 0. Relative error below 3e-7 for results that are normal numbers; results below
+  /// the smallest normal may be flushed to 0.
+  float (*exp_sum)(float *x, std::size_t n, float m) noexcept;
+  /// x_j = cap * tanh(x_j / cap) in place, cap > 0; -inf gives -cap (masks come after). Relative
+  /// error below 1e-6.
+  void (*soft_cap)(float *x, std::size_t n, float cap) noexcept;
+  /// x_j *= f in place.
+  void (*scale)(float *x, std::size_t n, float f) noexcept;
+  /// y_j += f * x_j.
+  void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
+};
+
+} // namespace mixedkv

@@ -1,0 +1,154 @@
+// Vector vocabulary of AVX2 with FMA and F16C: 8 lanes, 16 registers. Meanings of the words:
+// simd_common.h.
+
+constexpr int kLanes = 8;
+using f32v = __m256;
+
+MIXEDKV_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+MIXEDKV_INLINE f32v zero() { return _mm256_setzero_ps(); }
+MIXEDKV_INLINE f32v set1(float x) { return _mm256_set1_ps(x); }
+MIXEDKV_INLINE f32v load(const float *p) { return _mm256_loadu_ps(p); }
+MIXEDKV_INLINE f32v load(const f16_t *p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+MIXEDKV_INLINE f32v load_n(const float *p, int n, float fill = 0.0f) {
+  const __m256i mask = first_lanes(n);
+  return _mm256_blendv_ps(set1(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
+  f16_t buffer[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0};
+  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(f16_t));
+  return load(buffer);
+}
+MIXEDKV_INLINE void store(float *p, f32v x) { _mm256_storeu_ps(p, x); }
+MIXEDKV_INLINE void store_n(float *p, f32v x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+MIXEDKV_INLINE void store(f16_t *p, f32v x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+MIXEDKV_INLINE void store_n(f16_t *p, f32v x, int n) {
+  f16_t buffer[kLanes];
+  store(buffer, x);
+  memcpy(p, buffer, static_cast<size_t>(n) * sizeof(f16_t));
+}
+
+MIXEDKV_INLINE f32v add(f32v a, f32v b) { return _mm256_add_ps(a, b); }
+MIXEDKV_INLINE f32v sub(f32v a, f32v b) { return _mm256_sub_ps(a, b); }
+MIXEDKV_INLINE f32v mul(f32v a, f32v b) { return _mm256_mul_ps(a, b); }
+MIXEDKV_INLINE f32v div(f32v a, f32v b) { return _mm256_div_ps(a, b); }
+MIXEDKV_INLINE f32v fma(f32v a, f32v b, f32v c) { return _mm256_fmadd_ps(a, b, c); }
+MIXEDKV_INLINE f32v rint(f32v x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/// x in [0.5, 2], n an integer in [-126, 127]: added to the exponent.
+MIXEDKV_INLINE f32v scale_by_power(f32v x, f32v n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+}
+MIXEDKV_INLINE f32v max_or_second(f32v a, f32v b) { return _mm256_max_ps(a, b); }
+MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return _mm256_min_ps(a, b); }
+MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
+}
+MIXEDKV_INLINE f32v abs_of(f32v x) { return _mm256_andnot_ps(set1(-0.0f), x); }
+MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
+  return _mm256_or_ps(abs_of(a), _mm256_and_ps(set1(-0.0f), s));
+}
+
+/// Lane k of the result is the sum of the lanes of the k-th vector. unpack and shuffle instead of
+/// vhaddps, which is three operations everywhere.
+MIXEDKV_INLINE __m128 sums4(f32v a, f32v b, f32v c, f32v d) {
+  const f32v ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const f32v cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const f32v abcd = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+MIXEDKV_INLINE void sum4(float *out, f32v a, f32v b, f32v c, f32v d) {
+  _mm_storeu_ps(out, sums4(a, b, c, d));
+}
+MIXEDKV_INLINE float sum_lanes(f32v x) { return _mm_cvtss_f32(sums4(x, x, x, x)); }
+MIXEDKV_INLINE float max_lanes(f32v x) {
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+MIXEDKV_INLINE bool any_not_finite(f32v x) {
+  const __m256i exponent = _mm256_set1_epi32(0x7f800000);
+  const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x), exponent);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi32(bits, exponent)) != 0;
+}
+MIXEDKV_INLINE bool any_not_finite_16(const f16_t *p) {
+  const __m256i exponent = _mm256_set1_epi16(0x7c00);
+  const __m256i bits =
+      _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), exponent);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi16(bits, exponent)) != 0;
+}
+
+// --- Q4_0: nibble to float, then one FMA: n * d - 8 * d is (n - 8) * d exactly, since d has 11
+// bits. -------------------------------------------------------------------------------------------
+
+constexpr int kPairs = 2;
+struct Q4 {
+  const uint8_t *qs;
+  __m256 d;
+  __m256 minus_8d;
+};
+MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
+  const __m256 d = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)));
+  return {block->qs, d, _mm256_mul_ps(d, _mm256_set1_ps(-8.0f))};
+}
+template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i *>(q4.qs + H * kLanes)));
+  const __m256i low_nibbles = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  const __m256i high_nibbles = _mm256_srli_epi32(bytes, 4);
+  low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low_nibbles), q4.d, q4.minus_8d);
+  high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high_nibbles), q4.d, q4.minus_8d);
+}
+
+/// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
+/// bit) and as unsigned ones (below 2^31 where none has a set one).
+MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,
+                                  uint32_t &largest_unsigned) {
+  const __m256i a = _mm256_castps_si256(x[0]), b = _mm256_castps_si256(x[1]);
+  const __m256i c = _mm256_castps_si256(x[2]), d = _mm256_castps_si256(x[3]);
+  const __m256i s = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
+  const __m256i u = _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
+  __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  __m128i u4 = _mm_max_epu32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  s4 = _mm_max_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+  u4 = _mm_max_epu32(u4, _mm_shuffle_epi32(u4, 0x4e));
+  s4 = _mm_max_epi32(s4, _mm_shuffle_epi32(s4, 0xb1));
+  u4 = _mm_max_epu32(u4, _mm_shuffle_epi32(u4, 0xb1));
+  largest_signed = _mm_cvtsi128_si32(s4);
+  largest_unsigned = static_cast<uint32_t>(_mm_cvtsi128_si32(u4));
+}
+
+/// 32 values y >= 0 become min(15, trunc(y)), packed.
+MIXEDKV_INLINE void store_q4(uint8_t *qs, const f32v *y) {
+  const __m256i fifteen = _mm256_set1_epi32(15);
+  __m256i q[4];
+  for (int i = 0; i < 4; ++i)
+    q[i] = _mm256_min_epi32(_mm256_cvttps_epi32(y[i]), fifteen);
+  const __m256i first = _mm256_or_si256(q[0], _mm256_slli_epi32(q[2], 4));
+  const __m256i second = _mm256_or_si256(q[1], _mm256_slli_epi32(q[3], 4));
+  // packs works within 128-bit halves: the middle quarters change places.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
+  const __m128i bytes =
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(qs), bytes);
+}
+
+MIXEDKV_INLINE f16_t to_half(float x) {
+  return static_cast<f16_t>(
+      _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
+}
+
+// --- tiles: 16 registers hold at most 12 sums --------------------------------------------------
+
+constexpr int kRows = 4;
+constexpr int key_tile(int rows) { return rows == 1 ? 8 : rows == 4 ? 2 : 4; }
+constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }

@@ -1,0 +1,35 @@
+// What every vector vocabulary and every loop needs: C headers only, and a way to insist on
+// inlining. Each ISA's file includes, inside namespace mixedkv and an anonymous namespace of its
+// own, first its simd_<isa>.h and then the *.inl files that are written in that vocabulary:
+//
+//   kLanes                  floats in a vector, f32v; kLanes <= 16 and a power of two
+//   load, load_n            kLanes (or the first n < kLanes, the rest a given value) f32 or f16
+//   store, store_n          the same way back, f16 rounded to nearest even
+//   zero set1 add sub mul div fma(a, b, c) = a * b + c, rint, scale_by_power(x, n) = x * 2^n
+//   max_or_second(a, b)     the larger; b where either is NaN. min_or_second likewise
+//   select_below(x, y, a, b)  x < y ? a : b, lane by lane; b where x or y is NaN
+//   copy_sign(a, s)         |a| with the sign of s;  abs_of(x)
+//   sum_lanes, max_lanes    one float from a vector
+//   sum4(out, a, b, c, d)   out[0..3] = the sums of the lanes of each, added up in the same order
+//                           for every position
+//   any_not_finite(x), any_not_finite_16(p)   of a vector of f32, of 16 f16 in memory
+//   Q4, q4_open, q4_pair    a Q4_0 block as values: pair H of kPairs holds elements H * kLanes on
+//                           and 16 + H * kLanes on. Exact where d is finite; where it is not, some
+//                           values may be NaN instead of infinite
+//   find_extremes, store_q4, to_half   the parts of quantisation that have no common form
+//   kRows, key_tile(R)      the micro-tile of qk that the registers can hold: most rows; keys
+//   value_tile(R)           vectors of V beside R rows in pv
+#pragma once
+
+#include "isa_tables.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define MIXEDKV_INLINE __forceinline
+#else
+// nothrow: or else the callers, being noexcept, bring in the (weak) personality of C++ exceptions.
+#define MIXEDKV_INLINE inline __attribute__((always_inline, nothrow))
+#endif

@@ -1,0 +1,261 @@
+// A job is opened and closed by its caller. Workers that are awake join an open job and draw units
+// from a shared counter; the caller draws too, closes the job when no unit is left, and waits only
+// for workers that joined. A worker that wakes up late finds the job closed and touches nothing,
+// so a sleeping worker never delays its caller.
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace mixedkv {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+/// How long an idle worker polls before it sleeps: decode steps follow one another within
+/// microseconds, and waking a sleeper costs more than the polling.
+constexpr int kSpins = 4000;
+
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+public:
+  void run(std::int64_t num_units, int helpers, void (*fn)(void *, std::int64_t, int), void *context) {
+    ensure_workers(helpers);
+    fn_ = fn;
+    context_ = context;
+    num_units_ = num_units;
+    next_.store(0, std::memory_order_relaxed);
+    tickets_.store(helpers, std::memory_order_relaxed);
+    epoch_.fetch_add(1); // odd: open
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    draw(0);
+    epoch_.fetch_add(1); // even: closed
+    for (int spins = 0; in_flight_.load() != 0; ++spins) {
+      if (spins < kSpins) {
+        pause_cpu();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+private:
+  void draw(int worker) {
+    for (;;) {
+      const std::int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= num_units_) {
+        return;
+      }
+      fn_(context_, unit, worker);
+    }
+  }
+
+  void ensure_workers(int wanted) {
+    while (num_workers_ < wanted) {
+      try {
+        std::thread([this] { work(); }).detach();
+      } catch (const std::system_error &) {
+        return; // no more threads to be had: fewer do the work
+      }
+      ++num_workers_;
+    }
+  }
+
+  void work() {
+    std::uint64_t seen = 0;
+    for (;;) {
+      std::uint64_t epoch = epoch_.load();
+      for (int spins = 0; (epoch == seen || epoch % 2 == 0) && spins < kSpins; ++spins) {
+        pause_cpu();
+        epoch = epoch_.load();
+      }
+      if (epoch == seen || epoch % 2 == 0) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] {
+          epoch = epoch_.load();
+          return epoch != seen && epoch % 2 == 1;
+        });
+        sleepers_.fetch_sub(1);
+      }
+      seen = epoch;
+      // Join first, then look whether the job is still the open one: a closing caller sees either
+      // the join, and waits, or leaves before this worker reads anything of the job.
+      in_flight_.fetch_add(1);
+      if (epoch_.load() == epoch) {
+        const int ticket = tickets_.fetch_sub(1);
+        if (ticket > 0) {
+          draw(ticket);
+        }
+      }
+      in_flight_.fetch_sub(1);
+    }
+  }
+
+  void (*fn_)(void *, std::int64_t, int) = nullptr;
+  void *context_ = nullptr;
+  std::int64_t num_units_ = 0;
+  int num_workers_ = 0;
+  alignas(64) std::atomic<std::uint64_t> epoch_{0};
+  alignas(64) std::atomic<std::int64_t> next_{0};
+  alignas(64) std::atomic<int> in_flight_{0};
+  std::atomic<int> tickets_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// The pool is never destroyed: its workers are detached and may outlive static destructors. A
+// forked child has none of the workers, so it drops the pool and starts anew when asked.
+std::atomic<Pool *> pool{nullptr};
+
+Pool &get_pool() {
+  static std::mutex creation;
+  Pool *p = pool.load();
+  if (p == nullptr) {
+    std::lock_guard<std::mutex> lock(creation);
+    p = pool.load();
+    if (p == nullptr) {
+#if defined(__unix__) || defined(__APPLE__)
+      static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+      (void)registered;
+#endif
+      p = new Pool;
+      pool.store(p);
+    }
+  }
+  return *p;
+}
+
+/// CPUs that the cgroup's quota amounts to, rounded up; 0 where there is none.
+int cgroup_cpus() {
+#if defined(__linux__)
+  auto read_two = [](const char *path, double &a, double &b) {
+    char first[32] = {0};
+    std::FILE *file = std::fopen(path, "r");
+    if (file == nullptr) {
+      return false;
+    }
+    const int n = std::fscanf(file, "%31s %lf", first, &b);
+    std::fclose(file);
+    a = std::atof(first); // "max" reads as 0
+    return n >= 1;
+  };
+  double quota = 0;
+  double period = 0;
+  if (read_two("/sys/fs/cgroup/cpu.max", quota, period)) {
+    return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
+  }
+  double unused = 0;
+  if (read_two("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", quota, unused) &&
+      read_two("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period, unused) && quota > 0 && period > 0) {
+    return static_cast<int>((quota + period - 1) / period);
+  }
+#endif
+  return 0;
+}
+
+int usable_cpus() {
+  int cpus = 0;
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) {
+    cpus = CPU_COUNT(&set);
+  }
+#endif
+  if (cpus <= 0) {
+    cpus = static_cast<int>(std::thread::hardware_concurrency());
+  }
+  const int quota = cgroup_cpus();
+  if (quota > 0) {
+    cpus = std::min(cpus, quota);
+  }
+  return std::clamp(cpus, 1, kMaxThreads);
+}
+
+int default_num_threads() {
+  const char *text = std::getenv("MIXEDKV_NUM_THREADS");
+  if (text == nullptr || *text == '\0') {
+    return usable_cpus();
+  }
+  char *end = nullptr;
+  errno = 0;
+  const long n = std::strtol(text, &end, 10);
+  if (errno != 0 || *end != '\0' || n < 1 || n > kMaxThreads) {
+    throw std::invalid_argument("MIXEDKV_NUM_THREADS must be a number from 1 to " +
+                                std::to_string(kMaxThreads) + ", got '" + text + "'");
+  }
+  return static_cast<int>(n);
+}
+
+std::atomic<int> num_threads_setting{0};
+
+} // namespace
+
+int get_num_threads() {
+  int n = num_threads_setting.load(std::memory_order_relaxed);
+  if (n == 0) {
+    n = default_num_threads();
+    num_threads_setting.store(n, std::memory_order_relaxed);
+  }
+  return n;
+}
+
+void set_num_threads(int n) {
+  if (n < 1 || n > kMaxThreads) {
+    throw std::invalid_argument("num_threads must be from 1 to " + std::to_string(kMaxThreads) +
+                                ", got " + std::to_string(n));
+  }
+  num_threads_setting.store(n, std::memory_order_relaxed);
+}
+
+void parallel_for(std::int64_t num_units, int num_threads,
+                  void (*fn)(void *, std::int64_t, int), void *context) {
+  const int helpers =
+      static_cast<int>(std::min<std::int64_t>(std::min(num_threads, kMaxThreads), num_units)) - 1;
+  if (helpers > 0) {
+    Pool &p = get_pool();
+    if (!p.busy.test_and_set(std::memory_order_acquire)) {
+      p.run(num_units, helpers, fn, context);
+      p.busy.clear(std::memory_order_release);
+      return;
+    }
+  }
+  for (std::int64_t unit = 0; unit < num_units; ++unit) {
+    fn(context, unit, 0);
+  }
+}
+
+} // namespace mixedkv

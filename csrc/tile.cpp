@@ -1,0 +1,358 @@
+#include "tile.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace mixedkv {
+namespace {
+
+/// From this many rows on, a run of keys or values is unpacked once to f32 for all of them;
+/// below, the kernels unpack in registers.
+constexpr int kUnpackRows = 9;
+
+std::int64_t key_position(const KeySegment &segment, std::int64_t j) {
+  return segment.pos != nullptr ? segment.pos[j] : segment.pos_start + j;
+}
+
+Rows rows_from(const void *base, std::ptrdiff_t head_stride, std::ptrdiff_t row_stride,
+               const std::int32_t *index, int kv_head, std::int64_t begin, int n) {
+  const char *data = static_cast<const char *>(base) + kv_head * head_stride;
+  if (index == nullptr) {
+    return {data + begin * row_stride, row_stride, nullptr};
+  }
+  index += begin;
+  // Cells are listed in ascending order, so equal ends mean an unbroken run.
+  if (index[n - 1] - index[0] == n - 1) {
+    return {data + index[0] * row_stride, row_stride, nullptr};
+  }
+  return {data, row_stride, index};
+}
+
+const void *row_at(const Rows &rows, int j) {
+  return static_cast<const char *>(rows.base) +
+         rows.stride * (rows.index != nullptr ? rows.index[j] : j);
+}
+
+void unpack_row(const Kernels &kernels, KvType type, const void *x, float *y, std::size_t n) {
+  switch (type) {
+  case KvType::f32:
+    std::memcpy(y, x, n * sizeof(float));
+    break;
+  case KvType::f16:
+    kernels.f16_to_f32(static_cast<const f16_t *>(x), y, n);
+    break;
+  case KvType::q4_0:
+    kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(x), y, n);
+    break;
+  }
+}
+
+} // namespace
+
+std::size_t Tile::scratch_floats(const AttentionParams &params) {
+  const std::size_t d = params.head_dim;
+  const std::size_t dv = params.head_dim_v;
+  // Each part is rounded up to a cache line.
+  const std::size_t floats =
+      kTileRows * (d + dv) + kTileRows * kChunkKeys + kChunkKeys + kChunkKeys * (d + dv);
+  return (floats + 6 * 16) / 16 * 16;
+}
+
+Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params,
+           const AttentionProblem &problem, int kv_head, std::int64_t row_begin, int num_rows)
+    : kernels_(kernels), params_(params), problem_(problem), kv_head_(kv_head),
+      group_(params.num_qo_heads / params.num_kv_heads), row_begin_(row_begin), num_rows_(num_rows),
+      chunk_keys_(num_rows < kUnpackRows ? kChunkKeys : kChunkKeysFullTile),
+      positional_(params.causal || params.window_left >= 0), head_dim_(params.head_dim),
+      head_dim_v_(params.head_dim_v) {
+  auto take = [&scratch](std::size_t n) {
+    float *part = scratch;
+    scratch += (n + 15) / 16 * 16;
+    return part;
+  };
+  q_ = take(num_rows * head_dim_);
+  acc_ = take(num_rows * head_dim_v_);
+  scores_ = take(static_cast<std::size_t>(num_rows) * chunk_keys_);
+  bias_ = take(chunk_keys_);
+  keys_ = take(chunk_keys_ * head_dim_);
+  values_ = take(chunk_keys_ * head_dim_v_);
+
+  const QueryView &q = problem.q;
+  pos_min_ = std::numeric_limits<std::int64_t>::max();
+  pos_max_ = std::numeric_limits<std::int64_t>::min();
+  for (int r = 0; r < num_rows; ++r) {
+    const std::int64_t i = query(r);
+    const char *row = static_cast<const char *>(q.data) + head(r) * q.head_stride +
+                      q.row_stride * (q.index != nullptr ? q.index[i] : i);
+    float *scaled = q_ + r * head_dim_;
+    unpack_row(kernels_, q.type, row, scaled, head_dim_);
+    kernels_.scale(scaled, head_dim_, params.sm_scale);
+    pos_[r] = q.pos != nullptr ? q.pos[i] : q.pos_start + i;
+    pos_min_ = std::min(pos_min_, pos_[r]);
+    pos_max_ = std::max(pos_max_, pos_[r]);
+    states_[r] = {kMinusInfinity, 0.0f};
+  }
+}
+
+void Tile::load_state(const StateView &state) {
+  for (int r = 0; r < num_rows_; ++r) {
+    const std::int64_t row = head(r) * problem_.q.len + query(r);
+    const float m = state.ms[2 * row];
+    if (m != kMinusInfinity) {
+      states_[r] = {m, state.ms[2 * row + 1]};
+      std::memcpy(acc(r), state.acc + row * head_dim_v_, head_dim_v_ * sizeof(float));
+    }
+  }
+}
+
+void Tile::store_state(const StateView &state) const {
+  for (int r = 0; r < num_rows_; ++r) {
+    if (states_[r].m != kMinusInfinity) {
+      const std::int64_t row = head(r) * problem_.q.len + query(r);
+      state.ms[2 * row] = states_[r].m;
+      state.ms[2 * row + 1] = states_[r].s;
+      std::memcpy(state.acc + row * head_dim_v_, acc(r), head_dim_v_ * sizeof(float));
+    }
+  }
+}
+
+void Tile::store_partial(float *partial) const {
+  float *accs = partial + 2 * num_rows_;
+  for (int r = 0; r < num_rows_; ++r) {
+    partial[2 * r] = states_[r].m;
+    partial[2 * r + 1] = states_[r].s;
+    if (states_[r].m != kMinusInfinity) {
+      std::memcpy(accs + r * head_dim_v_, acc(r), head_dim_v_ * sizeof(float));
+    }
+  }
+}
+
+void Tile::merge_partial(const float *partial) {
+  const float *accs = partial + 2 * num_rows_;
+  for (int r = 0; r < num_rows_; ++r) {
+    merge_row(kernels_, states_[r], acc(r), {partial[2 * r], partial[2 * r + 1]},
+              accs + r * head_dim_v_, head_dim_v_);
+  }
+}
+
+void Tile::finalize(const float *sinks, const OutputView &out) const {
+  for (int r = 0; r < num_rows_; ++r) {
+    const int h = head(r);
+    const std::int64_t i = query(r);
+    const std::int64_t row = out.index != nullptr ? out.index[i] : i;
+    const float lse =
+        finalize_row(states_[r], acc(r), head_dim_v_, sinks != nullptr ? sinks + h : nullptr,
+                     out.data + h * out.head_stride + row * out.row_stride);
+    if (out.lse != nullptr) {
+      out.lse[h * out.lse_head_stride + row * out.lse_row_stride] = lse;
+    }
+  }
+}
+
+void Tile::attend(const KeySegment &segment, std::int64_t begin, std::int64_t end,
+                  std::int64_t mask_begin) {
+  if (positional_ && segment.pos == nullptr) {
+    // Positions ascend by one: keys that no row of the tile sees are cut off, not hidden.
+    end = std::min(end, pos_max_ - segment.pos_start + 1);
+    if (params_.window_left >= 0) {
+      begin = std::max(begin, pos_min_ - params_.window_left - segment.pos_start);
+    }
+  }
+  for (; begin < end; begin += chunk_keys_) {
+    attend_chunk(segment, begin, static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
+                 mask_begin);
+  }
+}
+
+Tile::Visible Tile::visible_by_position(const KeySegment &segment, std::int64_t begin,
+                                        int n) const {
+  if (!positional_) {
+    return Visible::all;
+  }
+  std::int64_t first = segment.pos_start + begin;
+  std::int64_t last = first + n - 1;
+  if (segment.pos != nullptr) {
+    const std::int32_t *pos = segment.pos + begin;
+    std::int32_t low = pos[0];
+    std::int32_t high = pos[0];
+    for (int j = 1; j < n; ++j) {
+      low = std::min(low, pos[j]);
+      high = std::max(high, pos[j]);
+    }
+    first = low;
+    last = high;
+  }
+  const std::int64_t window = params_.window_left;
+  if (first > pos_max_ || (window >= 0 && last < pos_min_ - window)) {
+    return Visible::none;
+  }
+  if (last <= pos_min_ && (window < 0 || first >= pos_max_ - window)) {
+    return Visible::all;
+  }
+  return Visible::some;
+}
+
+void Tile::hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
+                            float *x) const {
+  const std::int64_t last = pos_[row];
+  const std::int64_t first = params_.window_left >= 0 ? last - params_.window_left
+                                                      : std::numeric_limits<std::int64_t>::min();
+  for (int j = 0; j < n; ++j) {
+    const std::int64_t pos = key_position(segment, begin + j);
+    x[j] = pos > last || pos < first ? kMinusInfinity : x[j];
+  }
+}
+
+/// Adds row's mask entries of n keys from mask_key on; true where it hides some.
+bool Tile::apply_mask(int row, std::int64_t mask_key, int n, float *x) {
+  const MaskView &mask = problem_.mask;
+  const char *entries = static_cast<const char *>(mask.data) + head(row) * mask.head_stride +
+                        query(row) * mask.query_stride + mask_key * mask.key_stride;
+  bool hides = false;
+  if (mask.type == MaskType::boolean) {
+    for (int j = 0; j < n; ++j) {
+      const bool hidden = entries[j * mask.key_stride] == 0;
+      hides |= hidden;
+      x[j] = hidden ? kMinusInfinity : x[j];
+    }
+    return hides;
+  }
+  if (mask.type == MaskType::f16) {
+    if (mask.key_stride == static_cast<std::ptrdiff_t>(sizeof(f16_t))) {
+      kernels_.f16_to_f32(reinterpret_cast<const f16_t *>(entries), bias_, n);
+    } else {
+      for (int j = 0; j < n; ++j) {
+        f16_t entry;
+        std::memcpy(&entry, entries + j * mask.key_stride, sizeof entry);
+        kernels_.f16_to_f32(&entry, bias_ + j, 1);
+      }
+    }
+  } else {
+    for (int j = 0; j < n; ++j) {
+      std::memcpy(bias_ + j, entries + j * mask.key_stride, sizeof(float));
+    }
+  }
+  const float slope = params_.alibi_slopes != nullptr ? params_.alibi_slopes[head(row)] : 1.0f;
+  for (int j = 0; j < n; ++j) {
+    const bool hidden = bias_[j] == kMinusInfinity;
+    hides |= hidden;
+    // Chosen, not added: a NaN in a hidden key must not come through.
+    x[j] = hidden ? kMinusInfinity : x[j] + slope * bias_[j];
+  }
+  return hides;
+}
+
+void Tile::apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int row,
+                       float *x) const {
+  const float slope = params_.alibi_slopes[head(row)];
+  for (int j = 0; j < n; ++j) {
+    x[j] += slope * static_cast<float>(key_position(segment, begin + j) - pos_[row]);
+  }
+}
+
+/// Turns n logits into weights relative to the row's new maximum, and takes them into the state.
+void Tile::softmax_row(int row, float *x, int n) {
+  RowState &state = states_[row];
+  const float chunk_max = kernels_.row_max(x, n);
+  const float m = state.m > chunk_max ? state.m : chunk_max;
+  if (!(m > kMinusInfinity && m < std::numeric_limits<float>::infinity())) {
+    // Nothing visible so far, or something that is not a number: rare, and told apart here.
+    const bool nothing = state.m == kMinusInfinity &&
+                         std::all_of(x, x + n, [](float v) { return v == kMinusInfinity; });
+    if (!nothing) {
+      constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+      state = {nan, nan};
+      std::fill_n(acc(row), head_dim_v_, nan);
+    }
+    std::fill_n(x, n, 0.0f);
+    return;
+  }
+  if (state.m == kMinusInfinity) {
+    std::fill_n(acc(row), head_dim_v_, 0.0f); // the one place where an accumulator is reset
+    state.s = 0.0f;
+  } else if (state.m != m) {
+    const float weight = std::exp(state.m - m);
+    kernels_.scale(acc(row), head_dim_v_, weight);
+    state.s *= weight;
+  }
+  state.m = m;
+  state.s += kernels_.exp_sum(x, n, m);
+}
+
+const float *Tile::unpacked(const Rows &rows, KvType type, int n, std::size_t width,
+                            float *buffer) const {
+  for (int j = 0; j < n; ++j) {
+    unpack_row(kernels_, type, row_at(rows, j), buffer + j * width, width);
+  }
+  return buffer;
+}
+
+void Tile::weigh_values(const Rows &v, KvType type, int n, bool some_hidden) {
+  const std::size_t width = head_dim_v_;
+  if (!some_hidden && (num_rows_ < kUnpackRows || type == KvType::f32)) {
+    kernels_.pv[static_cast<int>(type)](scores_, chunk_keys_, num_rows_, &v, n,
+                                        static_cast<int>(width), acc_, width);
+    return;
+  }
+  const float *values = unpacked(v, type, n, width, values_);
+  if (some_hidden && !kernels_.all_finite_f32(values, n * width)) {
+    // A weight of 0 times infinity or NaN would leak into rows that don't see the value: such
+    // values are taken out of the run and given to the rows that do see them.
+    for (int j = 0; j < n; ++j) {
+      float *value = values_ + j * width;
+      if (kernels_.all_finite_f32(value, width)) {
+        continue;
+      }
+      for (int r = 0; r < num_rows_; ++r) {
+        const float weight = scores_[r * chunk_keys_ + j];
+        if (weight != 0.0f) {
+          kernels_.axpy(weight, value, acc(r), width);
+        }
+      }
+      std::fill_n(value, width, 0.0f);
+    }
+  }
+  const Rows rows{values, static_cast<std::ptrdiff_t>(width * sizeof(float)), nullptr};
+  kernels_.pv[static_cast<int>(KvType::f32)](scores_, chunk_keys_, num_rows_, &rows, n,
+                                             static_cast<int>(width), acc_, width);
+}
+
+void Tile::attend_chunk(const KeySegment &segment, std::int64_t begin, int n,
+                        std::int64_t mask_begin) {
+  const Visible visible = visible_by_position(segment, begin, n);
+  if (visible == Visible::none) {
+    return;
+  }
+  Rows k = rows_from(segment.k, segment.k_head_stride, segment.k_row_stride, segment.index,
+                     kv_head_, begin, n);
+  KvType k_type = segment.k_type;
+  if (num_rows_ >= kUnpackRows && k_type != KvType::f32) {
+    k = {unpacked(k, k_type, n, head_dim_, keys_),
+         static_cast<std::ptrdiff_t>(head_dim_ * sizeof(float)), nullptr};
+    k_type = KvType::f32;
+  }
+  kernels_.qk[static_cast<int>(k_type)](q_, head_dim_, num_rows_, &k, n,
+                                        static_cast<int>(head_dim_), scores_, chunk_keys_);
+  bool some_hidden = visible == Visible::some;
+  const bool masked = problem_.mask.type != MaskType::none;
+  for (int r = 0; r < num_rows_; ++r) {
+    float *x = scores_ + static_cast<std::size_t>(r) * chunk_keys_;
+    if (params_.logits_soft_cap > 0.0f) {
+      kernels_.soft_cap(x, n, params_.logits_soft_cap);
+    }
+    if (masked) {
+      some_hidden |= apply_mask(r, mask_begin + begin, n, x);
+    } else if (params_.alibi_slopes != nullptr) {
+      apply_alibi(segment, begin, n, r, x);
+    }
+    if (visible == Visible::some) {
+      hide_by_position(segment, begin, n, r, x);
+    }
+    softmax_row(r, x, n);
+  }
+  const Rows v = rows_from(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
+                           kv_head_, begin, n);
+  weigh_values(v, segment.v_type, n, some_hidden);
+}
+
+} // namespace mixedkv

@@ -1,0 +1,113 @@
+// A tile: up to kTileRows query rows of one kv head, that is (query, head of the group) pairs in
+// that order, and their states. It walks over runs of keys; every load and unpacking of a key or
+// value serves all rows of the tile.
+#pragma once
+
+#include "attention.h"
+#include "kernels/kernels.h"
+#include "state.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace mixedkv {
+
+constexpr int kTileRows = 32;
+/// Keys whose scores are held at a time: with the scores of a decode step's rows, and with an
+/// unpacked run of keys for a full tile, they stay in the first and second cache.
+constexpr int kChunkKeys = 256;
+constexpr int kChunkKeysFullTile = 128;
+
+/// A buffer that grows and never shrinks, so that a steady state allocates nothing.
+template <typename T> class Buffer {
+public:
+  Buffer() = default;
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  ~Buffer() { ::operator delete[](data_, std::align_val_t(64)); }
+  /// At least size elements, contents undefined.
+  T *get(std::size_t size) {
+    if (size > capacity_) {
+      const std::size_t wanted = size + size / 2;
+      void *fresh = ::operator new[](wanted * sizeof(T), std::align_val_t(64));
+      ::operator delete[](data_, std::align_val_t(64));
+      data_ = static_cast<T *>(fresh);
+      capacity_ = wanted;
+    }
+    return data_;
+  }
+
+private:
+  T *data_ = nullptr;
+  std::size_t capacity_ = 0;
+};
+
+class Tile {
+public:
+  /// Rows [row_begin, row_begin + num_rows) of kv head kv_head, row = query * group + head of the
+  /// group. Loads the queries, scaled by sm_scale; states start empty. scratch: scratch_floats.
+  Tile(const Kernels &kernels, float *scratch, const AttentionParams &params,
+       const AttentionProblem &problem, int kv_head, std::int64_t row_begin, int num_rows);
+
+  /// Floats of scratch that a tile of these widths takes at most.
+  static std::size_t scratch_floats(const AttentionParams &params);
+
+  void load_state(const StateView &state);
+  /// Writes back the rows that have seen a key; the others stay as they were, bytes and all.
+  void store_state(const StateView &state) const;
+  /// Continues the states over keys [begin, end) of a segment whose first key has index
+  /// mask_begin in the mask.
+  void attend(const KeySegment &segment, std::int64_t begin, std::int64_t end,
+              std::int64_t mask_begin);
+  /// A partial state in transit: (M, S) pairs, then accumulators.
+  void store_partial(float *partial) const;
+  void merge_partial(const float *partial);
+  static std::size_t partial_floats(int num_rows, int head_dim_v) {
+    return static_cast<std::size_t>(num_rows) * (2 + static_cast<std::size_t>(head_dim_v));
+  }
+  void finalize(const float *sinks, const OutputView &out) const;
+
+private:
+  enum class Visible { none, some, all };
+
+  std::int64_t query(int row) const { return (row_begin_ + row) / group_; }
+  int head(int row) const {
+    return kv_head_ * group_ + static_cast<int>((row_begin_ + row) % group_);
+  }
+  float *acc(int row) const { return acc_ + static_cast<std::size_t>(row) * head_dim_v_; }
+
+  void attend_chunk(const KeySegment &segment, std::int64_t begin, int n, std::int64_t mask_begin);
+  Visible visible_by_position(const KeySegment &segment, std::int64_t begin, int n) const;
+  void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
+  bool apply_mask(int row, std::int64_t mask_key, int n, float *x);
+  void apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
+  void softmax_row(int row, float *x, int n);
+  void weigh_values(const Rows &v, KvType type, int n, bool some_hidden);
+  const float *unpacked(const Rows &rows, KvType type, int n, std::size_t width, float *buffer) const;
+
+  const Kernels &kernels_;
+  const AttentionParams &params_;
+  const AttentionProblem &problem_;
+  int kv_head_;
+  int group_;
+  std::int64_t row_begin_;
+  int num_rows_;
+  int chunk_keys_;
+  bool positional_;
+  std::size_t head_dim_;
+  std::size_t head_dim_v_;
+  RowState states_[kTileRows];
+  std::int64_t pos_[kTileRows];
+  std::int64_t pos_min_;
+  std::int64_t pos_max_;
+  float *q_;       ///< [num_rows, head_dim], scaled
+  float *acc_;     ///< [num_rows, head_dim_v]
+  float *scores_;  ///< [num_rows, chunk_keys]
+  float *bias_;    ///< [chunk_keys]
+  float *keys_;    ///< [chunk_keys, head_dim]: a run of keys, unpacked
+  float *values_;  ///< [chunk_keys, head_dim_v]
+};
+
+} // namespace mixedkv

@@ -1,0 +1,33 @@
+"""mixedkv: attention over a mixed-precision KV cache, on CPUs.
+
+Recent tokens are *hot* in FP16, older ones move to *cold* Q4_0 (ggml's format, bit for bit), and
+one flash attention, which carries its state from segment to segment, reads both in one pass.
+"""
+
+from __future__ import annotations
+
+from . import isa
+from ._core import __version__, get_num_threads, set_num_threads
+from .attention import AttentionState, attention, merge, merge_state, merge_states
+from .cache import CacheFull, CacheStats, MixedKVCache, Slot, StateFileError, UnifiedKVCache
+from .quantize import dequantize_q4_0, quantize_q4_0
+
+__all__ = [
+    "AttentionState",
+    "CacheFull",
+    "CacheStats",
+    "MixedKVCache",
+    "Slot",
+    "StateFileError",
+    "UnifiedKVCache",
+    "__version__",
+    "attention",
+    "dequantize_q4_0",
+    "get_num_threads",
+    "isa",
+    "merge",
+    "merge_state",
+    "merge_states",
+    "quantize_q4_0",
+    "set_num_threads",
+]

@@ -1,0 +1,159 @@
+"""How numpy arrays and torch CPU tensors go in and come out; torch is never imported here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: A numpy array or a torch CPU tensor.
+Array: TypeAlias = Any
+
+_F32 = np.dtype(np.float32)
+_F16 = np.dtype(np.float16)
+_U8 = np.dtype(np.uint8)
+_BOOL = np.dtype(np.bool_)
+
+#: dtypes that each argument takes, by what it is.
+FLOATS = (_F32, _F16)
+FLOATS_OR_Q4_0 = (_F32, _F16, _U8)
+MASKS = (_F32, _F16, _BOOL)
+
+
+def is_tensor(x: object) -> bool:
+    """Whether x is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _dtype_names(dtypes: tuple[np.dtype[Any], ...]) -> str:
+    names = ["uint8 (Q4_0 rows)" if d == _U8 else d.name for d in dtypes]
+    return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
+
+
+def to_numpy(x: Array, name: str, dtypes: tuple[np.dtype[Any], ...]) -> NDArray[Any]:
+    """View x as a numpy array of one of dtypes whose last axis is contiguous.
+
+    Copies only where it must: a bfloat16 tensor becomes float32, and an array whose last axis
+    is strided, or that is not aligned, is laid out anew.
+    """
+    if is_tensor(x):
+        torch = sys.modules["torch"]
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be a CPU tensor, got one on {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, and mixedkv computes no gradients: "
+                "call it under torch.no_grad(), or detach it"
+            )
+        x = x.detach()
+        if x.dtype == torch.bfloat16 and _F32 in dtypes:
+            x = x.float()
+        if x.is_conj() or x.is_neg():
+            x = x.resolve_conj().resolve_neg()
+        try:
+            array: NDArray[Any] = x.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} must be {_dtype_names(dtypes)}, got a tensor of {x.dtype} ({error})"
+            ) from None
+    elif isinstance(x, np.ndarray):
+        array = x
+    else:
+        raise TypeError(
+            f"{name} must be a numpy array or a torch CPU tensor, got {type(x).__name__}"
+        )
+    if array.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_dtype_names(dtypes)}, got {array.dtype}")
+    if not array.flags.aligned or (
+        array.ndim > 0 and array.shape[-1] > 1 and array.strides[-1] != array.itemsize
+    ):
+        array = np.array(array, order="C")
+    return array
+
+
+class Result:
+    """Where a result goes: a float32 array to fill, and what the caller gets for it.
+
+    Parameters
+    ----------
+    like
+        The argument whose kind and dtype the result takes: torch in its dtype, numpy in float32.
+    shape
+        Shape of the result.
+    out
+        The caller's preallocated result, or None.
+    """
+
+    def __init__(
+        self, like: Array, shape: tuple[int, ...], out: Array | None, name: str = "out"
+    ) -> None:
+        self._finish: Any = None
+        tensor = is_tensor(like)
+        if out is None:
+            self.array = np.empty(shape, np.float32)
+            if tensor:
+                torch = sys.modules["torch"]
+                dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+                self._finish = lambda: torch.from_numpy(self.array).to(dtype)
+            else:
+                self._finish = lambda: self.array
+            return
+        if tuple(out.shape if hasattr(out, "shape") else ()) != shape:
+            got = getattr(out, "shape", type(out).__name__)
+            raise ValueError(f"{name} must have shape {shape}, got {_shape_text(got)}")
+        if is_tensor(out):
+            torch = sys.modules["torch"]
+            if out.device.type != "cpu" or (out.requires_grad and torch.is_grad_enabled()):
+                raise ValueError(f"{name} must be a CPU tensor that requires no grad")
+            if out.dtype == torch.float32 and (out.ndim == 0 or out.stride(-1) == 1):
+                self.array = out.detach().numpy()
+                self._finish = lambda: out
+                return
+            if not out.dtype.is_floating_point:
+                raise TypeError(f"{name} must be a floating point tensor, got {out.dtype}")
+            self.array = np.empty(shape, np.float32)
+            self._finish = lambda: out.copy_(torch.from_numpy(self.array))
+            return
+        if not isinstance(out, np.ndarray):
+            raise TypeError(
+                f"{name} must be a numpy array or a torch CPU tensor, got {type(out).__name__}"
+            )
+        if out.dtype != _F32:
+            raise TypeError(f"{name} must be float32, got {out.dtype}")
+        if not out.flags.writeable:
+            raise ValueError(f"{name} must be writable")
+        if out.flags.aligned and (
+            out.ndim == 0 or out.shape[-1] <= 1 or out.strides[-1] == out.itemsize
+        ):
+            self.array = out
+            self._finish = lambda: out
+            return
+        self.array = np.empty(shape, np.float32)
+
+        def copy_back() -> NDArray[np.float32]:
+            out[...] = self.array
+            return out
+
+        self._finish = copy_back
+
+    def get(self) -> Array:
+        """Return the result in the caller's kind, dtype and memory."""
+        return self._finish()
+
+
+def _shape_text(shape: object) -> str:
+    return str(tuple(shape)) if hasattr(shape, "__iter__") and not isinstance(shape, str) else str(shape)
+
+
+def check_threads(threads: int | None) -> int:
+    """Return threads as the core takes it: 0 for the default."""
+    if threads is None:
+        return 0
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+        raise TypeError(f"threads must be an int or None, got {type(threads).__name__}")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be from 1 to 1024, got {threads}")
+    return int(threads)

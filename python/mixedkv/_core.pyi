@@ -1,0 +1,122 @@
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class CacheFull(RuntimeError): ...
+
+def compiled_isas() -> list[tuple[str, bool, str]]: ...
+def active_isa() -> str: ...
+def select_isa(name: str) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def quantize_q4_0(x: NDArray[Any], out: NDArray[Any], threads: int) -> None: ...
+def dequantize_q4_0(x: NDArray[Any], out: NDArray[Any], threads: int) -> None: ...
+def attend(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    ms: NDArray[np.float32] | None,
+    acc: NDArray[np.float32] | None,
+    out: NDArray[np.float32] | None,
+    lse: NDArray[np.float32] | None,
+    mask: NDArray[Any] | None,
+    alibi_slopes: NDArray[np.float32] | None,
+    sinks: NDArray[np.float32] | None,
+    sm_scale: float,
+    logits_soft_cap: float,
+    causal: bool,
+    window_left: int,
+    q_start: int,
+    kv_start: int,
+    threads: int,
+) -> None: ...
+def finalize(
+    ms: NDArray[np.float32],
+    acc: NDArray[np.float32],
+    sinks: NDArray[np.float32] | None,
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32],
+) -> None: ...
+def merge(
+    ms_a: NDArray[np.float32],
+    acc_a: NDArray[np.float32],
+    ms_b: NDArray[np.float32],
+    acc_b: NDArray[np.float32],
+) -> None: ...
+def merge_states(
+    outs: NDArray[np.float32],
+    lses: NDArray[np.float32],
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32],
+) -> None: ...
+
+class Guard:
+    def __init__(self, what: str) -> None: ...
+    def __enter__(self) -> Guard: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+class MixedCache:
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int,
+        hot_size: int,
+        cold_size: int,
+        group_size: int,
+        threshold: float,
+        n_pad: int,
+        n_seq_max: int,
+        hot_k_type: str,
+        hot_v_type: str,
+        cold_k_type: str,
+        cold_v_type: str,
+        sinks: int,
+        window_left: int,
+        layers: list[bool],
+        quantize: bool,
+    ) -> None: ...
+    def find_slot(
+        self, pos: NDArray[np.int64], begin: NDArray[np.int64], ids: NDArray[np.int64]
+    ) -> tuple[int, int, int, int] | None: ...
+    def store(self, layer: int, k: NDArray[Any], v: NDArray[Any]) -> None: ...
+    def attend(
+        self,
+        layer: int,
+        q: NDArray[Any],
+        out: NDArray[np.float32],
+        lse: NDArray[np.float32] | None,
+        sm_scale: float,
+        logits_soft_cap: float,
+        window_left: int | None,
+        alibi_slopes: NDArray[np.float32] | None,
+        sinks: NDArray[np.float32] | None,
+        threads: int,
+    ) -> None: ...
+    def commit(self) -> None: ...
+    def restore(self) -> None: ...
+    def seq_rm(self, seq: int, p0: int, p1: int) -> None: ...
+    def seq_cp(self, src: int, dst: int, p0: int, p1: int) -> None: ...
+    def seq_keep(self, seq: int) -> None: ...
+    def seq_add(self, seq: int, p0: int, p1: int, delta: int) -> None: ...
+    def seq_div(self, seq: int, p0: int, p1: int, d: int) -> None: ...
+    def seq_gather(self, sources: NDArray[np.int64]) -> None: ...
+    def seq_pos_min(self, seq: int) -> int: ...
+    def seq_pos_max(self, seq: int) -> int: ...
+    def clear(self) -> None: ...
+    def size(self) -> int: ...
+    def layers(self) -> list[int]: ...
+    def positions(self, seq: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]: ...
+    def keys(self, layer: int, seq: int) -> NDArray[np.float32]: ...
+    def values(self, layer: int, seq: int) -> NDArray[np.float32]: ...
+    def stats(self) -> dict[str, Any]: ...

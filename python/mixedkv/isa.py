@@ -1,0 +1,55 @@
+"""Instruction sets: which ones this build carries, which this machine can run, which is in use.
+
+The environment variable ``MIXEDKV_ISA`` forces one from the start; a name that is unknown, or that
+this machine lacks, is an error at first use.
+"""
+
+from __future__ import annotations
+
+from . import _core
+
+__all__ = ["active", "available", "compiled", "requires", "select"]
+
+
+def compiled() -> list[str]:
+    """Return every variant of this build, best first; "scalar" is the last."""
+    return [name for name, _, _ in _core.compiled_isas()]
+
+
+def available() -> list[str]:
+    """Return the variants that this machine can run, best first."""
+    return [name for name, can_run, _ in _core.compiled_isas() if can_run]
+
+
+def requires(name: str) -> str:
+    """Return the CPU features that a variant needs, separated by spaces.
+
+    Raises
+    ------
+    ValueError
+        Where this build has no such variant.
+    """
+    for known, _, features in _core.compiled_isas():
+        if known == name:
+            return features
+    raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+
+
+def active() -> str:
+    """Return the variant in use."""
+    return _core.active_isa()
+
+
+def select(name: str) -> None:
+    """Use the named variant from now on, in every thread.
+
+    Results of different variants agree within rounding, not bit for bit.
+
+    Raises
+    ------
+    ValueError
+        Where the name is unknown or this machine lacks the variant; nothing changes then.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    _core.select_isa(name)

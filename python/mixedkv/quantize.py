@@ -1,0 +1,166 @@
+"""Q4_0, ggml's 4-bit format: 32 values a block, one f16 scale, 18 bytes.
+
+In numpy and torch a Q4_0 tensor is ``uint8`` whose last axis holds whole blocks: a row of n values
+is ``n // 32 * 18`` bytes, byte for byte what ggml writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from ._arrays import FLOATS, Array, check_threads, is_tensor, to_numpy
+
+__all__ = ["BLOCK_BYTES", "BLOCK_VALUES", "dequantize_q4_0", "quantize_q4_0", "row_bytes_q4_0"]
+
+#: Values in a block.
+BLOCK_VALUES = 32
+#: Bytes of a block: an f16 scale and 16 bytes of nibbles.
+BLOCK_BYTES = 18
+
+
+def row_bytes_q4_0(n: int) -> int:
+    """Return the bytes of a Q4_0 row of n values, n a multiple of 32."""
+    if n < 0 or n % BLOCK_VALUES:
+        raise ValueError(f"n must be a multiple of {BLOCK_VALUES}, got {n}")
+    return n // BLOCK_VALUES * BLOCK_BYTES
+
+
+def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = None) -> Array:
+    """Quantise rows to Q4_0, byte for byte as ggml does.
+
+    A block's scale is ``d = max / -8``, where max is the value of largest magnitude with its sign
+    (the first one on a tie); a value becomes ``min(15, trunc(x / d + 8.5))``; d is stored as f16.
+
+    Parameters
+    ----------
+    x
+        float32 or float16 array or tensor [..., n] (torch also bfloat16), n a multiple of 32.
+    out
+        uint8 [..., n // 32 * 18], contiguous in its last axis, of any kind; filled and returned.
+    threads
+        Threads to use; None: :func:`mixedkv.get_num_threads`.
+
+    Returns
+    -------
+    uint8 [..., n // 32 * 18], torch where x is torch.
+
+    Raises
+    ------
+    ValueError
+        Where n is not a multiple of 32, x holds a NaN or an infinity (nothing is written then),
+        or out has another shape.
+    TypeError
+        Where x or out has another dtype.
+    """
+    array = to_numpy(x, "x", FLOATS)
+    if array.ndim == 0:
+        raise ValueError("x must have one axis at least, got a scalar")
+    n = array.shape[-1]
+    if n % BLOCK_VALUES:
+        raise ValueError(
+            f"the last axis of x must be a multiple of {BLOCK_VALUES}, got shape {array.shape}"
+        )
+    shape = (*array.shape[:-1], row_bytes_q4_0(n))
+    target, result = _target(x, shape, out, np.dtype(np.uint8))
+    _convert(_core.quantize_q4_0, array, target, check_threads(threads))
+    return result
+
+
+def dequantize_q4_0(
+    b: Array, *, dtype: Any = np.float32, out: Array | None = None, threads: int | None = None
+) -> Array:
+    """Return the values of Q4_0 rows: ``(nibble - 8) * d``.
+
+    Parameters
+    ----------
+    b
+        uint8 array or tensor [..., m], m a multiple of 18.
+    dtype
+        numpy.float32 or numpy.float16 (or torch's); the product is rounded to it once.
+    out
+        [..., m // 18 * 32] of that dtype, filled and returned.
+    threads
+        Threads to use; None: :func:`mixedkv.get_num_threads`.
+
+    Returns
+    -------
+    [..., m // 18 * 32] of dtype, torch where b is torch.
+
+    Raises
+    ------
+    ValueError
+        Where m is not a multiple of 18, or out has another shape.
+    TypeError
+        Where b is not uint8, or dtype is neither float32 nor float16.
+    """
+    array = to_numpy(b, "b", (np.dtype(np.uint8),))
+    if array.ndim == 0:
+        raise ValueError("b must have one axis at least, got a scalar")
+    m = array.shape[-1]
+    if m % BLOCK_BYTES:
+        raise ValueError(
+            f"the last axis of b must be a multiple of {BLOCK_BYTES}, got shape {array.shape}"
+        )
+    wanted = _float_dtype(dtype)
+    shape = (*array.shape[:-1], m // BLOCK_BYTES * BLOCK_VALUES)
+    target, result = _target(b, shape, out, wanted)
+    _convert(_core.dequantize_q4_0, array, target, check_threads(threads))
+    return result
+
+
+def _convert(
+    function: Callable[[NDArray[Any], NDArray[Any], int], None],
+    source: NDArray[Any],
+    target: NDArray[Any],
+    threads: int,
+) -> None:
+    """Convert rows of any leading shape; in place where the target's rows have one stride."""
+    if not source.size:
+        return
+    rows = target.reshape(-1, target.shape[-1])
+    in_place = np.may_share_memory(rows, target) and rows.strides[-1] == rows.itemsize
+    if not in_place:
+        rows = np.empty(rows.shape, rows.dtype)
+    function(source.reshape(-1, source.shape[-1]), rows, threads)
+    if not in_place:
+        target[...] = rows.reshape(target.shape)
+
+
+def _float_dtype(dtype: Any) -> np.dtype[Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        dtype = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, dtype)
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted not in FLOATS:
+        raise TypeError(f"dtype must be float32 or float16, got {dtype}")
+    return wanted
+
+
+def _target(
+    like: Array, shape: tuple[int, ...], out: Array | None, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], Array]:
+    """Return the numpy array to fill and the object to hand back."""
+    if out is None:
+        target = np.empty(shape, dtype)
+        return target, sys.modules["torch"].from_numpy(target) if is_tensor(like) else target
+    if not (is_tensor(out) or isinstance(out, np.ndarray)):
+        raise TypeError(
+            f"out must be a numpy array or a torch CPU tensor, got {type(out).__name__}"
+        )
+    target = out.detach().numpy() if is_tensor(out) else out
+    if target.dtype != dtype:
+        raise TypeError(f"out must be {dtype}, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {target.shape}")
+    if not target.flags.writeable:
+        raise ValueError("out must be writable")
+    return target, out
