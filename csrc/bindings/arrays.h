@@ -103,7 +103,8 @@ inline ArrayView view_array(const py::array &array, const char *name, int ndim,
   if (!aligned && array.size() > 0) {
     throw std::invalid_argument(std::string(name) + " must be aligned");
   }
-  if (contiguous_last && ndim > 0 && view.shape[ndim - 1] > 1 &&
+  // Strides of an array without elements mean nothing.
+  if (contiguous_last && ndim > 0 && array.size() > 0 && view.shape[ndim - 1] > 1 &&
       view.strides[ndim - 1] != item_size) {
     throw std::invalid_argument(std::string(name) + " must be contiguous in its last axis");
   }
@@ -131,7 +132,7 @@ inline void check_shape(const ArrayView &view, const char *name,
     wanted += (wanted.empty() ? "(" : ", ") + std::to_string(n);
   }
   if (!match) {
-    throw std::invalid_argument(std::string(name) + " must have shape " + wanted + "), got " +
+    throw std::invalid_argument(std::string(name) + " must have shape " + wanted + (view.ndim == 1 ? ",)" : ")") + ", got " +
                                 view.shape_text());
   }
 }
@@ -162,6 +163,19 @@ inline int narrow(std::int64_t value, const char *name) {
   }
   return static_cast<int>(value);
 }
+
+/// Lets go of the GIL for its life. Unlike pybind11's, its destructor may be unwound through: an
+/// interpreter that ends while a daemon thread computes ends that thread where it takes the GIL.
+class GilRelease {
+public:
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  ~GilRelease() noexcept(false) { PyEval_RestoreThread(state_); }
+  GilRelease(const GilRelease &) = delete;
+  GilRelease &operator=(const GilRelease &) = delete;
+
+private:
+  PyThreadState *state_;
+};
 
 /// Lets one thread in at a time and refuses the others, instead of letting them wait: two threads
 /// on one object is a mistake of the caller's.

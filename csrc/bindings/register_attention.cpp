@@ -141,7 +141,7 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
       }
     }
   }
-  py::gil_scoped_release release;
+  GilRelease release;
   attend(problems.data(), narrow(batch, "batch"), params);
 }
 
@@ -164,7 +164,7 @@ void finalize_arrays(const py::array &ms_array, const py::array &acc_array,
   const int num_heads = narrow(heads, "num_qo_heads");
   const int head_dim_v = narrow(width, "head_dim");
   constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
-  py::gil_scoped_release release;
+  GilRelease release;
   for (std::int64_t b = 0; b < batch; ++b) {
     OutputView to;
     to.data = reinterpret_cast<float *>(out.data + b * out.strides[0]);
@@ -191,7 +191,7 @@ void merge_arrays(const py::array &ms_a, const py::array &acc_a, const py::array
   check_shape(b_ms, "ms_b", {batch, rows, 2});
   check_shape(b_acc, "acc_b", {batch, rows, a_acc.shape[2]});
   const int width = narrow(a_acc.shape[2], "head_dim");
-  py::gil_scoped_release release;
+  GilRelease release;
   merge({a_ms.as<float>(), a_acc.as<float>()}, {b_ms.as<float>(), b_acc.as<float>()}, batch * rows,
         width);
 }
@@ -208,7 +208,7 @@ void merge_states_arrays(const py::array &outs_array, const py::array &lses_arra
   check_shape(lse, "lse", {outs.shape[1]});
   const int count = narrow(outs.shape[0], "N");
   const int width = narrow(outs.shape[2], "head_dim");
-  py::gil_scoped_release release;
+  GilRelease release;
   merge_states(outs.as<float>(), lses.as<float>(), count, outs.shape[1], width, out.as<float>(),
                lse.as<float>());
 }

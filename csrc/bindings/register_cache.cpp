@@ -31,7 +31,7 @@ public:
   /// Runs f on the cache without the GIL.
   template <typename F> auto with(F &&f) {
     Busy busy(flag_, "the cache");
-    py::gil_scoped_release release;
+    GilRelease release;
     return f(cache_);
   }
   /// For what is short: runs f with the GIL held.
@@ -50,9 +50,8 @@ std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_head
                                std::int64_t head_dim, std::int64_t head_dim_v,
                                std::int64_t hot_size, std::int64_t cold_size,
                                std::int64_t group_size, double threshold, std::int64_t n_pad,
-                               std::int64_t n_seq_max, const std::string &hot_k_type,
-                               const std::string &hot_v_type, const std::string &cold_k_type,
-                               const std::string &cold_v_type, std::int64_t sinks,
+                               std::int64_t n_seq_max, const std::array<std::string, 4> &types,
+                               std::int64_t sinks,
                                std::int64_t window_left, const std::vector<bool> &layers,
                                bool quantize) {
   CacheConfig config;
@@ -66,10 +65,10 @@ std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_head
   config.threshold = threshold;
   config.n_pad = n_pad;
   config.n_seq_max = narrow(n_seq_max, "n_seq_max");
-  config.hot_k_type = parse_kv_type(hot_k_type, "hot_k_type");
-  config.hot_v_type = parse_kv_type(hot_v_type, "hot_v_type");
-  config.cold_k_type = parse_kv_type(cold_k_type, "cold_k_type");
-  config.cold_v_type = parse_kv_type(cold_v_type, "cold_v_type");
+  config.hot_k_type = parse_kv_type(types[0], "hot_k_type");
+  config.hot_v_type = parse_kv_type(types[1], "hot_v_type");
+  config.cold_k_type = parse_kv_type(types[2], "cold_k_type");
+  config.cold_v_type = parse_kv_type(types[3], "cold_v_type");
   config.sinks = narrow(sinks, "sinks");
   config.window_left = window_left;
   config.layers.assign(layers.begin(), layers.end());
@@ -260,13 +259,13 @@ std::vector<int> held_layers(Handle &handle) {
 } // namespace
 
 void register_cache(py::module_ &m) {
-  py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError);
+  py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError).doc() =
+      "There is no room for what was asked; the message says what was asked and what is free.";
   py::class_<Handle>(m, "MixedCache")
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_kv_heads"), py::arg("head_dim"),
            py::arg("head_dim_v"), py::arg("hot_size"), py::arg("cold_size"), py::arg("group_size"),
-           py::arg("threshold"), py::arg("n_pad"), py::arg("n_seq_max"), py::arg("hot_k_type"),
-           py::arg("hot_v_type"), py::arg("cold_k_type"), py::arg("cold_v_type"), py::arg("sinks"),
-           py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
+           py::arg("threshold"), py::arg("n_pad"), py::arg("n_seq_max"), py::arg("types"),
+           py::arg("sinks"), py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
       .def("find_slot", &find_slot, py::arg("pos"), py::arg("begin"), py::arg("ids"))
       .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),

@@ -22,7 +22,7 @@ void quantize(const py::array &x, const py::array &out, int threads) {
   const ConstRowsView rows{from.data, kv_type(from.dtype), from.strides[0]};
   bool finite = false;
   {
-    py::gil_scoped_release release;
+    GilRelease release;
     finite = all_finite(rows, from.shape[0], n, num_threads);
     if (finite) {
       convert_rows(rows, {to.data, KvType::q4_0, to.strides[0]}, from.shape[0], n, num_threads);
@@ -40,7 +40,7 @@ void dequantize(const py::array &x, const py::array &out, int threads) {
   const std::int64_t n = row_width(from, "x");
   check_shape(to, "out", {from.shape[0], n});
   const int num_threads = threads_or_default(threads);
-  py::gil_scoped_release release;
+  GilRelease release;
   convert_rows({from.data, KvType::q4_0, from.strides[0]},
                {to.data, kv_type(to.dtype), to.strides[0]}, from.shape[0], n, num_threads);
 }

@@ -1,6 +1,7 @@
 #include "mixed_cache.h"
 
 #include "../kernels/dispatch.h"
+#include "../parallel.h"
 #include "checks.h"
 #include "config.h"
 #include "errors.h"

@@ -25,8 +25,10 @@ Visibility::Visibility(std::int64_t num_cells, int n_seq_max)
     : counts_(static_cast<std::size_t>(n_seq_max)) {
   lists_.reserve(kMaxLists);
   lists_.emplace_back();
-  grow(lists_[0].index, num_cells);
-  grow(lists_[0].pos, num_cells);
+  // Sequences that share nothing list every cell once at most; each next list is given room for
+  // all cells of its tier besides.
+  grow(lists_[0].index, 2 * num_cells);
+  grow(lists_[0].pos, 2 * num_cells);
   // A decode step of every sequence must not allocate either.
   const std::size_t num_groups = counts_.size();
   tokens_.reserve(num_groups);

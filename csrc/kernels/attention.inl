@@ -32,7 +32,7 @@ MIXEDKV_INLINE void unpack_row(const f16_t *x, float *y, int n) {
 }
 MIXEDKV_INLINE void unpack_row(const block_q4_0 *x, float *y, int n) {
   for (int b = 0; b < n / QK4_0; ++b)
-    store_pairs<0>(q4_open(x + b), y + b * QK4_0);
+    store_block<false>(q4_open(x + b), y + b * QK4_0);
 }
 MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
   memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
@@ -86,33 +86,36 @@ template <int H> MIXEDKV_INLINE void block_pair(const float *values, f32v &low, 
   high = load(values + QK4_0 / 2 + H * kLanes);
 }
 
-template <int H, int R, int C, typename B>
-MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const B (&blocks)[C],
+/// One block of G keys from key c on, pair by pair.
+template <int H, int G, int R, int C, typename B>
+MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const B (&blocks)[G], int c,
                                        f32v (&sum)[R][C]) {
-  f32v low[C], high[C];
-  for (int c = 0; c < C; ++c)
-    block_pair<H>(blocks[c], low[c], high[c]);
+  f32v low[G], high[G];
+  for (int g = 0; g < G; ++g)
+    block_pair<H>(blocks[g], low[g], high[g]);
   for (int r = 0; r < R; ++r) {
     const f32v x_low = load(q + at(r, ld_q, H * kLanes));
     const f32v x_high = load(q + at(r, ld_q, QK4_0 / 2 + H * kLanes));
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = fma(x_low, low[c], sum[r][c]);
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = fma(x_high, high[c], sum[r][c]);
+    for (int g = 0; g < G; ++g)
+      sum[r][c + g] = fma(x_low, low[g], sum[r][c + g]);
+    for (int g = 0; g < G; ++g)
+      sum[r][c + g] = fma(x_high, high[g], sum[r][c + g]);
   }
   if constexpr (H + 1 < kPairs)
-    add_block_products<H + 1>(q, ld_q, blocks, sum);
+    add_block_products<H + 1>(q, ld_q, blocks, c, sum);
 }
 
 template <int R, int C, typename T>
 MIXEDKV_INLINE void add_products_of_blocks(const float *q, size_t ld_q, const T *const (&keys)[C],
                                            int head_dim, f32v (&sum)[R][C]) {
-  for (int b = 0; b < head_dim / QK4_0; ++b) {
-    decltype(open_block(keys[0])) blocks[C];
-    for (int c = 0; c < C; ++c)
-      blocks[c] = open_block(keys[c] + b);
-    add_block_products<0>(q + b * QK4_0, ld_q, blocks, sum);
-  }
+  constexpr int G = C % kOpenKeys == 0 ? kOpenKeys : 1;
+  for (int b = 0; b < head_dim / QK4_0; ++b)
+    for (int c = 0; c < C; c += G) {
+      decltype(open_block(keys[0])) blocks[G];
+      for (int g = 0; g < G; ++g)
+        blocks[g] = open_block(keys[c + g] + b);
+      add_block_products<0>(q + b * QK4_0, ld_q, blocks, c, sum);
+    }
 }
 
 template <int R, int C>
@@ -216,6 +219,7 @@ void qk_f16(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_ke
             float *scores, size_t ld_scores) noexcept {
   qk_of<f16_t, float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
 }
+[[maybe_unused]] // an ISA may have its own
 void qk_q4_0(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
              float *scores, size_t ld_scores) noexcept {
   qk_of<block_q4_0, UnpackedQ4>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
@@ -307,13 +311,17 @@ MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int nu
       store(acc + at(r, ld_acc, dim[b]), sum[r][b]);
 }
 
-/// All pairs of one block, N at a time.
-template <int R, int H, int N>
-MIXEDKV_INLINE void pv_block_parts(const float *p, size_t ld_p, const Rows &v, int num_keys,
-                                   int block, float *acc, size_t ld_acc) {
-  pv_blocks<R, 1, H, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
-  if constexpr (H + N < kPairs)
-    pv_block_parts<R, H + N, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+/// From a block on, NB blocks at a time, then half as many, down to parts of a block: N pairs from
+/// pair H on.
+template <int R, int NB, int H, int N>
+MIXEDKV_INLINE void pv_all_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys,
+                                  int block, int num_blocks, float *acc, size_t ld_acc) {
+  for (; block + NB <= num_blocks; block += NB)
+    pv_blocks<R, NB, H, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+  if constexpr (NB > 1)
+    pv_all_blocks<R, NB / 2, H, N>(p, ld_p, v, num_keys, block, num_blocks, acc, ld_acc);
+  else if constexpr (H + N < kPairs)
+    pv_all_blocks<R, 1, H + N, N>(p, ld_p, v, num_keys, 0, num_blocks, acc, ld_acc);
 }
 
 constexpr int pairs_at_once(int vectors) {
@@ -326,15 +334,9 @@ constexpr int pairs_at_once(int vectors) {
 template <int R> struct PvRows<R, block_q4_0> {
   static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
                   float *acc, size_t ld_acc) noexcept {
-    constexpr int N = pairs_at_once(value_tile(R));
-    constexpr int NB = value_tile(R) / (2 * kPairs) > 1 ? value_tile(R) / (2 * kPairs) : 1;
-    const int num_blocks = head_dim_v / QK4_0;
-    int b = 0;
-    if constexpr (NB > 1)
-      for (; b + NB <= num_blocks; b += NB)
-        pv_blocks<R, NB, 0, kPairs>(p, ld_p, v, num_keys, b, acc, ld_acc);
-    for (; b < num_blocks; ++b)
-      pv_block_parts<R, 0, N>(p, ld_p, v, num_keys, b, acc, ld_acc);
+    constexpr int kBlocks = value_tile(R) / (2 * kPairs);
+    pv_all_blocks<R, (kBlocks > 1 ? kBlocks : 1), 0, pairs_at_once(value_tile(R))>(
+        p, ld_p, v, num_keys, 0, head_dim_v / QK4_0, acc, ld_acc);
   }
 };
 

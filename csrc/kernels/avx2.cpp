@@ -1,3 +1,10 @@
+// AVX2 with FMA and F16C: Intel since Haswell (2013), AMD since Zen.
+//
+// vfmadd231ps does the sums, vcvtph2ps the halves, vpmovzxbd and a shift the nibbles. Sixteen
+// registers are what limits the tiles: twelve sums, and keys taken one after the other.
+// Rejected: vhaddps for sums over lanes (three operations where two will do); nibbles by vpermps,
+// as in avx512.cpp (eight entries a register: two look-ups and a blend are no faster than
+// conversion and FMA); unpacking the blocks of several keys before using them (it spills).
 #include "simd_common.h"
 
 #include <immintrin.h>

@@ -81,8 +81,7 @@ constexpr std::uint64_t kXcr0Opmask = bit(5);
 constexpr std::uint64_t kXcr0ZmmLowHalves = bit(6);
 constexpr std::uint64_t kXcr0Zmm16To31 = bit(7);
 constexpr std::uint64_t kXcr0Avx = kXcr0Xmm | kXcr0Ymm;
-constexpr std::uint64_t kXcr0Avx512 =
-    kXcr0Avx | kXcr0Opmask | kXcr0ZmmLowHalves | kXcr0Zmm16To31;
+constexpr std::uint64_t kXcr0Avx512 = kXcr0Avx | kXcr0Opmask | kXcr0ZmmLowHalves | kXcr0Zmm16To31;
 
 CpuFeatures detect() {
   CpuFeatures features;

@@ -56,8 +56,7 @@ const Kernels &find(const std::string &name, const char *source) {
     if (is_available(variant))
       return *variant.kernels;
     throw std::invalid_argument(std::string(source) + " '" + name + "' needs " + variant.required +
-                                ", which this machine lacks; available: " +
-                                join(available_isas()));
+                                ", which this machine lacks; available: " + join(available_isas()));
   }
   throw std::invalid_argument("unknown " + std::string(source) + " '" + name +
                               "'; available: " + join(available_isas()));

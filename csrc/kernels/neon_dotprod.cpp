@@ -95,8 +95,8 @@ void qk_split(const SplitQuery *q, const Rows &k, int num_keys, int first_block,
           const int32x4_t of_low = vdotq_s32(vdotq_s32(nothing, low0, k_low[c]), low1, k_high[c]);
           products[c] = vmlaq_n_s32(of_low, of_high, 254);
         }
-        const int32x4_t sums = vpaddq_s32(vpaddq_s32(products[0], products[1]),
-                                          vpaddq_s32(products[2], products[3]));
+        const int32x4_t sums =
+            vpaddq_s32(vpaddq_s32(products[0], products[1]), vpaddq_s32(products[2], products[3]));
         sum[r] = fma(vcvtq_f32_s32(sums), vmulq_n_f32(scales, q[r].scale[b]), sum[r]);
       }
     }

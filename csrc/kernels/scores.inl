@@ -71,9 +71,8 @@ MIXEDKV_INLINE f32v soft_capped(f32v x, f32v cap) {
   const f32v near_zero = fma(x, mul(z, poly), x);
   const f32v magnitude = abs_of(y);
   const f32v twice = min_or_second(set1(20.0f), add(magnitude, magnitude)); // tanh(10) rounds to 1
-  const f32v tanh_y =
-      sub(set1(1.0f), div(set1(2.0f), add(exp_of(twice, zero()), set1(1.0f))));
-  return select_below(magnitude, set1(0.625f), near_zero, copy_sign(mul(cap, tanh_y), x));
+  const f32v tanh_y = sub(set1(1.0f), div(set1(2.0f), add(exp_of(twice, zero()), set1(1.0f))));
+  return copy_sign(select_below(magnitude, set1(0.625f), near_zero, mul(cap, tanh_y)), x);
 }
 
 void soft_cap(float *x, size_t n, float cap) noexcept {

@@ -100,13 +100,22 @@ MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   const __m256 d = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)));
   return {block->qs, d, _mm256_mul_ps(d, _mm256_set1_ps(-8.0f))};
 }
-template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
+/// The nibbles, 0 to 15.
+template <int H> MIXEDKV_INLINE void q4_nibbles(const Q4 &q4, f32v &low, f32v &high) {
   const __m256i bytes = _mm256_cvtepu8_epi32(
       _mm_loadl_epi64(reinterpret_cast<const __m128i *>(q4.qs + H * kLanes)));
-  const __m256i low_nibbles = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
-  const __m256i high_nibbles = _mm256_srli_epi32(bytes, 4);
-  low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low_nibbles), q4.d, q4.minus_8d);
-  high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high_nibbles), q4.d, q4.minus_8d);
+  low = _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)));
+  high = _mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4));
+}
+template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
+  q4_nibbles<H>(q4, low, high);
+  low = _mm256_fmadd_ps(low, q4.d, q4.minus_8d);
+  high = _mm256_fmadd_ps(high, q4.d, q4.minus_8d);
+}
+template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
+  q4_nibbles<H>(q4, low, high);
+  low = _mm256_mul_ps(_mm256_sub_ps(low, _mm256_set1_ps(8.0f)), q4.d);
+  high = _mm256_mul_ps(_mm256_sub_ps(high, _mm256_set1_ps(8.0f)), q4.d);
 }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
@@ -150,5 +159,6 @@ MIXEDKV_INLINE f16_t to_half(float x) {
 // --- tiles: 16 registers hold at most 12 sums --------------------------------------------------
 
 constexpr int kRows = 4;
-constexpr int key_tile(int rows) { return rows == 1 ? 8 : rows == 4 ? 2 : 4; }
+constexpr int kOpenKeys = 1;
+constexpr int key_tile(int rows) { return rows == 1 ? 8 : rows == 4 ? 3 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }

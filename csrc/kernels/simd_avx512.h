@@ -94,13 +94,16 @@ struct Q4 {
 };
 MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   const __m512 minus8 = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512 d = _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)));
+  const __m512 d = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(block->d)));
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block->qs));
   return {_mm512_mul_ps(minus8, d), _mm512_cvtepu8_epi32(bytes)};
 }
 template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
   low = _mm512_permutexvar_ps(q4.nibbles, q4.values);
   high = _mm512_permutexvar_ps(_mm512_srli_epi32(q4.nibbles, 4), q4.values);
+}
+template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
+  q4_pair<H>(q4, low, high);
 }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
@@ -138,5 +141,6 @@ MIXEDKV_INLINE f16_t to_half(float x) {
 // --- tiles: 32 registers hold 4 x 4 or 6 x 4 sums beside the keys they are made from -------------
 
 constexpr int kRows = 6;
+constexpr int kOpenKeys = 4;
 constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 16 : rows == 2 ? 8 : rows == 3 ? 8 : 4; }

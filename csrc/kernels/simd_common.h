@@ -14,8 +14,8 @@
 //                           for every position
 //   any_not_finite(x), any_not_finite_16(p)   of a vector of f32, of 16 f16 in memory
 //   Q4, q4_open, q4_pair    a Q4_0 block as values: pair H of kPairs holds elements H * kLanes on
-//                           and 16 + H * kLanes on. Exact where d is finite; where it is not, some
-//                           values may be NaN instead of infinite
+//                           and 16 + H * kLanes on. Right but for the sign of zeros, and where d
+//                           is infinite, which gives NaN; q4_pair_exact: (q - 8) * d in all bits
 //   find_extremes, store_q4, to_half   the parts of quantisation that have no common form
 //   kRows, key_tile(R)      the micro-tile of qk that the registers can hold: most rows; keys
 //   value_tile(R)           vectors of V beside R rows in pv

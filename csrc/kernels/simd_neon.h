@@ -7,9 +7,7 @@ using f32v = float32x4_t;
 MIXEDKV_INLINE f32v zero() { return vdupq_n_f32(0.0f); }
 MIXEDKV_INLINE f32v set1(float x) { return vdupq_n_f32(x); }
 MIXEDKV_INLINE f32v load(const float *p) { return vld1q_f32(p); }
-MIXEDKV_INLINE f32v load(const f16_t *p) {
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-}
+MIXEDKV_INLINE f32v load(const f16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 MIXEDKV_INLINE f32v load_n(const float *p, int n, float fill = 0.0f) {
   float buffer[kLanes] = {fill, fill, fill, fill};
   for (int i = 0; i < n; ++i)
@@ -54,9 +52,7 @@ MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
 MIXEDKV_INLINE f32v max_or_second(f32v a, f32v b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 MIXEDKV_INLINE f32v abs_of(f32v x) { return vabsq_f32(x); }
-MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
-  return vbslq_f32(vdupq_n_u32(0x80000000u), s, a);
-}
+MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) { return vbslq_f32(vdupq_n_u32(0x80000000u), s, a); }
 
 /// Lane k of the result is the sum of the lanes of the k-th vector.
 MIXEDKV_INLINE float32x4_t sums4(f32v a, f32v b, f32v c, f32v d) {
@@ -93,10 +89,8 @@ struct Q4 {
 MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   const uint8x16_t bytes = vld1q_u8(block->qs);
   const uint8x16_t sign_and_exponent = vdupq_n_u8(0x41), last_exponent_bit = vdupq_n_u8(0x80);
-  const uint8x16_t low =
-      vorrq_u8(vshrq_n_u8(vshlq_n_u8(bytes, 4), 1), last_exponent_bit);
-  const uint8x16_t high =
-      vorrq_u8(vshlq_n_u8(vshrq_n_u8(bytes, 4), 3), last_exponent_bit);
+  const uint8x16_t low = vorrq_u8(vshrq_n_u8(vshlq_n_u8(bytes, 4), 1), last_exponent_bit);
+  const uint8x16_t high = vorrq_u8(vshlq_n_u8(vshrq_n_u8(bytes, 4), 3), last_exponent_bit);
   const float32x4_t d = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(block->d)));
   Q4 q4;
   q4.low[0] = vreinterpretq_u16_u8(vzip1q_u8(low, sign_and_exponent));
@@ -107,14 +101,18 @@ MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   q4.minus_24d = vmulq_n_f32(d, -24.0f);
   return q4;
 }
-template <int H> MIXEDKV_INLINE f32v q4_values(const uint16x8_t *halves, const Q4 &q4) {
+/// 16 + n for four nibbles n.
+template <int H> MIXEDKV_INLINE f32v q4_nibbles(const uint16x8_t *halves) {
   const uint16x8_t nothing = vdupq_n_u16(0), eight = halves[H / 2];
-  const uint16x8_t four = H % 2 ? vzip2q_u16(nothing, eight) : vzip1q_u16(nothing, eight);
-  return vfmaq_f32(q4.minus_24d, vreinterpretq_f32_u16(four), q4.d);
+  return vreinterpretq_f32_u16(H % 2 ? vzip2q_u16(nothing, eight) : vzip1q_u16(nothing, eight));
 }
 template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
-  low = q4_values<H>(q4.low, q4);
-  high = q4_values<H>(q4.high, q4);
+  low = vfmaq_f32(q4.minus_24d, q4_nibbles<H>(q4.low), q4.d);
+  high = vfmaq_f32(q4.minus_24d, q4_nibbles<H>(q4.high), q4.d);
+}
+template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
+  low = vmulq_f32(vsubq_f32(q4_nibbles<H>(q4.low), vdupq_n_f32(24.0f)), q4.d);
+  high = vmulq_f32(vsubq_f32(q4_nibbles<H>(q4.high), vdupq_n_f32(24.0f)), q4.d);
 }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
@@ -147,8 +145,10 @@ MIXEDKV_INLINE f16_t to_half(float x) {
   return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
 }
 
-// --- tiles: 32 registers hold 4 x 4 sums beside four keys and their unpacking ---------------------
+// --- tiles: 32 registers hold 4 x 4 sums beside four keys and their unpacking
+// ---------------------
 
 constexpr int kRows = 4;
+constexpr int kOpenKeys = 1;
 constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 6 : 4; }

@@ -145,7 +145,43 @@ class Result:
 
 
 def _shape_text(shape: object) -> str:
-    return str(tuple(shape)) if hasattr(shape, "__iter__") and not isinstance(shape, str) else str(shape)
+    return (
+        str(tuple(shape))
+        if hasattr(shape, "__iter__") and not isinstance(shape, str)
+        else str(shape)
+    )
+
+
+def _overlaps_itself(array: NDArray[Any]) -> bool:
+    """Whether two elements of array may share memory: decided by strides, erring on yes."""
+    reach = array.itemsize
+    axes = sorted(
+        (abs(stride), extent)
+        for stride, extent in zip(array.strides, array.shape, strict=True)
+        if extent > 1
+    )
+    for stride, extent in axes:
+        if stride < reach:
+            return True
+        reach = stride * (extent - 1) + reach
+    return False
+
+
+def check_target(target: NDArray[Any], sources: dict[str, NDArray[Any] | None], name: str) -> None:
+    """Refuse a target that shares memory with what is read while it is written, or with itself.
+
+    Raises
+    ------
+    ValueError
+        Naming both.
+    """
+    if target.size and _overlaps_itself(target):
+        raise ValueError(
+            f"{name} must not overlap itself, got strides {target.strides} for shape {target.shape}"
+        )
+    for source_name, source in sources.items():
+        if source is not None and np.may_share_memory(target, source):
+            raise ValueError(f"{name} must not share memory with {source_name}")
 
 
 def check_threads(threads: int | None) -> int:

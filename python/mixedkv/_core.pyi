@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 __version__: str
 
-class CacheFull(RuntimeError): ...
+class CacheFull(RuntimeError): ...  # noqa: N818
 
 def compiled_isas() -> list[tuple[str, bool, str]]: ...
 def active_isa() -> str: ...
@@ -77,10 +77,7 @@ class MixedCache:
         threshold: float,
         n_pad: int,
         n_seq_max: int,
-        hot_k_type: str,
-        hot_v_type: str,
-        cold_k_type: str,
-        cold_v_type: str,
+        types: tuple[str, str, str, str],
         sinks: int,
         window_left: int,
         layers: list[bool],

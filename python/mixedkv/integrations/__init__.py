@@ -1,0 +1,1 @@
+"""Where mixedkv plugs into other libraries, one module for each; none is imported by default."""
