@@ -18,8 +18,8 @@ namespace {
 
 /// Pieces are this long at least, so that a unit outweighs its partial state and its hand-out ...
 constexpr std::int64_t kMinPieceKeys = 256;
-/// ... and this many of a segment at most, so that partial states stay few.
-constexpr std::int64_t kMaxPieces = 32;
+/// ... and as few as make this many units of a call, enough for many threads to share evenly.
+constexpr std::int64_t kUnits = 64;
 /// Calls below this many multiply-adds are not worth waking a worker.
 constexpr std::int64_t kSerialWork = 1 << 18;
 
@@ -62,15 +62,15 @@ std::int64_t total_keys(const AttentionProblem &problem) {
   return n;
 }
 
-std::int64_t piece_keys(std::int64_t len) {
-  const std::int64_t even = (len + kMaxPieces - 1) / kMaxPieces;
+/// Keys of a piece where a head's keys are cut into some max_pieces.
+std::int64_t piece_keys(const AttentionProblem &problem, std::int64_t max_pieces) {
+  const std::int64_t even = (total_keys(problem) + max_pieces - 1) / max_pieces;
   return std::max(kMinPieceKeys, (even + kChunkKeys - 1) / kChunkKeys * kChunkKeys);
 }
 
-std::int64_t count_pieces(const AttentionProblem &problem) {
+std::int64_t count_pieces(const AttentionProblem &problem, std::int64_t step) {
   std::int64_t n = 0;
   for (int s = 0; s < problem.num_segments; ++s) {
-    const std::int64_t step = piece_keys(problem.segments[s].len);
     n += (problem.segments[s].len + step - 1) / step;
   }
   return n;
@@ -108,7 +108,7 @@ private:
       ProblemPlan &p = plans_[i];
       p = {num_units, (rows + kTileRows - 1) / kTileRows, num_pieces, 1, num_counters, num_floats};
       if (p.num_tiles == 1) {
-        const std::int64_t count = count_pieces(problem);
+        const std::int64_t count = count_pieces(problem, piece_keys(problem, max_pieces()));
         if (count > 1) {
           p.num_pieces = count;
           num_pieces += count;
@@ -130,7 +130,8 @@ private:
     counters_ = ws_.counters.get();
     for (int i = 0; i < num_problems_; ++i) {
       if (plans_[i].num_pieces > 1) {
-        list_pieces(problems_[i], pieces_ + plans_[i].piece_begin);
+        list_pieces(problems_[i], piece_keys(problems_[i], max_pieces()),
+                    pieces_ + plans_[i].piece_begin);
         for (int h = 0; h < params_.num_kv_heads; ++h) {
           counters_[plans_[i].counter_begin + h].store(plans_[i].num_pieces,
                                                        std::memory_order_relaxed);
@@ -140,10 +141,14 @@ private:
     return num_units;
   }
 
-  static void list_pieces(const AttentionProblem &problem, Piece *piece) {
+  std::int64_t max_pieces() const {
+    const std::int64_t heads = std::int64_t{num_problems_} * params_.num_kv_heads;
+    return std::max<std::int64_t>(1, (kUnits + heads - 1) / heads);
+  }
+
+  static void list_pieces(const AttentionProblem &problem, std::int64_t step, Piece *piece) {
     for (int s = 0; s < problem.num_segments; ++s) {
       const std::int64_t len = problem.segments[s].len;
-      const std::int64_t step = piece_keys(len);
       for (std::int64_t begin = 0; begin < len; begin += step) {
         *piece++ = {s, begin, std::min(len, begin + step)};
       }

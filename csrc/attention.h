@@ -28,7 +28,8 @@ struct QueryView {
 
 /// A run of keys and values, for all kv heads. Key j of kv head h is at
 /// k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
-/// Its position is pos ? pos[j] : pos_start + j.
+/// Its position is pos ? pos[j] : pos_start + j. Where a type is packed, k (v) is that of the tile
+/// of cell 0, its stride is a tile's, and key j is in cell index ? index[j] : first_cell + j.
 struct KeySegment {
   const void *k = nullptr;
   const void *v = nullptr;
@@ -41,6 +42,7 @@ struct KeySegment {
   const std::int32_t *index = nullptr;
   const std::int32_t *pos = nullptr;
   std::int64_t pos_start = 0;
+  std::int64_t first_cell = 0;
   std::int64_t len = 0;
 };
 

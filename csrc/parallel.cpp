@@ -103,11 +103,11 @@ private:
       if (epoch == seen || epoch % 2 == 0) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] {
-          epoch = epoch_.load();
-          return epoch != seen && epoch % 2 == 1;
-        });
+        wake_.wait(lock, [&] { return epoch_.load() != epoch; });
         sleepers_.fetch_sub(1);
+        // The job that woke it may be over by now, but where there was one there will be more:
+        // it polls again rather than sleep through them all.
+        continue;
       }
       seen = epoch;
       // Join first, then look whether the job is still the open one: a closing caller sees either

@@ -6,9 +6,11 @@
 namespace mixedkv {
 namespace {
 
-/// From this many rows on, a run of keys or values is unpacked once to f32 for all of them;
-/// below, the kernels unpack in registers.
+/// From this many rows on, a run of keys or values is unpacked once to f32 for all of them, keys
+/// side by side; below, the kernels unpack in registers.
 constexpr int kUnpackRows = 9;
+
+bool is_packed(KvType type) { return type == KvType::q4_0_packed; }
 
 std::int64_t key_position(const KeySegment &segment, std::int64_t j) {
   return segment.pos != nullptr ? segment.pos[j] : segment.pos_start + j;
@@ -44,6 +46,8 @@ void unpack_row(const Kernels &kernels, KvType type, const void *x, float *y, st
   case KvType::q4_0:
     kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(x), y, n);
     break;
+  case KvType::q4_0_packed:
+    break; // has no rows
   }
 }
 
@@ -53,9 +57,12 @@ std::size_t Tile::scratch_floats(const AttentionParams &params) {
   const std::size_t d = params.head_dim;
   const std::size_t dv = params.head_dim_v;
   // Each part is rounded up to a cache line.
-  const std::size_t floats =
-      kTileRows * (d + dv) + kTileRows * kChunkKeys + kChunkKeys + kChunkKeys * (d + dv);
-  return (floats + 6 * 16) / 16 * 16;
+  constexpr std::size_t few = (kUnpackRows - 1) * (kChunkKeys + kScoresPad);
+  constexpr std::size_t many = kTileRows * (kChunkKeysFullTile + kScoresPad);
+  const std::size_t floats = kTileRows * (d + dv) + 2 * std::max(few, many) + kChunkKeys +
+                             (kUnpackRows - 1) * packed_query_floats(d) +
+                             (kChunkKeysFullTile + kScoresPad) * d + (kChunkKeys + kScoresPad) * dv;
+  return (floats + 8 * 16) / 16 * 16;
 }
 
 Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params,
@@ -72,10 +79,17 @@ Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params
   };
   q_ = take(num_rows * head_dim_);
   acc_ = take(num_rows * head_dim_v_);
-  scores_ = take(static_cast<std::size_t>(num_rows) * chunk_keys_);
+  ld_ = static_cast<std::size_t>(chunk_keys_ + kScoresPad);
+  scores_ = take(num_rows * ld_);
+  gathered_ = take(num_rows * ld_);
   bias_ = take(chunk_keys_);
-  keys_ = take(chunk_keys_ * head_dim_);
-  values_ = take(chunk_keys_ * head_dim_v_);
+  values_ = take(ld_ * head_dim_v_);
+  prepared_ = keys_ = nullptr;
+  if (num_rows < kUnpackRows) {
+    prepared_ = take(num_rows * packed_query_floats(head_dim_));
+  } else {
+    keys_ = take(ld_ * head_dim_);
+  }
 
   const QueryView &q = problem.q;
   pos_min_ = std::numeric_limits<std::int64_t>::max();
@@ -158,10 +172,61 @@ void Tile::attend(const KeySegment &segment, std::int64_t begin, std::int64_t en
       begin = std::max(begin, pos_min_ - params_.window_left - segment.pos_start);
     }
   }
-  for (; begin < end; begin += chunk_keys_) {
-    attend_chunk(segment, begin, static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
-                 mask_begin);
+  while (begin < end) {
+    const Chunk chunk = make_chunk(segment, begin, end);
+    attend_chunk(chunk, mask_begin);
+    begin += chunk.n;
   }
+}
+
+Tile::Chunk Tile::make_chunk(const KeySegment &segment, std::int64_t begin, std::int64_t end) {
+  Chunk chunk{segment, begin, static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
+              0,       0,     false,
+              scores_};
+  if (!is_packed(segment.k_type) && !is_packed(segment.v_type)) {
+    return chunk;
+  }
+  if (segment.index == nullptr) {
+    chunk.lead = static_cast<int>((segment.first_cell + begin) % kPackedTokens);
+    chunk.num_tiles = (chunk.lead + chunk.n + kPackedTokens - 1) / kPackedTokens;
+    chunk.x = scores_ + chunk.lead;
+    return chunk;
+  }
+  chunk.n = list_tiles(segment.index + begin, chunk.n, &chunk.num_tiles);
+  chunk.scattered = true;
+  chunk.x = gathered_;
+  return chunk;
+}
+
+/// Lists the tiles of up to n cells, as many as fit in a chunk, and where in them each cell is;
+/// returns the number of cells.
+int Tile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
+  const int most = chunk_keys_ / kPackedTokens + 1;
+  int count = 0;
+  for (int j = 0; j < n; ++j) {
+    const std::int32_t tile = cells[j] / kPackedTokens;
+    if (count == 0 || tiles_[count - 1] != tile) {
+      if (count == most) {
+        n = j;
+        break;
+      }
+      tiles_[count++] = tile;
+    }
+    slots_[j] =
+        static_cast<std::uint16_t>((count - 1) * kPackedTokens + cells[j] % kPackedTokens);
+  }
+  *num_tiles = count;
+  return n;
+}
+
+Rows Tile::tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_stride,
+                    std::ptrdiff_t tile_stride) const {
+  const char *data = static_cast<const char *>(base) + kv_head_ * head_stride;
+  if (chunk.scattered) {
+    return {data, tile_stride, tiles_};
+  }
+  const std::int64_t first = (chunk.segment.first_cell + chunk.begin) / kPackedTokens;
+  return {data + first * tile_stride, tile_stride, nullptr};
 }
 
 Tile::Visible Tile::visible_by_position(const KeySegment &segment, std::int64_t begin,
@@ -279,32 +344,66 @@ void Tile::softmax_row(int row, float *x, int n) {
   state.s += kernels_.exp_sum(x, n, m);
 }
 
-const float *Tile::unpacked(const Rows &rows, KvType type, int n, std::size_t width,
-                            float *buffer) const {
-  for (int j = 0; j < n; ++j) {
-    unpack_row(kernels_, type, row_at(rows, j), buffer + j * width, width);
-  }
-  return buffer;
-}
-
-void Tile::weigh_values(const Rows &v, KvType type, int n, bool some_hidden) {
-  const std::size_t width = head_dim_v_;
-  if (!some_hidden && (num_rows_ < kUnpackRows || type == KvType::f32)) {
-    kernels_.pv[static_cast<int>(type)](scores_, chunk_keys_, num_rows_, &v, n,
-                                        static_cast<int>(width), acc_, width);
+void Tile::compute_scores(const Chunk &chunk) {
+  const KeySegment &segment = chunk.segment;
+  const int d = static_cast<int>(head_dim_);
+  if (!is_packed(segment.k_type)) {
+    const Rows k = rows_from(segment.k, segment.k_head_stride, segment.k_row_stride, segment.index,
+                             kv_head_, chunk.begin, chunk.n);
+    const int type = static_cast<int>(segment.k_type);
+    if (num_rows_ < kUnpackRows) {
+      kernels_.qk[type](q_, head_dim_, num_rows_, &k, chunk.n, d, chunk.x, ld_);
+      return;
+    }
+    int num_tiles = 0;
+    for (int j = 0; j < chunk.n; j += kPackedTokens, ++num_tiles) {
+      const Rows part = k.index != nullptr
+                            ? Rows{k.base, k.stride, k.index + j}
+                            : Rows{static_cast<const char *>(k.base) + j * k.stride, k.stride, nullptr};
+      kernels_.transpose_keys[type](&part, std::min<int>(kPackedTokens, chunk.n - j), d,
+                                    keys_ + j * head_dim_);
+    }
+    kernels_.qk_transposed(q_, head_dim_, num_rows_, keys_, num_tiles, d, chunk.x, ld_);
     return;
   }
-  const float *values = unpacked(v, type, n, width, values_);
+  const Rows tiles = tiles_of(chunk, segment.k, segment.k_head_stride, segment.k_row_stride);
+  if (num_rows_ < kUnpackRows) {
+    if (!is_prepared_) {
+      kernels_.prepare_packed_query(q_, head_dim_, num_rows_, d, prepared_);
+      is_prepared_ = true;
+    }
+    kernels_.qk_packed(prepared_, num_rows_, &tiles, chunk.num_tiles, d, scores_, ld_);
+  } else {
+    for (int t = 0; t < chunk.num_tiles; ++t) {
+      kernels_.unpack_packed_keys(row_at(tiles, t), d, keys_ + t * kPackedTokens * head_dim_);
+    }
+    kernels_.qk_transposed(q_, head_dim_, num_rows_, keys_, chunk.num_tiles, d, scores_, ld_);
+  }
+  if (chunk.scattered) {
+    for (int r = 0; r < num_rows_; ++r) {
+      const float *from = scores_ + r * ld_;
+      float *to = gathered_ + r * ld_;
+      for (int j = 0; j < chunk.n; ++j) {
+        to[j] = from[slots_[j]];
+      }
+    }
+  }
+}
+
+/// acc += weights * values, f32 [n, head_dim_v]; a weight of 0 hides its value, where some_hidden
+/// says that there may be such.
+void Tile::weigh_unpacked(float *values, int n, const float *weights, bool some_hidden) {
+  const std::size_t width = head_dim_v_;
   if (some_hidden && !kernels_.all_finite_f32(values, n * width)) {
     // A weight of 0 times infinity or NaN would leak into rows that don't see the value: such
     // values are taken out of the run and given to the rows that do see them.
     for (int j = 0; j < n; ++j) {
-      float *value = values_ + j * width;
+      float *value = values + j * width;
       if (kernels_.all_finite_f32(value, width)) {
         continue;
       }
       for (int r = 0; r < num_rows_; ++r) {
-        const float weight = scores_[r * chunk_keys_ + j];
+        const float weight = weights[r * ld_ + j];
         if (weight != 0.0f) {
           kernels_.axpy(weight, value, acc(r), width);
         }
@@ -313,46 +412,82 @@ void Tile::weigh_values(const Rows &v, KvType type, int n, bool some_hidden) {
     }
   }
   const Rows rows{values, static_cast<std::ptrdiff_t>(width * sizeof(float)), nullptr};
-  kernels_.pv[static_cast<int>(KvType::f32)](scores_, chunk_keys_, num_rows_, &rows, n,
+  kernels_.pv[static_cast<int>(KvType::f32)](weights, ld_, num_rows_, &rows, n,
                                              static_cast<int>(width), acc_, width);
 }
 
-void Tile::attend_chunk(const KeySegment &segment, std::int64_t begin, int n,
-                        std::int64_t mask_begin) {
-  const Visible visible = visible_by_position(segment, begin, n);
+void Tile::weigh_packed_values(const Chunk &chunk, bool some_hidden) {
+  const KeySegment &segment = chunk.segment;
+  const int num_tokens = chunk.num_tiles * kPackedTokens;
+  for (int r = 0; r < num_rows_; ++r) {
+    float *weights = scores_ + r * ld_;
+    if (chunk.scattered) {
+      const float *from = gathered_ + r * ld_;
+      std::fill_n(weights, num_tokens, 0.0f);
+      for (int j = 0; j < chunk.n; ++j) {
+        weights[slots_[j]] = from[j];
+      }
+    } else {
+      std::fill_n(weights, chunk.lead, 0.0f);
+      std::fill(weights + chunk.lead + chunk.n, weights + num_tokens, 0.0f);
+    }
+  }
+  const int dv = static_cast<int>(head_dim_v_);
+  const Rows tiles = tiles_of(chunk, segment.v, segment.v_head_stride, segment.v_row_stride);
+  if (num_rows_ < kUnpackRows) {
+    kernels_.pv_packed(scores_, ld_, num_rows_, &tiles, chunk.num_tiles, dv, acc_, head_dim_v_);
+    return;
+  }
+  for (int t = 0; t < chunk.num_tiles; ++t) {
+    kernels_.unpack_packed_values(row_at(tiles, t), dv, values_ + t * kPackedTokens * head_dim_v_);
+  }
+  weigh_unpacked(values_, num_tokens, scores_, some_hidden || num_tokens > chunk.n);
+}
+
+void Tile::weigh_values(const Chunk &chunk, bool some_hidden) {
+  const KeySegment &segment = chunk.segment;
+  if (is_packed(segment.v_type)) {
+    weigh_packed_values(chunk, some_hidden);
+    return;
+  }
+  const Rows v = rows_from(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
+                           kv_head_, chunk.begin, chunk.n);
+  if (!some_hidden && (num_rows_ < kUnpackRows || segment.v_type == KvType::f32)) {
+    kernels_.pv[static_cast<int>(segment.v_type)](chunk.x, ld_, num_rows_, &v, chunk.n,
+                                                  static_cast<int>(head_dim_v_), acc_, head_dim_v_);
+    return;
+  }
+  for (int j = 0; j < chunk.n; ++j) {
+    unpack_row(kernels_, segment.v_type, row_at(v, j), values_ + j * head_dim_v_, head_dim_v_);
+  }
+  weigh_unpacked(values_, chunk.n, chunk.x, some_hidden);
+}
+
+void Tile::attend_chunk(const Chunk &chunk, std::int64_t mask_begin) {
+  const KeySegment &segment = chunk.segment;
+  const Visible visible = visible_by_position(segment, chunk.begin, chunk.n);
   if (visible == Visible::none) {
     return;
   }
-  Rows k = rows_from(segment.k, segment.k_head_stride, segment.k_row_stride, segment.index,
-                     kv_head_, begin, n);
-  KvType k_type = segment.k_type;
-  if (num_rows_ >= kUnpackRows && k_type != KvType::f32) {
-    k = {unpacked(k, k_type, n, head_dim_, keys_),
-         static_cast<std::ptrdiff_t>(head_dim_ * sizeof(float)), nullptr};
-    k_type = KvType::f32;
-  }
-  kernels_.qk[static_cast<int>(k_type)](q_, head_dim_, num_rows_, &k, n,
-                                        static_cast<int>(head_dim_), scores_, chunk_keys_);
+  compute_scores(chunk);
   bool some_hidden = visible == Visible::some;
   const bool masked = problem_.mask.type != MaskType::none;
   for (int r = 0; r < num_rows_; ++r) {
-    float *x = scores_ + static_cast<std::size_t>(r) * chunk_keys_;
+    float *x = chunk.x + r * ld_;
     if (params_.logits_soft_cap > 0.0f) {
-      kernels_.soft_cap(x, n, params_.logits_soft_cap);
+      kernels_.soft_cap(x, chunk.n, params_.logits_soft_cap);
     }
     if (masked) {
-      some_hidden |= apply_mask(r, mask_begin + begin, n, x);
+      some_hidden |= apply_mask(r, mask_begin + chunk.begin, chunk.n, x);
     } else if (params_.alibi_slopes != nullptr) {
-      apply_alibi(segment, begin, n, r, x);
+      apply_alibi(segment, chunk.begin, chunk.n, r, x);
     }
     if (visible == Visible::some) {
-      hide_by_position(segment, begin, n, r, x);
+      hide_by_position(segment, chunk.begin, chunk.n, r, x);
     }
-    softmax_row(r, x, n);
+    softmax_row(r, x, chunk.n);
   }
-  const Rows v = rows_from(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
-                           kv_head_, begin, n);
-  weigh_values(v, segment.v_type, n, some_hidden);
+  weigh_values(chunk, some_hidden);
 }
 
 } // namespace mixedkv

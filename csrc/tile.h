@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "kernels/kernels.h"
+#include "packed.h"
 #include "state.h"
 
 #include <cstdint>
@@ -19,6 +20,9 @@ constexpr int kTileRows = 32;
 /// unpacked run of keys for a full tile, they stay in the first and second cache.
 constexpr int kChunkKeys = 256;
 constexpr int kChunkKeysFullTile = 128;
+/// Scores lie this much further apart: a chunk of packed keys may start and end within a tile.
+constexpr int kScoresPad = 2 * kPackedTokens;
+constexpr int kMaxTiles = kChunkKeys / kPackedTokens + 1;
 
 /// A buffer that grows and never shrinks, so that a steady state allocates nothing.
 template <typename T> class Buffer {
@@ -78,14 +82,31 @@ private:
   }
   float *acc(int row) const { return acc_ + static_cast<std::size_t>(row) * head_dim_v_; }
 
-  void attend_chunk(const KeySegment &segment, std::int64_t begin, int n, std::int64_t mask_begin);
+  /// A run of keys whose scores are held at a time, and where they are held.
+  struct Chunk {
+    const KeySegment &segment;
+    std::int64_t begin;
+    int n;
+    int num_tiles;   ///< that packed keys or values lie in
+    int lead;        ///< keys of the first tile before the chunk's first
+    bool scattered;  ///< keys are anywhere in tiles_, key j at slots_[j]
+    float *x;        ///< scores of key 0; rows are ld_ apart
+  };
+
+  Chunk make_chunk(const KeySegment &segment, std::int64_t begin, std::int64_t end);
+  int list_tiles(const std::int32_t *cells, int n, int *num_tiles);
+  Rows tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_stride,
+                std::ptrdiff_t tile_stride) const;
+  void attend_chunk(const Chunk &chunk, std::int64_t mask_begin);
+  void compute_scores(const Chunk &chunk);
+  void weigh_values(const Chunk &chunk, bool some_hidden);
+  void weigh_packed_values(const Chunk &chunk, bool some_hidden);
+  void weigh_unpacked(float *values, int n, const float *weights, bool some_hidden);
   Visible visible_by_position(const KeySegment &segment, std::int64_t begin, int n) const;
   void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
   bool apply_mask(int row, std::int64_t mask_key, int n, float *x);
   void apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
   void softmax_row(int row, float *x, int n);
-  void weigh_values(const Rows &v, KvType type, int n, bool some_hidden);
-  const float *unpacked(const Rows &rows, KvType type, int n, std::size_t width, float *buffer) const;
 
   const Kernels &kernels_;
   const AttentionParams &params_;
@@ -104,10 +125,16 @@ private:
   std::int64_t pos_max_;
   float *q_;       ///< [num_rows, head_dim], scaled
   float *acc_;     ///< [num_rows, head_dim_v]
-  float *scores_;  ///< [num_rows, chunk_keys]
-  float *bias_;    ///< [chunk_keys]
-  float *keys_;    ///< [chunk_keys, head_dim]: a run of keys, unpacked
-  float *values_;  ///< [chunk_keys, head_dim_v]
+  std::size_t ld_; ///< of scores_ and gathered_
+  float *scores_;  ///< [num_rows, ld]
+  float *gathered_; ///< [num_rows, ld]: scores of scattered keys, in their order
+  float *bias_;     ///< [chunk_keys]
+  float *prepared_; ///< queries as qk_packed takes them; filled when first needed
+  float *keys_;     ///< tiles of keys side by side
+  float *values_;   ///< [chunk_keys + kScoresPad, head_dim_v]: a run of values, unpacked
+  bool is_prepared_ = false;
+  std::int32_t tiles_[kMaxTiles];
+  std::uint16_t slots_[kChunkKeys];
 };
 
 } // namespace mixedkv

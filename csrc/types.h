@@ -23,7 +23,9 @@ struct block_q4_0 {
 static_assert(sizeof(block_q4_0) == 18, "Q4_0 blocks are 18 bytes, without padding");
 
 /// How the values of a key, value or query row are stored.
-enum class KvType : std::uint8_t { f32 = 0, f16 = 1, q4_0 = 2 };
+/// q4_0_packed: the bits of q4_0 in tiles of several tokens (packed.h), inside caches only.
+enum class KvType : std::uint8_t { f32 = 0, f16 = 1, q4_0 = 2, q4_0_packed = 3 };
+/// Types whose rows lie one by one.
 enum : int { kNumKvTypes = 3 };
 
 /// Bytes of a row of n values; for q4_0, n is a multiple of QK4_0.
@@ -34,7 +36,9 @@ static constexpr std::size_t row_bytes(KvType type, std::size_t n) {
 }
 
 static constexpr const char *kv_type_name(KvType type) {
-  return type == KvType::f32 ? "f32" : type == KvType::f16 ? "f16" : "q4_0";
+  return type == KvType::f32   ? "f32"
+         : type == KvType::f16 ? "f16"
+                               : "q4_0";
 }
 
 /// Rows of one head. Row j starts at base + stride * (index ? index[j] : j); stride in bytes.

@@ -308,12 +308,13 @@ void MixedCache::store(int layer, const RowsView &k, const RowsView &v) {
                                 const std::vector<std::int32_t> &tokens,
                                 const std::vector<std::int32_t> &cells) {
     const std::int64_t n = static_cast<std::int64_t>(tokens.size());
-    const std::int64_t blocks = (n + kStoreTokens - 1) / kStoreTokens;
+    const std::int64_t step = rows.cells_apart() ? kStoreTokens : std::max<std::int64_t>(n, 1);
+    const std::int64_t blocks = (n + step - 1) / step;
     const std::int64_t values = n * shape.num_kv_heads * shape.values_per_row();
     parallel_rows(blocks * shape.num_kv_heads, values, [&](std::int64_t unit) {
       const int head = static_cast<int>(unit / blocks);
-      const std::int64_t begin = unit % blocks * kStoreTokens;
-      const std::int64_t end = std::min(begin + kStoreTokens, n);
+      const std::int64_t begin = unit % blocks * step;
+      const std::int64_t end = std::min(begin + step, n);
       for (std::int64_t i = begin; i < end; ++i) {
         const std::size_t at = static_cast<std::size_t>(i);
         rows.put_k(to_layer, head, cells[at], k.type, row_of(k, head, tokens[at]));

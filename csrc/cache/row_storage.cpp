@@ -1,6 +1,5 @@
 #include "row_storage.h"
 
-#include "../quantize.h"
 #include "parallel_rows.h"
 
 #include <algorithm>
@@ -10,25 +9,17 @@ namespace mixedkv {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-/// Longest run of zeros that a conversion is given at once; a multiple of every block.
-constexpr std::size_t kZeros = 256;
-
-void put_zeros(KvType from, KvType to, char *row, std::size_t n) noexcept {
-  alignas(64) static constexpr char zeros[kZeros * sizeof(float)] = {};
-  for (std::size_t i = 0; i < n; i += kZeros) {
-    convert_row(from, zeros, to, row + row_bytes(to, i), std::min(kZeros, n - i));
-  }
-}
 
 } // namespace
 
 RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
-    : shape_(shape), num_bytes_(shape.bytes_per_cell() * static_cast<std::size_t>(num_cells)),
-      k_row_stride_(static_cast<std::ptrdiff_t>(shape.k_row_bytes())),
-      v_row_stride_(static_cast<std::ptrdiff_t>(shape.v_row_bytes())),
-      k_head_stride_(k_row_stride_ * num_cells), v_head_stride_(v_row_stride_ * num_cells),
-      v_begin_(k_head_stride_ * shape.num_kv_heads),
-      layer_stride_(v_begin_ + v_head_stride_ * shape.num_kv_heads), data_(nullptr) {
+    : shape_(shape),
+      k_(RowPlane::Kind::keys, shape.k_type, shape.head_dim, shape.num_kv_heads, num_cells),
+      v_(RowPlane::Kind::values, shape.v_type, shape.head_dim_v, shape.num_kv_heads, num_cells),
+      layer_stride_(static_cast<std::ptrdiff_t>(k_.bytes() + v_.bytes())),
+      num_bytes_(static_cast<std::size_t>(layer_stride_) *
+                 static_cast<std::size_t>(shape.num_layers)),
+      data_(nullptr) {
   // calloc: the system hands out zeroed pages without touching them before they are needed.
   allocation_.reset(std::calloc(num_bytes_ + kAlignment, 1));
   if (!allocation_) {
@@ -40,50 +31,52 @@ RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
 }
 
 KeySegment RowStorage::segment(int layer, std::int64_t first_cell) const {
+  // Packed keys and values are found by cell, from the first tile on.
+  const auto begin = [first_cell](const RowPlane &plane, const char *base) {
+    return plane.packed() ? base : plane.row(base, 0, first_cell);
+  };
+  const auto type = [](const RowPlane &plane) {
+    return plane.packed() ? KvType::q4_0_packed : plane.type();
+  };
   KeySegment segment;
-  segment.k = k_row(layer, 0, first_cell);
-  segment.v = v_row(layer, 0, first_cell);
-  segment.k_type = shape_.k_type;
-  segment.v_type = shape_.v_type;
-  segment.k_head_stride = k_head_stride_;
-  segment.k_row_stride = k_row_stride_;
-  segment.v_head_stride = v_head_stride_;
-  segment.v_row_stride = v_row_stride_;
+  segment.k = begin(k_, k_base(layer));
+  segment.v = begin(v_, v_base(layer));
+  segment.k_type = type(k_);
+  segment.v_type = type(v_);
+  segment.k_head_stride = k_.head_stride();
+  segment.k_row_stride = k_.stride();
+  segment.v_head_stride = v_.head_stride();
+  segment.v_row_stride = v_.stride();
+  segment.first_cell = first_cell;
   return segment;
 }
 
 void RowStorage::put_k(int layer, int head, std::int64_t cell, KvType from,
                        const void *row) noexcept {
-  convert_row(from, row, shape_.k_type, k_row(layer, head, cell),
-              static_cast<std::size_t>(shape_.head_dim));
+  k_.put(k_base(layer), head, cell, from, row);
 }
 
 void RowStorage::put_v(int layer, int head, std::int64_t cell, KvType from,
                        const void *row) noexcept {
-  convert_row(from, row, shape_.v_type, v_row(layer, head, cell),
-              static_cast<std::size_t>(shape_.head_dim_v));
+  v_.put(v_base(layer), head, cell, from, row);
 }
 
 void RowStorage::get_k(int layer, int head, std::int64_t cell, float *row) const noexcept {
-  convert_row(shape_.k_type, k_row(layer, head, cell), KvType::f32, row,
-              static_cast<std::size_t>(shape_.head_dim));
+  k_.get(k_base(layer), head, cell, row);
 }
 
 void RowStorage::get_v(int layer, int head, std::int64_t cell, float *row) const noexcept {
-  convert_row(shape_.v_type, v_row(layer, head, cell), KvType::f32, row,
-              static_cast<std::size_t>(shape_.head_dim_v));
+  v_.get(v_base(layer), head, cell, row);
 }
 
 void RowStorage::copy_head(const RowStorage &from, int from_layer, const std::int32_t *from_cells,
                            int layer, const std::int32_t *to_cells, std::int64_t n,
                            int head) noexcept {
   for (std::int64_t i = 0; i < n; ++i) {
-    put_k(layer, head, to_cells[i], from.shape_.k_type,
-          from.k_row(from_layer, head, from_cells[i]));
+    k_.copy(k_base(layer), head, to_cells[i], from.k_, from.k_base(from_layer), from_cells[i]);
   }
   for (std::int64_t i = 0; i < n; ++i) {
-    put_v(layer, head, to_cells[i], from.shape_.v_type,
-          from.v_row(from_layer, head, from_cells[i]));
+    v_.copy(v_base(layer), head, to_cells[i], from.v_, from.v_base(from_layer), from_cells[i]);
   }
 }
 
@@ -109,10 +102,8 @@ void RowStorage::zero_layer(int layer, KvType from_k, KvType from_v, const std::
                             std::int64_t n) noexcept {
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
     for (std::int64_t i = 0; i < n; ++i) {
-      put_zeros(from_k, shape_.k_type, k_row(layer, head, cells[i]),
-                static_cast<std::size_t>(shape_.head_dim));
-      put_zeros(from_v, shape_.v_type, v_row(layer, head, cells[i]),
-                static_cast<std::size_t>(shape_.head_dim_v));
+      k_.put_zeros(k_base(layer), head, cells[i], from_k);
+      v_.put_zeros(v_base(layer), head, cells[i], from_v);
     }
   }
 }

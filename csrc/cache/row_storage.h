@@ -1,9 +1,10 @@
-// Where the rows of a pool of cells lie in memory: the only place that knows. Per layer, K as
-// [kv head][cell][row], then V likewise.
+// The rows of a pool of cells, in one allocation: layer by layer, keys then values. How rows lie
+// within a layer is RowPlane's to know.
 #pragma once
 
 #include "../attention.h"
 #include "../types.h"
+#include "row_plane.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -35,14 +36,16 @@ struct RowShape {
 };
 
 /// One zeroed allocation, aligned to cache lines. Layers, heads and cells are the caller's to
-/// check. What writes rows neither allocates nor throws, and may be called for different (layer,
-/// head, cell) by several threads at once.
+/// check. What writes rows neither allocates nor throws, and may be called for different layers and
+/// heads by several threads at once, for different cells of a head only where no type is q4_0.
 class RowStorage {
 public:
   /// shape.bytes_per_cell() * num_cells fits (the caller saw to that). Throws std::bad_alloc.
   RowStorage(const RowShape &shape, std::int64_t num_cells);
 
   const RowShape &shape() const { return shape_; }
+  /// Whether different cells of a head may be written by several threads at once.
+  bool cells_apart() const { return !k_.packed() && !v_.packed(); }
   std::size_t bytes() const { return num_bytes_; }
 
   /// K and V of a layer: key j of the segment is cell first_cell + j, or index[j] where the caller
@@ -68,12 +71,8 @@ public:
                   std::int64_t n) noexcept;
 
 private:
-  char *k_row(int layer, int head, std::int64_t cell) const {
-    return data_ + layer * layer_stride_ + head * k_head_stride_ + cell * k_row_stride_;
-  }
-  char *v_row(int layer, int head, std::int64_t cell) const {
-    return data_ + layer * layer_stride_ + v_begin_ + head * v_head_stride_ + cell * v_row_stride_;
-  }
+  char *k_base(int layer) const { return data_ + layer * layer_stride_; }
+  char *v_base(int layer) const { return k_base(layer) + k_.bytes(); }
   void copy_head(const RowStorage &from, int from_layer, const std::int32_t *from_cells, int layer,
                  const std::int32_t *to_cells, std::int64_t n, int head) noexcept;
 
@@ -82,14 +81,10 @@ private:
   };
 
   RowShape shape_;
-  std::size_t num_bytes_;
-  // Strides in bytes.
-  std::ptrdiff_t k_row_stride_;
-  std::ptrdiff_t v_row_stride_;
-  std::ptrdiff_t k_head_stride_;
-  std::ptrdiff_t v_head_stride_;
-  std::ptrdiff_t v_begin_; ///< of a layer's V rows, from its K rows
+  RowPlane k_;
+  RowPlane v_;
   std::ptrdiff_t layer_stride_;
+  std::size_t num_bytes_;
   std::unique_ptr<void, Free> allocation_;
   char *data_; ///< into allocation_, at a multiple of 64
 };

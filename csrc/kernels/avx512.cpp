@@ -5,8 +5,11 @@
 // vcvtph2ps of the whole vector: through a general register, as in AVX2, one row of queries took a
 // fifth longer. Sums over lanes are made by unpack and shuffle, four vectors at a time.
 // Rejected: keys one after the other, as in avx2.cpp (with 32 registers it is better to have four
-// blocks under way at once: 10% at four rows). VNNI and BF16 need nibbles in another order than a
-// block's to pay; they belong to a packed layout.
+// blocks under way at once: 10% at four rows). VNNI needs nibbles in another order than
+// a block's to pay: avx512_vnni.cpp.
+#if !defined(MIXEDKV_ISA)
+#define MIXEDKV_ISA avx512
+#endif
 #include "simd_common.h"
 
 // GCC before 13 warns of its own header, which initialises undefined vectors with themselves
@@ -30,25 +33,14 @@ namespace {
 
 #include "scores.inl"
 
+#include "integers_avx512.h"
+
+#include "packed.inl"
+
+#include "transposed.inl"
+
 } // namespace
 
-const Kernels kernels_avx512 = {
-    "avx512",
-    f32_to_f16,
-    f16_to_f32,
-    quantize_row_q4_0_f32,
-    quantize_row_q4_0_f16,
-    dequantize_row_q4_0_f32,
-    dequantize_row_q4_0_f16,
-    all_finite_f32,
-    all_finite_f16,
-    {qk_f32, qk_f16, qk_q4_0},
-    {pv_f32, pv_f16, pv_q4_0},
-    row_max,
-    exp_sum,
-    soft_cap,
-    scale,
-    axpy,
-};
+#include "table.inl"
 
 } // namespace mixedkv

@@ -16,18 +16,26 @@ struct Variant {
   bool (*runs_on)(const CpuFeatures &);
 };
 
+[[maybe_unused]] bool has_avx2(const CpuFeatures &cpu) { return cpu.avx2 && cpu.fma && cpu.f16c; }
+[[maybe_unused]] bool has_avx512(const CpuFeatures &cpu) {
+  return has_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl;
+}
+
 // Best first. The build defines MIXEDKV_HAVE_<ISA> for each file that it compiled.
 const Variant kVariants[] = {
+#if defined(MIXEDKV_HAVE_AVX512_VNNI)
+    {&kernels_avx512_vnni, "avx512f avx512bw avx512dq avx512vl avx512_vnni avx2 fma f16c",
+     [](const CpuFeatures &cpu) { return has_avx512(cpu) && cpu.avx512_vnni; }},
+#endif
 #if defined(MIXEDKV_HAVE_AVX512)
-    {&kernels_avx512, "avx512f avx512bw avx512dq avx512vl avx2 fma f16c",
-     [](const CpuFeatures &cpu) {
-       return cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.avx2 && cpu.fma &&
-              cpu.f16c;
-     }},
+    {&kernels_avx512, "avx512f avx512bw avx512dq avx512vl avx2 fma f16c", has_avx512},
+#endif
+#if defined(MIXEDKV_HAVE_AVX2_VNNI)
+    {&kernels_avx2_vnni, "avx2 fma f16c avx_vnni",
+     [](const CpuFeatures &cpu) { return has_avx2(cpu) && cpu.avx_vnni; }},
 #endif
 #if defined(MIXEDKV_HAVE_AVX2)
-    {&kernels_avx2, "avx2 fma f16c",
-     [](const CpuFeatures &cpu) { return cpu.avx2 && cpu.fma && cpu.f16c; }},
+    {&kernels_avx2, "avx2 fma f16c", has_avx2},
 #endif
 #if defined(MIXEDKV_HAVE_NEON_DOTPROD)
     {&kernels_neon_dotprod, "asimd dotprod",

@@ -8,7 +8,9 @@ namespace mixedkv {
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx2_vnni;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;
 

@@ -46,6 +46,33 @@ struct Kernels {
                     int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
   PvFn *pv[kNumKvTypes];
 
+  // --- packed Q4_0 (packed.h): tiles of kPackedTokens tokens, row i of `tiles` is tile i --------
+
+  /// Query rows in the form that qk_packed takes: packed_query_floats(head_dim) floats a row.
+  void (*prepare_packed_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
+                               float *prepared) noexcept;
+  /// As qk, over all tokens of num_tiles tiles; |error| below 1e-4 |q| |k|. NaN and infinities in
+  /// a query row make its scores NaN.
+  void (*qk_packed)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
+                    int head_dim, float *scores, std::size_t ld_scores) noexcept;
+  /// As pv, over all tokens of num_tiles tiles; p is 0 for tokens that a row does not see, and
+  /// finite; |error| below 1e-4 of the largest |p * d|. Values of tokens with p = 0 never show.
+  void (*pv_packed)(const float *p, std::size_t ld_p, int num_rows, const Rows *tiles,
+                    int num_tiles, int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
+  /// A tile's values as f32 rows [kPackedTokens, head_dim_v].
+  void (*unpack_packed_values)(const void *tile, int head_dim_v, float *values) noexcept;
+
+  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows ----------
+
+  void (*unpack_packed_keys)(const void *tile, int head_dim, float *kt) noexcept;
+  /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by KvType.
+  using TransposeFn = void(const Rows *k, int num_keys, int head_dim, float *kt) noexcept;
+  TransposeFn *transpose_keys[kNumKvTypes];
+  /// As qk, over num_tiles tiles that follow one another.
+  void (*qk_transposed)(const float *q, std::size_t ld_q, int num_rows, const float *kt,
+                        int num_tiles, int head_dim, float *scores,
+                        std::size_t ld_scores) noexcept;
+
   // --- one row of scores -----------------------------------------------------------------------
 
   /// Largest of n >= 1 values; -inf where all are. If any is NaN the result may be anything that

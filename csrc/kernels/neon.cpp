@@ -5,6 +5,7 @@
 // queries and unpacking. Rejected: widening a nibble to an integer and converting it (four
 // instructions more for sixteen values); arithmetic in f16 (not in the base set, and 11 bits are
 // not enough).
+#define MIXEDKV_ISA neon
 #include "simd_common.h"
 
 #include <arm_neon.h>
@@ -22,25 +23,14 @@ namespace {
 
 #include "scores.inl"
 
+#include "integers_neon.h"
+
+#include "packed.inl"
+
+#include "transposed.inl"
+
 } // namespace
 
-const Kernels kernels_neon = {
-    "neon",
-    f32_to_f16,
-    f16_to_f32,
-    quantize_row_q4_0_f32,
-    quantize_row_q4_0_f16,
-    dequantize_row_q4_0_f32,
-    dequantize_row_q4_0_f16,
-    all_finite_f32,
-    all_finite_f16,
-    {qk_f32, qk_f16, qk_q4_0},
-    {pv_f32, pv_f16, pv_q4_0},
-    row_max,
-    exp_sum,
-    soft_cap,
-    scale,
-    axpy,
-};
+#include "table.inl"
 
 } // namespace mixedkv

@@ -9,6 +9,9 @@
 // Rejected: f16 arithmetic (FEAT_FP16), whose 11 bits are not enough for sums over head_dim; one
 // integer sum over several blocks, since each has a scale of its own. FEAT_I8MM's smmla would halve
 // the dot products again, with rows taken in pairs.
+#define MIXEDKV_DOTPROD 1
+#define MIXEDKV_ISA neon_dotprod
+#define MIXEDKV_QK_Q4_0 qk_q4_0_split
 #include "simd_common.h"
 
 #include <arm_neon.h>
@@ -25,6 +28,12 @@ namespace {
 #include "attention.inl"
 
 #include "scores.inl"
+
+#include "integers_neon.h"
+
+#include "packed.inl"
+
+#include "transposed.inl"
 
 enum : int { kGroupRows = 4, kGroupBlocks = 16 };
 
@@ -136,23 +145,6 @@ void qk_q4_0_split(const float *q, size_t ld_q, int num_rows, const Rows *k, int
 
 } // namespace
 
-const Kernels kernels_neon_dotprod = {
-    "neon_dotprod",
-    f32_to_f16,
-    f16_to_f32,
-    quantize_row_q4_0_f32,
-    quantize_row_q4_0_f16,
-    dequantize_row_q4_0_f32,
-    dequantize_row_q4_0_f16,
-    all_finite_f32,
-    all_finite_f16,
-    {qk_f32, qk_f16, qk_q4_0_split},
-    {pv_f32, pv_f16, pv_q4_0},
-    row_max,
-    exp_sum,
-    soft_cap,
-    scale,
-    axpy,
-};
+#include "table.inl"
 
 } // namespace mixedkv

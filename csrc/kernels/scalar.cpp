@@ -3,6 +3,7 @@
 // nobody wrote vectors for. Speed was traded for plainness everywhere: f16 is converted by integer
 // arithmetic, exp and tanh go through double.
 
+#include "../packed.h"
 #include "isa_tables.h"
 
 #include <math.h>
@@ -185,6 +186,98 @@ void pv(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, 
     }
 }
 
+// Packed Q4_0, value by value; a prepared query is the query.
+
+block_q4_0 packed_key(const uint8_t *tile, int num_blocks, int block, int token) {
+  block_q4_0 rows[1];
+  for (int w = 0; w < 4; ++w)
+    memcpy(rows[0].qs + 4 * w,
+           tile + block * kPackedBlockBytes + w * 4 * kPackedTokens + token * 4, 4);
+  rows[0].d = *packed_scale(tile, num_blocks, block, token);
+  return rows[0];
+}
+
+float packed_value(const uint8_t *tile, int num_blocks, int i, int token) {
+  uint32_t word;
+  memcpy(&word, tile + (token / 8 * num_blocks * QK4_0 + i) * 4, sizeof word);
+  const int nibble = static_cast<int>((word >> packed_value_shift(token) & 15u) ^ 8u);
+  return static_cast<float>(nibble - 8) *
+         half_to_float(*packed_scale(tile, num_blocks, i / QK4_0, token));
+}
+
+void prepare_packed_query(const float *q, size_t ld_q, int num_rows, int head_dim,
+                          float *prepared) noexcept {
+  const size_t n = static_cast<size_t>(head_dim);
+  for (size_t r = 0; r < static_cast<size_t>(num_rows); ++r)
+    memcpy(prepared + r * packed_query_floats(n), q + r * ld_q, n * sizeof(float));
+}
+
+void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
+               float *scores, size_t ld_scores) noexcept {
+  const int num_blocks = head_dim / QK4_0;
+  const size_t ld = packed_query_floats(static_cast<size_t>(head_dim));
+  for (int t = 0; t < num_tiles; ++t)
+    for (int token = 0; token < kPackedTokens; ++token)
+      for (int r = 0; r < num_rows; ++r) {
+        const float *q = prepared + static_cast<size_t>(r) * ld;
+        float sum = 0.0f;
+        for (int b = 0; b < num_blocks; ++b) {
+          const block_q4_0 block = packed_key(row_at<uint8_t>(*tiles, t), num_blocks, b, token);
+          for (int i = 0; i < QK4_0; ++i)
+            sum += q[b * QK4_0 + i] * dequantize(block, i);
+        }
+        scores[static_cast<size_t>(r) * ld_scores + static_cast<size_t>(t * kPackedTokens + token)] =
+            sum;
+      }
+}
+
+void pv_packed(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,
+               int head_dim_v, float *acc, size_t ld_acc) noexcept {
+  for (int r = 0; r < num_rows; ++r)
+    for (int j = 0; j < num_tiles * kPackedTokens; ++j) {
+      const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
+      if (weight == 0.0f)
+        continue;
+      const uint8_t *tile = row_at<uint8_t>(*tiles, j / kPackedTokens);
+      for (int i = 0; i < head_dim_v; ++i)
+        acc[static_cast<size_t>(r) * ld_acc + static_cast<size_t>(i)] +=
+            weight * packed_value(tile, head_dim_v / QK4_0, i, j % kPackedTokens);
+    }
+}
+
+void unpack_packed_values(const void *tile, int head_dim_v, float *values) noexcept {
+  for (int token = 0; token < kPackedTokens; ++token)
+    for (int i = 0; i < head_dim_v; ++i)
+      *values++ = packed_value(static_cast<const uint8_t *>(tile), head_dim_v / QK4_0, i, token);
+}
+
+void unpack_packed_keys(const void *tile, int head_dim, float *kt) noexcept {
+  for (int i = 0; i < head_dim; ++i)
+    for (int token = 0; token < kPackedTokens; ++token)
+      *kt++ = dequantize(packed_key(static_cast<const uint8_t *>(tile), head_dim / QK4_0,
+                                    i / QK4_0, token),
+                         i % QK4_0);
+}
+
+template <typename T>
+void transpose_keys(const Rows *k, int num_keys, int head_dim, float *kt) noexcept {
+  for (int i = 0; i < head_dim; ++i)
+    for (int j = 0; j < kPackedTokens; ++j)
+      *kt++ = j < num_keys ? value_at(row_at<T>(*k, j), i) : 0.0f;
+}
+
+void qk_transposed(const float *q, size_t ld_q, int num_rows, const float *kt, int num_tiles,
+                   int head_dim, float *scores, size_t ld_scores) noexcept {
+  for (int r = 0; r < num_rows; ++r)
+    for (int j = 0; j < num_tiles * kPackedTokens; ++j) {
+      float sum = 0.0f;
+      for (int i = 0; i < head_dim; ++i)
+        sum += q[static_cast<size_t>(r) * ld_q + static_cast<size_t>(i)] *
+               kt[(j / kPackedTokens * head_dim + i) * kPackedTokens + j % kPackedTokens];
+      scores[static_cast<size_t>(r) * ld_scores + static_cast<size_t>(j)] = sum;
+    }
+}
+
 float row_max(const float *x, size_t n) noexcept {
   float max = -INFINITY;
   for (size_t i = 0; i < n; ++i)
@@ -231,6 +324,13 @@ const Kernels kernels_scalar = {
     all_finite_f16,
     {qk<float>, qk<f16_t>, qk<block_q4_0>},
     {pv<float>, pv<f16_t>, pv<block_q4_0>},
+    prepare_packed_query,
+    qk_packed,
+    pv_packed,
+    unpack_packed_values,
+    unpack_packed_keys,
+    {transpose_keys<float>, transpose_keys<f16_t>, transpose_keys<block_q4_0>},
+    qk_transposed,
     row_max,
     exp_sum,
     soft_cap,

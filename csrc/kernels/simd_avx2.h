@@ -162,3 +162,20 @@ constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;
 constexpr int key_tile(int rows) { return rows == 1 ? 8 : rows == 4 ? 3 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+
+MIXEDKV_INLINE void transpose(f32v (&x)[8]) {
+  f32v y[8];
+  for (int i = 0; i < 8; i += 4) { // 4 x 4 in either half
+    const f32v a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    const f32v c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]);
+    const f32v d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm256_shuffle_ps(a, c, 0x44);
+    y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+  }
+}

@@ -144,3 +144,26 @@ constexpr int kRows = 6;
 constexpr int kOpenKeys = 4;
 constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 16 : rows == 2 ? 8 : rows == 3 ? 8 : 4; }
+
+MIXEDKV_INLINE void transpose(f32v (&x)[16]) {
+  f32v y[16];
+  for (int i = 0; i < 16; i += 4) { // 4 x 4 in every 128-bit quarter
+    const f32v a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    const f32v c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+    const f32v d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm512_shuffle_ps(a, c, 0x44);
+    y[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    y[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) { // then the quarters, 4 x 4 again
+    const f32v a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x44);
+    const f32v b = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xee);
+    const f32v c = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x44);
+    const f32v d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xee);
+    x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[i + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}

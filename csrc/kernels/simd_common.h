@@ -16,11 +16,27 @@
 //   Q4, q4_open, q4_pair    a Q4_0 block as values: pair H of kPairs holds elements H * kLanes on
 //                           and 16 + H * kLanes on. Right but for the sign of zeros, and where d
 //                           is infinite, which gives NaN; q4_pair_exact: (q - 8) * d in all bits
+//   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
 //   find_extremes, store_q4, to_half   the parts of quantisation that have no common form
 //   kRows, key_tile(R)      the micro-tile of qk that the registers can hold: most rows; keys
 //   value_tile(R)           vectors of V beside R rows in pv
+//
+// For packed.inl and transposed.inl, integers_<isa>.h adds these:
+//
+//   i32v                    a vector of kLanes 32-bit numbers, seen as bytes or halves too
+//   load_i32 set1_i32 zero_i32 add_i32 xor_i32, shift_left<N>, shift_right_signed<N>, to_f32
+//   low_nibbles, high_nibbles   of every byte, as a byte
+//   Dot, dot_zero, dot(acc, u, s), dot_total(acc)   acc gains, lane by lane, the four products of
+//                           bytes 0 to 15 in u and signed bytes in s, eight times at most between
+//                           dot_zero and dot_total
+//   nibble16<K>(x)          nibble K of every half, as a signed half
+//   madd16(acc, a, b)       acc gains, lane by lane, the two products of signed halves
+//   store_rounded(p, x)     kLanes halves, rounded to nearest even and saturated
+//   prefetch(p)             a hint; p may lie anywhere
+//   kPackedVectors          vectors of tokens that qk_packed works on at a time
 #pragma once
 
+#include "../packed.h"
 #include "isa_tables.h"
 
 #include <math.h>

@@ -152,3 +152,11 @@ constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;
 constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 6 : 4; }
+
+MIXEDKV_INLINE void transpose(f32v (&x)[4]) {
+  const float32x4x2_t a = vtrnq_f32(x[0], x[1]), b = vtrnq_f32(x[2], x[3]);
+  x[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  x[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  x[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  x[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}

@@ -1,0 +1,62 @@
+// The keys or the values of one layer of a pool of cells: [kv head][cell][row], or, where they are
+// Q4_0, [kv head][tile][...] packed as attention reads them (packed.h).
+#pragma once
+
+#include "../types.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mixedkv {
+
+class RowPlane {
+public:
+  /// Which of the two packed layouts.
+  enum class Kind : std::uint8_t { keys, values };
+
+  /// Rows of `width` values.
+  RowPlane(Kind kind, KvType type, int width, int num_heads, std::int64_t num_cells);
+
+  KvType type() const { return type_; }
+  bool packed() const { return type_ == KvType::q4_0; }
+  /// Of all heads, a multiple of a cache line.
+  std::size_t bytes() const { return bytes_; }
+  std::ptrdiff_t head_stride() const { return head_stride_; }
+  /// From a row to the next, or from a tile to the next.
+  std::ptrdiff_t stride() const { return stride_; }
+
+  // base: where this plane begins in memory. What writes neither allocates nor throws; different
+  // heads may be written by several threads at once (packed cells of one head may not: they share
+  // bytes).
+
+  const char *row(const char *base, int head, std::int64_t cell) const {
+    return base + head * head_stride_ + cell * stride_;
+  }
+  /// Converts a row of f32, f16 or Q4_0 blocks to this plane's type.
+  void put(char *base, int head, std::int64_t cell, KvType from, const void *row) const noexcept;
+  /// The row becomes what zeros of type `from` convert to.
+  void put_zeros(char *base, int head, std::int64_t cell, KvType from) const noexcept;
+  /// Converts a row to f32.
+  void get(const char *base, int head, std::int64_t cell, float *row) const noexcept;
+  /// The row of another plane's cell (of the same width) becomes this one's, converted where the
+  /// types differ.
+  void copy(char *base, int head, std::int64_t cell, const RowPlane &from, const char *from_base,
+            std::int64_t from_cell) const noexcept;
+
+private:
+  /// n values from value `first` on, a multiple of QK4_0 where Q4_0 takes part.
+  void put_part(char *base, int head, std::int64_t cell, KvType from, const void *part, int first,
+                int n) const noexcept;
+  const unsigned char *tile(const char *base, int head, std::int64_t cell) const;
+  void get_blocks(const char *base, int head, std::int64_t cell, int first, int n,
+                  block_q4_0 *blocks) const noexcept;
+
+  Kind kind_;
+  KvType type_;
+  int width_;
+  std::ptrdiff_t stride_;
+  std::ptrdiff_t head_stride_;
+  std::size_t bytes_;
+};
+
+} // namespace mixedkv

@@ -1,0 +1,53 @@
+// Integer vocabulary of AVX2 for packed.inl; meanings of the words: simd_common.h. A file that
+// is compiled for AVX-VNNI defines MIXEDKV_VNNI first.
+
+using i32v = __m256i;
+constexpr int kPackedVectors = 1; // 16 registers: a block's nibbles take eight
+
+MIXEDKV_INLINE i32v load_i32(const void *p) {
+  return _mm256_loadu_si256(static_cast<const __m256i *>(p));
+}
+MIXEDKV_INLINE i32v set1_i32(int32_t x) { return _mm256_set1_epi32(x); }
+MIXEDKV_INLINE i32v zero_i32() { return _mm256_setzero_si256(); }
+MIXEDKV_INLINE i32v add_i32(i32v a, i32v b) { return _mm256_add_epi32(a, b); }
+MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return _mm256_xor_si256(a, b); }
+template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) { return _mm256_slli_epi32(x, N); }
+template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return _mm256_srai_epi32(x, N); }
+MIXEDKV_INLINE f32v to_f32(i32v x) { return _mm256_cvtepi32_ps(x); }
+
+MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+
+using Dot = __m256i;
+MIXEDKV_INLINE Dot dot_zero() { return _mm256_setzero_si256(); }
+#if defined(MIXEDKV_VNNI)
+MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
+MIXEDKV_INLINE i32v dot_total(Dot acc) { return acc; }
+MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
+#else
+// 16-bit sums: 8 words of 2 products of 15 and 127 at most stay below 2^15.
+MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
+  return _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
+}
+MIXEDKV_INLINE i32v dot_total(Dot acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+#endif
+
+template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
+  if constexpr (K == 3)
+    return _mm256_srai_epi16(x, 12);
+  else
+    return _mm256_srai_epi16(_mm256_slli_epi16(x, 12 - 4 * K), 12);
+}
+
+MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) {
+  const __m256i n = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1)));
+}
+
+MIXEDKV_INLINE void prefetch(const void *p) {
+  _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
+}

@@ -1,0 +1,64 @@
+// Integer vocabulary of NEON for packed.inl; meanings of the words: simd_common.h. A file that
+// is compiled for dot products defines MIXEDKV_DOTPROD first.
+
+using i32v = int32x4_t;
+constexpr int kPackedVectors = 2;
+
+MIXEDKV_INLINE i32v load_i32(const void *p) {
+  return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t *>(p)));
+}
+MIXEDKV_INLINE i32v set1_i32(int32_t x) { return vdupq_n_s32(x); }
+MIXEDKV_INLINE i32v zero_i32() { return vdupq_n_s32(0); }
+MIXEDKV_INLINE i32v add_i32(i32v a, i32v b) { return vaddq_s32(a, b); }
+MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return veorq_s32(a, b); }
+template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) {
+  return vshlq_s32(x, vdupq_n_s32(N)); // N = 0 has no immediate form on every compiler
+}
+template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return vshrq_n_s32(x, N); }
+MIXEDKV_INLINE f32v to_f32(i32v x) { return vcvtq_f32_s32(x); }
+
+MIXEDKV_INLINE i32v low_nibbles(i32v x) {
+  return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15)));
+}
+MIXEDKV_INLINE i32v high_nibbles(i32v x) {
+  return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
+}
+
+#if defined(MIXEDKV_DOTPROD)
+using Dot = int32x4_t;
+MIXEDKV_INLINE Dot dot_zero() { return vdupq_n_s32(0); }
+MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
+  return vdotq_s32(acc, vreinterpretq_s8_s32(u), vreinterpretq_s8_s32(s));
+}
+MIXEDKV_INLINE i32v dot_total(Dot acc) { return acc; }
+#else
+/// 16-bit sums, of the first two tokens and of the last two: 8 products of 15 and 127 each.
+struct Dot {
+  int16x8_t low, high;
+};
+MIXEDKV_INLINE Dot dot_zero() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
+  const int8x16_t a = vreinterpretq_s8_s32(u);
+  const int8x16_t b = vreinterpretq_s8_s32(s);
+  return {vmlal_s8(acc.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(acc.high, a, b)};
+}
+MIXEDKV_INLINE i32v dot_total(Dot acc) {
+  return vpaddq_s32(vpaddlq_s16(acc.low), vpaddlq_s16(acc.high));
+}
+#endif
+
+MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a);
+  const int16x8_t y = vreinterpretq_s16_s32(b);
+  return vaddq_s32(acc, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+}
+
+template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
+  const int16x8_t halves = vreinterpretq_s16_s32(x);
+  return vreinterpretq_s32_s16(
+      vshrq_n_s16(K == 3 ? halves : vshlq_s16(halves, vdupq_n_s16(12 - 4 * K)), 12));
+}
+
+MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x))); }
+
+MIXEDKV_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }

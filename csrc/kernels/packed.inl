@@ -1,0 +1,318 @@
+// Packed Q4_0 (packed.h) against a group of query rows, in integers.
+//
+// qk: each query row is rounded once to 15 bits, q = s * (128 * hi + lo), two signed bytes a dim.
+// Lanes are tokens: a vector of words, split into low and high nibbles, is multiplied by four
+// broadcast bytes of hi and of lo at a time. Sums of a block are exact; they are scaled by the
+// tokens' d, and a row's sums by s at the end. One byte a dim instead of two would leave an error
+// of 5e-3, two leave 1e-4 and less.
+//
+// pv: lanes are dims. The weights p * d of a block's tokens are rounded to 16 bits relative to the
+// largest |d| of the run (8 bits would cost 4e-2), pairs of tokens are multiplied and added at a
+// time; sums are exact again and are scaled and added to acc once a run.
+//
+// Unpacking serves all rows of a group; what a group shares is held in registers.
+
+using i32 = int32_t;
+
+enum : int {
+  kWordsOfBlock = QK4_0 / 4,
+  /// Prepared form of a block: hi bytes, lo bytes, and -8 times the sum of the numbers.
+  kPreparedBlock = 2 * kWordsOfBlock + 1,
+  /// Tokens whose weights are held at a time: int32 sums can't overflow, 2^15 * 8 * 2^8.
+  kPvTiles = 16,
+  kPvTokens = kPvTiles * kPackedTokens,
+  kPackedRows = 4,
+};
+
+MIXEDKV_INLINE const uint8_t *tile_at(const Rows &tiles, int i) {
+  return row_at<uint8_t>(tiles, i);
+}
+
+// --- queries -----------------------------------------------------------------------------------
+
+/// A row: num_blocks * kPreparedBlock words, then its scale.
+MIXEDKV_INLINE size_t prepared_row(int head_dim) {
+  return packed_query_floats(static_cast<size_t>(head_dim));
+}
+
+void prepare_packed_query(const float *q, size_t ld_q, int num_rows, int head_dim,
+                          float *prepared) noexcept {
+  const int num_blocks = head_dim / QK4_0;
+  for (int r = 0; r < num_rows; ++r) {
+    const float *row = q + at(r, ld_q, 0);
+    i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
+    f32v largest_of = zero();
+    bool odd = false;
+    for (int i = 0; i < head_dim; i += kLanes) {
+      const f32v x = load(row + i);
+      odd |= any_not_finite(x);
+      largest_of = max_or_second(abs_of(x), largest_of);
+    }
+    const float largest = max_lanes(largest_of);
+    constexpr float kLargest = 127.0f * 128.0f;
+    // What is too small to be inverted contributes nothing that f32 scores could show.
+    const bool useful = !odd && largest > 1e-30f;
+    const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
+    for (int b = 0; b < num_blocks; ++b, out += kPreparedBlock) {
+      int16_t numbers[QK4_0];
+      int8_t bytes[2 * QK4_0];
+      for (int i = 0; i < QK4_0; i += kLanes)
+        store_rounded(numbers + i, useful ? mul(load(row + b * QK4_0 + i), inverse) : zero());
+      i32 total = 0;
+      for (int i = 0; i < QK4_0; ++i) {
+        const int hi = (numbers[i] + 64) >> 7;
+        bytes[i] = static_cast<int8_t>(hi);
+        bytes[QK4_0 + i] = static_cast<int8_t>(numbers[i] - hi * 128);
+        total += numbers[i];
+      }
+      memcpy(out, bytes, sizeof bytes);
+      out[2 * kWordsOfBlock] = -8 * total;
+    }
+    const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
+    memcpy(out, &scale, sizeof scale);
+  }
+}
+
+// --- qk ----------------------------------------------------------------------------------------
+
+/// Scores of R rows against V vectors of tokens; vector v's words are at words[v], kPackedTokens
+/// apart, its scales at scales[v].
+template <int R, int V>
+MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *const (&words)[V],
+                                  const f16_t *const (&scales)[V], int num_blocks,
+                                  float *const (&scores)[V], size_t ld_scores) {
+  f32v sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      sum[r][v] = zero();
+  for (int b = 0; b < num_blocks; ++b) {
+    i32v nibbles[kWordsOfBlock][V];
+    f32v d[V];
+    for (int v = 0; v < V; ++v) {
+      for (int w = 0; w < kWordsOfBlock / 2; ++w) {
+        const i32v x = load_i32(words[v] + b * kPackedBlockBytes + w * kPackedTokens * 4);
+        nibbles[w][v] = low_nibbles(x);
+        nibbles[w + kWordsOfBlock / 2][v] = high_nibbles(x);
+      }
+      d[v] = load(scales[v] + b * kPackedTokens);
+    }
+    for (int r = 0; r < R; ++r) {
+      const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
+      Dot hi[V], lo[V];
+      for (int v = 0; v < V; ++v)
+        hi[v] = lo[v] = dot_zero();
+      for (int w = 0; w < kWordsOfBlock; ++w) {
+        const i32v x = set1_i32(row[w]);
+        const i32v y = set1_i32(row[kWordsOfBlock + w]);
+        for (int v = 0; v < V; ++v) {
+          hi[v] = dot(hi[v], nibbles[w][v], x);
+          lo[v] = dot(lo[v], nibbles[w][v], y);
+        }
+      }
+      const i32v offset = set1_i32(row[2 * kWordsOfBlock]);
+      for (int v = 0; v < V; ++v) {
+        const i32v total =
+            add_i32(add_i32(dot_total(lo[v]), offset), shift_left<7>(dot_total(hi[v])));
+        sum[r][v] = fma(to_f32(total), d[v], sum[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const i32 *row = q + static_cast<size_t>(r) * ld_q;
+    float s;
+    memcpy(&s, row + num_blocks * kPreparedBlock, sizeof s);
+    for (int v = 0; v < V; ++v)
+      store(scores[v] + at(r, ld_scores, 0), mul(sum[r][v], set1(s)));
+  }
+}
+
+template <int R>
+void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
+                    float *scores, size_t ld_scores) noexcept {
+  constexpr int kVectors = kPackedTokens / kLanes; // of a tile
+  constexpr int V = kPackedVectors;
+  // Far enough ahead that memory answers in time, near enough to stay in the second cache.
+  const ptrdiff_t ahead = 8 * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+  const int n = num_tiles * kVectors;
+  for (int x = 0; x < n; x += V) {
+    const int count = n - x < V ? n - x : V;
+    const uint8_t *words[V];
+    const f16_t *scales[V];
+    float *out[V];
+    for (int v = 0; v < V; ++v) { // a short last step computes its last vector twice
+      const int vector = x + (v < count ? v : count - 1);
+      const uint8_t *tile = tile_at(tiles, vector / kVectors);
+      const int token = vector % kVectors * kLanes;
+      words[v] = tile + token * 4;
+      scales[v] = packed_scale(tile, num_blocks, 0, token);
+      out[v] = scores + vector * kLanes;
+      if (token == 0)
+        for (ptrdiff_t i = 0; i < ahead / 8; i += 64)
+          prefetch(tile + ahead + i);
+    }
+    packed_scores<R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
+  }
+}
+
+void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
+               float *scores, size_t ld_scores) noexcept {
+  const size_t ld = prepared_row(head_dim);
+  const int num_blocks = head_dim / QK4_0;
+  for (int r = 0; r < num_rows; r += kPackedRows) {
+    const i32 *q = reinterpret_cast<const i32 *>(prepared + static_cast<size_t>(r) * ld);
+    float *out = scores + at(r, ld_scores, 0);
+    switch (num_rows - r) {
+    case 1:
+      qk_packed_rows<1>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      break;
+    case 2:
+      qk_packed_rows<2>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      break;
+    case 3:
+      qk_packed_rows<3>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      break;
+    default:
+      qk_packed_rows<kPackedRows>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+    }
+  }
+}
+
+// --- pv ----------------------------------------------------------------------------------------
+
+/// One block of values whose scales are not all finite, value by value.
+void pv_packed_odd(const float *p, size_t ld_p, int num_rows, const Rows &tiles, int num_tiles,
+                   int num_blocks, int block, float *acc, size_t ld_acc) noexcept {
+  for (int t = 0; t < num_tiles * kPackedTokens; ++t) {
+    const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
+    const int token = t % kPackedTokens;
+    float d[16];
+    f16_to_f32(packed_scale(tile, num_blocks, block, token), d, 1);
+    for (int i = 0; i < QK4_0; ++i) {
+      uint32_t word;
+      memcpy(&word, tile + (token / 8 * num_blocks * QK4_0 + block * QK4_0 + i) * 4, 4);
+      const int nibble = static_cast<int>((word >> packed_value_shift(token) & 15u) ^ 8u) - 8;
+      for (int r = 0; r < num_rows; ++r)
+        if (p[at(r, ld_p, t)] != 0.0f) // unseen, and it must stay so
+          acc[at(r, ld_acc, block * QK4_0 + i)] +=
+              p[at(r, ld_p, t)] * (static_cast<float>(nibble) * d[0]);
+    }
+  }
+}
+
+/// Adds the K-th pair of tokens of eight: x holds their words, w[r] row r's weights.
+template <int K, int R, int N>
+MIXEDKV_INLINE void add_pairs(const i32v (&x)[N], const int16_t *const (&w)[R], i32v (&sum)[R][N]) {
+  i32v pairs[N];
+  for (int n = 0; n < N; ++n)
+    pairs[n] = nibble16<K>(x[n]);
+  for (int r = 0; r < R; ++r) {
+    i32 both;
+    memcpy(&both, w[r] + 2 * K, sizeof both);
+    const i32v y = set1_i32(both);
+    for (int n = 0; n < N; ++n)
+      sum[r][n] = madd16(sum[r][n], pairs[n], y);
+  }
+}
+
+/// N vectors of dims of a block, from dim i of the head on.
+template <int R>
+MIXEDKV_INLINE void pv_packed_dims(const int16_t (&weights)[R][kPvTokens], const Rows &tiles,
+                                   int num_tiles, size_t group_bytes, int i, float scale,
+                                   float *acc, size_t ld_acc) {
+  constexpr int N = 2;
+  i32v sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n)
+      sum[r][n] = zero_i32();
+  for (int t = 0; t < num_tiles; ++t) {
+    const uint8_t *words = tile_at(tiles, t) + i * 4;
+    for (int g = 0; g < 2; ++g, words += group_bytes) {
+      i32v x[N];
+      for (int n = 0; n < N; ++n)
+        x[n] = load_i32(words + n * kLanes * 4);
+      const int16_t *w[R];
+      for (int r = 0; r < R; ++r)
+        w[r] = weights[r] + t * kPackedTokens + g * 8;
+      add_pairs<0>(x, w, sum);
+      add_pairs<1>(x, w, sum);
+      add_pairs<2>(x, w, sum);
+      add_pairs<3>(x, w, sum);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) {
+      float *a = acc + at(r, ld_acc, i + n * kLanes);
+      store(a, fma(to_f32(sum[r][n]), set1(scale), load(a)));
+    }
+}
+
+template <int R>
+void pv_packed_rows(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
+                    float *acc, size_t ld_acc) noexcept {
+  alignas(64) float d[kPvTokens];
+  alignas(64) int16_t weights[R][kPvTokens];
+  const int num_tokens = num_tiles * kPackedTokens;
+  const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
+  const ptrdiff_t run_bytes =
+      static_cast<ptrdiff_t>(num_tiles) * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+  for (int b = 0; b < num_blocks; ++b) {
+    f32v largest = zero();
+    bool odd = false;
+    for (int t = 0; t < num_tokens; t += kLanes) {
+      const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
+      const f32v x = load(packed_scale(tile, num_blocks, b, t % kPackedTokens));
+      odd |= any_not_finite(x);
+      largest = max_or_second(abs_of(x), largest);
+      store(d + t, x);
+    }
+    if (odd) {
+      pv_packed_odd(p, ld_p, R, tiles, num_tiles, num_blocks, b, acc, ld_acc);
+      continue;
+    }
+    const float top = max_lanes(largest);
+    if (!(top > 0.0f))
+      continue; // every value is zero
+    constexpr float kLargest = 32767.0f;
+    const f32v inverse = set1(kLargest / top);
+    for (int t = 0; t < num_tokens; t += kLanes) {
+      const f32v x = mul(load(d + t), inverse);
+      for (int r = 0; r < R; ++r)
+        store_rounded(weights[r] + t, mul(load(p + at(r, ld_p, t)), x));
+    }
+    // The next run's tiles, a share with every block.
+    for (int t = 0; t < num_tiles; ++t) {
+      const uint8_t *tile = tile_at(tiles, t) + run_bytes;
+      const ptrdiff_t bytes = kPackedBlockBytes + kPackedScaleBytes;
+      for (ptrdiff_t i = b * bytes; i < (b + 1) * bytes; i += 64)
+        prefetch(tile + i);
+    }
+    for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += 2 * kLanes)
+      pv_packed_dims<R>(weights, tiles, num_tiles, group_bytes, i, top / kLargest, acc, ld_acc);
+  }
+}
+
+void pv_packed(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,
+               int head_dim_v, float *acc, size_t ld_acc) noexcept {
+  const int num_blocks = head_dim_v / QK4_0;
+  for (int t = 0; t < num_tiles; t += kPvTiles) {
+    const int count = num_tiles - t < kPvTiles ? num_tiles - t : kPvTiles;
+    const Rows part = rows_from(*tiles, t);
+    for (int r = 0; r < num_rows; r += kPackedRows) {
+      const float *weights = p + at(r, ld_p, t * kPackedTokens);
+      float *out = acc + at(r, ld_acc, 0);
+      switch (num_rows - r) {
+      case 1:
+        pv_packed_rows<1>(weights, ld_p, part, count, num_blocks, out, ld_acc);
+        break;
+      case 2:
+        pv_packed_rows<2>(weights, ld_p, part, count, num_blocks, out, ld_acc);
+        break;
+      case 3:
+        pv_packed_rows<3>(weights, ld_p, part, count, num_blocks, out, ld_acc);
+        break;
+      default:
+        pv_packed_rows<kPackedRows>(weights, ld_p, part, count, num_blocks, out, ld_acc);
+      }
+    }
+  }
+}

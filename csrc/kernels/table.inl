@@ -1,0 +1,37 @@
+// The one symbol of a vector ISA's file, made of what it has included so far. The file defines
+// MIXEDKV_ISA, the variant's name as an identifier, and may define MIXEDKV_QK_Q4_0, its own qk over
+// Q4_0 rows.
+
+#if !defined(MIXEDKV_QK_Q4_0)
+#define MIXEDKV_QK_Q4_0 qk_q4_0
+#endif
+#define MIXEDKV_TABLE_NAME(isa) kernels_##isa
+#define MIXEDKV_TABLE(isa) MIXEDKV_TABLE_NAME(isa)
+#define MIXEDKV_TEXT_OF(isa) #isa
+#define MIXEDKV_TEXT(isa) MIXEDKV_TEXT_OF(isa)
+
+const Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = {
+    MIXEDKV_TEXT(MIXEDKV_ISA),
+    f32_to_f16,
+    f16_to_f32,
+    quantize_row_q4_0_f32,
+    quantize_row_q4_0_f16,
+    dequantize_row_q4_0_f32,
+    dequantize_row_q4_0_f16,
+    all_finite_f32,
+    all_finite_f16,
+    {qk_f32, qk_f16, MIXEDKV_QK_Q4_0},
+    {pv_f32, pv_f16, pv_q4_0},
+    prepare_packed_query,
+    qk_packed,
+    pv_packed,
+    unpack_packed_values,
+    unpack_packed_keys,
+    {transpose_keys<float>, transpose_keys<f16_t>, transpose_keys<block_q4_0>},
+    qk_transposed,
+    row_max,
+    exp_sum,
+    soft_cap,
+    scale,
+    axpy,
+};
