@@ -5,10 +5,30 @@
 #include <algorithm>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mixedkv {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+
+/// Attention streams through a tier at every step, and misses in the address translation cost as
+/// much as misses in the cache: larger pages, where the system has them and the tier is large.
+void advise_huge_pages(char *data, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
+  if (end > begin) {
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE); // a wish, no more
+  }
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
 
 } // namespace
 
@@ -28,6 +48,7 @@ RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
   void *p = allocation_.get();
   std::size_t space = num_bytes_ + kAlignment;
   data_ = static_cast<char *>(std::align(kAlignment, num_bytes_, p, space));
+  advise_huge_pages(data_, num_bytes_);
 }
 
 KeySegment RowStorage::segment(int layer, std::int64_t first_cell) const {

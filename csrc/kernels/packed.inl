@@ -249,18 +249,27 @@ MIXEDKV_INLINE void pv_packed_dims(const int16_t (&weights)[R][kPvTokens], const
 template <int R>
 void pv_packed_rows(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
                     float *acc, size_t ld_acc) noexcept {
+  alignas(64) float seen[kPvTokens];
   alignas(64) float d[kPvTokens];
   alignas(64) int16_t weights[R][kPvTokens];
   const int num_tokens = num_tiles * kPackedTokens;
   const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
   const ptrdiff_t run_bytes =
       static_cast<ptrdiff_t>(num_tiles) * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+  // What no row sees has no say in how the rest is rounded.
+  for (int t = 0; t < num_tokens; t += kLanes) {
+    f32v x = load(p + t);
+    for (int r = 1; r < R; ++r)
+      x = max_or_second(x, load(p + at(r, ld_p, t)));
+    store(seen + t, x);
+  }
   for (int b = 0; b < num_blocks; ++b) {
     f32v largest = zero();
     bool odd = false;
     for (int t = 0; t < num_tokens; t += kLanes) {
       const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
-      const f32v x = load(packed_scale(tile, num_blocks, b, t % kPackedTokens));
+      const f32v x = select_below(zero(), load(seen + t),
+                                  load(packed_scale(tile, num_blocks, b, t % kPackedTokens)), zero());
       odd |= any_not_finite(x);
       largest = max_or_second(abs_of(x), largest);
       store(d + t, x);

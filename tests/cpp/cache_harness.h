@@ -200,7 +200,8 @@ Attended attend(MixedCache &cache, const std::vector<Token> &tokens, int layer,
 }
 
 /// Against the loop in double precision, for some of the queries where they are many. A key that
-/// is missed or taken twice among a few hundred moves lse by some 1e-3 and more.
+/// is missed or taken twice among a few hundred moves lse by some 1e-3 and more. Q4_0 kernels round
+/// the query and the weights (kernels.h), which moves both by 1e-4 of the logits' size.
 bool attended_right(const Model &model, const Attended &got, int layer, std::int64_t window,
                     std::mt19937 &random) {
   const CacheConfig &config = model.config;
@@ -220,10 +221,12 @@ bool attended_right(const Model &model, const Attended &got, int layer, std::int
       difference = std::max(difference,
                             std::fabs(static_cast<double>(got.out[row * dim_v + d]) - expected[d]));
     }
-    EXPECT(difference < 1e-5);
+    const bool rounded = config.cold_k_type == KvType::q4_0 || config.cold_v_type == KvType::q4_0 ||
+                         config.hot_k_type == KvType::q4_0 || config.hot_v_type == KvType::q4_0;
+    EXPECT(difference < (rounded ? 5e-4 : 1e-5));
     // lse is of the size of the logits: judged by its own.
     EXPECT(std::fabs(static_cast<double>(got.lse[row]) - expected[dim_v]) <
-           2e-6 * std::max(1.0, std::fabs(expected[dim_v])));
+           (rounded ? 2e-4 : 2e-6) * std::max(1.0, std::fabs(expected[dim_v])));
   }
   return true;
 }
