@@ -6,10 +6,15 @@ import numpy as np
 rng = np.random.default_rng(42)
 num_qo_heads, num_kv_heads, head_dim, kv_len = 8, 2, 64, 1000
 
+
+def normal(heads: int, count: int) -> np.ndarray:
+    return rng.standard_normal((heads, count, head_dim), dtype=np.float32)
+
+
 # --- attention over keys and values of any mix of types ----------------------------------------
-q = rng.standard_normal((num_qo_heads, 1, head_dim), dtype=np.float32)
-k = rng.standard_normal((num_kv_heads, kv_len, head_dim), dtype=np.float32)
-v = rng.standard_normal((num_kv_heads, kv_len, head_dim), dtype=np.float32)
+q = normal(num_qo_heads, 1)
+k = normal(num_kv_heads, kv_len)
+v = normal(num_kv_heads, kv_len)
 whole = mkv.attention(q, k.astype(np.float16), v.astype(np.float16))
 print("one call:", whole.shape)
 
@@ -18,7 +23,7 @@ print("one call:", whole.shape)
 state = mkv.AttentionState(num_qo_heads=num_qo_heads, qo_len=1, head_dim=head_dim)
 state.update(q, mkv.quantize_q4_0(k[:, :900]), mkv.quantize_q4_0(v[:, :900]))
 state.update(q, k[:, 900:].astype(np.float16), v[:, 900:].astype(np.float16))
-mixed = state.finalize()[0]
+mixed = state.finalize()
 error = np.linalg.norm(mixed - whole) / np.linalg.norm(whole)
 print(f"two segments, one of them in 4.5 bits: {error:.3f} relative difference")
 
@@ -28,7 +33,7 @@ for segment in (slice(0, 300), slice(300, 1000)):
     part = mkv.AttentionState(num_qo_heads=num_qo_heads, qo_len=1, head_dim=head_dim)
     part.update(q, k[:, segment], v[:, segment])
     parts.append(part)
-merged = mkv.merge(parts).finalize()[0]
+merged = mkv.merge(parts).finalize()
 exact = mkv.attention(q, k, v)
 print(f"merged from two parts: {np.abs(merged - exact).max():.1e} largest difference")
 
@@ -50,9 +55,8 @@ def step(first: int, count: int) -> None:
     if slot is None:
         raise mkv.CacheFull("no room")
     for layer in range(2):
-        rows = (num_kv_heads, count, head_dim)
-        cache.store(layer, rng.standard_normal(rows), rng.standard_normal(rows))
-        cache.attend(layer, rng.standard_normal((num_qo_heads, count, head_dim)))
+        cache.store(layer, normal(num_kv_heads, count), normal(num_kv_heads, count))
+        cache.attend(layer, normal(num_qo_heads, count))
     cache.commit()
 
 

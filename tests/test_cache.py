@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +112,12 @@ def test_cache_new_is_empty(make: Callable[..., Cache]) -> None:
     assert cache.values(0, 0).shape == (HKV, 0, DV)
     stats = cache.stats()
     assert (stats.hot_tokens, stats.cold_tokens, stats.tokens_seen, stats.moved) == (0, 0, 0, 0)
+
+
+def test_cache_empty_is_true(make: Callable[..., Cache]) -> None:
+    """`if cache:` asks whether there is one."""
+    assert make()
+    assert "16" in repr(make())
 
 
 def test_cache_slot_says_what_it_plans(make: Callable[..., Cache]) -> None:
@@ -653,12 +662,14 @@ def test_cache_short_ubatch_attends_layers_in_any_order(rng: np.random.Generator
 
 
 def step(cache: Cache, model: ref.MixedCacheModel, rng: np.random.Generator, pos: Sequence[int],
-         seq: Any = 0, rel: float = F32_REL, **options: Any) -> None:  # fmt: skip
+         seq: Any = 0, rel: float | None = None, **options: Any) -> None:  # fmt: skip
     """One ubatch through both, attended and compared."""
     pos = list(pos)
     owners = [seq] * len(pos) if isinstance(seq, (int, set)) else list(seq)
     assert cache.find_slot(pos=pos, seq_id=owners) is not None
     assert model.find_slot(pos, owners) is not None
+    if rel is None:
+        rel = tolerance("q4_0") if cache.stats().cold_tokens else F32_REL
     for layer in range(LAYERS):
         k, v = normal(rng, HKV, len(pos), D), normal(rng, HKV, len(pos), DV)
         q = normal(rng, HQ, len(pos), D)
@@ -1432,6 +1443,27 @@ def test_cache_log_tells_of_a_move_once(caplog: pytest.LogCaptureFixture) -> Non
         assert add(cache, [8]).num_moved == 2
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("mixedkv")]
     assert sum(" move:" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("value", "talks"), [("1", True), ("0", False), ("", False)])
+def test_cache_log_on_request_by_environment(value: str, talks: bool) -> None:
+    code = """
+import numpy as np, mixedkv as m
+c = m.MixedKVCache(num_layers=1, num_kv_heads=1, head_dim=32, hot_size=32, cold_size=32)
+rows = np.ones((1, 30, 32), np.float32)
+c.append(range(30), [0] * 30, [rows], [rows])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MIXEDKV_DEBUG": value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert bool(lines) == talks
+    assert all(LINE.match(line) for line in lines)
 
 
 def test_cache_is_silent_by_default(caplog: pytest.LogCaptureFixture) -> None:

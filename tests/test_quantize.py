@@ -24,7 +24,8 @@ def gguf_quantize(x: np.ndarray) -> np.ndarray:
 
 def gguf_dequantize(b: np.ndarray) -> np.ndarray:
     gguf = pytest.importorskip("gguf")
-    return np.asarray(gguf.quants.dequantize(b, gguf.GGMLQuantizationType.Q4_0))
+    with np.errstate(all="ignore"):
+        return np.asarray(gguf.quants.dequantize(b, gguf.GGMLQuantizationType.Q4_0))
 
 
 def one_hot(value: float, at: int) -> np.ndarray:
@@ -349,6 +350,15 @@ def test_quantize_torch_refuses_to_lose_a_gradient(rng: np.random.Generator) -> 
     with torch.no_grad():
         b = mkv.quantize_q4_0(x)
     np.testing.assert_array_equal(b.numpy(), ref.quantize_q4_0(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2.0, True, "2"], ids=repr)
+def test_quantize_refuses_threads(threads: Any) -> None:
+    x = np.zeros((2, 32), np.float32)
+    with pytest.raises((TypeError, ValueError), match="threads"):
+        mkv.quantize_q4_0(x, threads=threads)
+    with pytest.raises((TypeError, ValueError), match="threads"):
+        mkv.dequantize_q4_0(mkv.quantize_q4_0(x), threads=threads)
 
 
 # --- refusals -------------------------------------------------------------------------------------

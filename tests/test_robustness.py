@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,34 @@ def test_robust_empty_and_single_sizes(shape: tuple[int, ...]) -> None:
     want, want_lse = ref.attention(q, k, v, causal=True)
     np.testing.assert_allclose(out, want, rtol=1e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_robust_attend_into_its_query_is_right_or_refused(
+    cache: Any, rng: np.random.Generator, threads: int
+) -> None:
+    """head_dim 32, head_dim_v 64: out holds the query in its first half."""
+    cache.find_slot(pos=[20, 21, 22], seq_id=[0] * N)
+    cache.store(0, f32(CHKV, N, CD), normal(rng, CHKV, N, CDV))
+    out = normal(rng, CHQ, N, CDV)
+    q = out[..., :CD]
+    want, before = cache.attend(0, q.copy()), out.copy()
+    refusal = refused(lambda: cache.attend(0, q, out=out, threads=threads))
+    if refusal:
+        assert "out" in refusal
+        np.testing.assert_array_equal(out, before)
+    else:
+        np.testing.assert_array_equal(out, want)
+
+
+def test_robust_finalize_into_its_own_state_is_right_or_refused() -> None:
+    state = mkv.AttentionState(num_qo_heads=HQ, qo_len=LQ, head_dim=DV, batch=B)
+    state.update(Q, K, V)
+    want = state.finalize()
+    refusal = refused(lambda: state.finalize(out=state.acc))
+    if refusal:
+        assert "out" in refusal
+    np.testing.assert_array_equal(state.finalize(), want)
 
 
 # --- merge ----------------------------------------------------------------------------------------
@@ -627,6 +656,29 @@ def test_robust_out_of_order_calls_in_every_sequence(cache: Any) -> None:
             cache.restore()
         cache.seq_rm(2)
     goes_on(cache)
+
+
+def test_robust_calls_keep_no_references(cache: Any) -> None:
+    """Neither those that work nor those that are refused."""
+    q, k, v = f32(HQ, LQ, D), f32(HKV, LKV, D), f32(HKV, LKV, DV)
+    out, mask = f32(HQ, LQ, DV), f32(LQ, LKV)
+    rows = f32(CHKV, 1, CD), f32(CHKV, 1, CDV)
+    arrays = (q, k, v, out, mask, *rows)
+    before = [sys.getrefcount(x) for x in arrays]
+    for _ in range(50):
+        mkv.attention(q, k, v, mask=mask, out=out)
+        mkv.merge_state(out, out[..., 0], out, out[..., 0])
+        mkv.quantize_q4_0(q)
+        with pytest.raises(WRONG):
+            mkv.attention(q, k, v[:, :2], mask=mask, out=out)
+        with pytest.raises(WRONG):
+            cache.find_slot(pos=[1], seq_id=[9])
+        cache.find_slot(pos=[20], seq_id=[0])
+        cache.store(0, *rows)
+        with pytest.raises(WRONG):
+            cache.store(1, rows[1], rows[0])
+        cache.restore()
+    assert [sys.getrefcount(x) for x in arrays] == before
 
 
 def test_robust_object_that_was_not_initialised() -> None:

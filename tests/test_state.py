@@ -193,11 +193,15 @@ def test_state_causal_update_equals_attention_bit_for_bit(rng: np.random.Generat
     np.testing.assert_array_equal(st.finalize(), mkv.attention(q, k, v, causal=True))
 
 
-def test_state_positions_matter_by_their_difference_alone(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("start", [1000, -1000, 2**31 - 10, -(2**35), 2**40 - 30], ids=str)
+def test_state_positions_matter_by_their_difference_alone(
+    rng: np.random.Generator, start: int
+) -> None:
     q, k, v = make(rng)
-    options = {"causal": True, "window_left": 9}
+    slopes = (0.5 ** np.arange(HQ)).astype(np.float32)
+    options = {"causal": True, "window_left": 9, "alibi_slopes": slopes}
     a = state_of(q, k, v, q_start=20, kv_start=0, **options)
-    b = state_of(q, k, v, q_start=1020, kv_start=1000, **options)
+    b = state_of(q, k, v, q_start=start + 20, kv_start=start, **options)
     same_state(a, b)
 
 
@@ -469,7 +473,7 @@ def test_state_gives_what_q_was(rng: np.random.Generator, name: str) -> None:
     out, lse = st.finalize(return_lse=True)
     assert isinstance(out, torch.Tensor)
     assert out.dtype == dtype
-    want, want_lse = ref.attention(*(x.double().numpy() for x in (q, k, v)))
+    want, _ = ref.attention(*(x.double().numpy() for x in (q, k, v)))
     assert relative_error(out.float().numpy(), want) <= max(float(torch.finfo(dtype).eps), 1e-6)
     assert isinstance(lse, torch.Tensor)
 

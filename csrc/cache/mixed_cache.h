@@ -109,7 +109,9 @@ public:
   /// K and V rows of the slot's tokens, in the order that find_slot got them.
   void store(int layer, const RowsView &k, const RowsView &v);
   /// Queries [num_qo_heads, slot tokens, head_dim], same order, against everything that their
-  /// sequences own up to their positions. The layer's rows are stored already.
+  /// sequences own up to their positions. The layer's rows are stored already; of a slot with
+  /// tokens bound for cold (num_cold > 0) it must be the layer stored last. Positions and indices
+  /// of q and out are the cache's own: q.index and out.index stay null.
   void attend(int layer, const QueryView &q, int num_qo_heads, const AttendOptions &options,
               const OutputView &out);
   void commit();

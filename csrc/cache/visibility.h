@@ -22,7 +22,8 @@ struct KeySources {
 
 class Visibility {
 public:
-  /// Where no cell is shared, lists of num_cells cells are made without growing. Throws std::bad_alloc.
+  /// Where no cell is shared, lists of num_cells cells are made without growing. Throws
+  /// std::bad_alloc.
   Visibility(std::int64_t num_cells, int n_seq_max);
 
   /// A slot of n tokens, token i at pos[i]; it sees what sequence seq[i] sees. Throws

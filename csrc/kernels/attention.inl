@@ -9,8 +9,9 @@
 // order of its additions follows from head_dim (qk) and from the order of keys (pv) alone. So a row
 // gets the same bits however many rows come with it, and acc the same bits however a run is cut.
 //
-// Where there are more rows than a tile holds, a few keys (values) at a time are unpacked to f32
-// on the stack, where they stay in the first-level cache for all groups of rows.
+// Where there are more rows than a tile holds, they go over a few keys (values) at a time, group by
+// group, so that these stay in the first-level cache; rows in Q4_0 are unpacked to f32 on the stack
+// first. Sums run over the values in their order whether they were unpacked or not.
 
 template <typename T> MIXEDKV_INLINE const T *row_at(const Rows &rows, int j) {
   const ptrdiff_t row = rows.index ? rows.index[j] : j;
@@ -24,30 +25,39 @@ MIXEDKV_INLINE Rows rows_from(const Rows &rows, int j) {
   return {static_cast<const char *>(rows.base) + rows.stride * j, rows.stride, nullptr};
 }
 
+template <typename T> constexpr bool is_q4 = false;
+template <> constexpr bool is_q4<block_q4_0> = true;
+
 enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first-level caches
 enum : int { kMaxUnpackedDim = 512 };
 
-MIXEDKV_INLINE void unpack_row(const f16_t *x, float *y, int n) {
-  f16_to_f32(x, y, static_cast<size_t>(n));
+/// Rows are asked for this many bytes before their turn. Processors ahead of their own accord stop
+/// at the ends of pages and start anew with each run of keys; from memory, that alone takes three
+/// to five times as long.
+enum : int { kAheadBytes = 16384 };
+
+MIXEDKV_INLINE void ask_ahead(const Rows &rows, const void *part, size_t bytes) {
+  if (rows.index)
+    return; // who knows where the next rows are
+  for (size_t i = 0; i < bytes; i += 64)
+    prefetch(static_cast<const char *>(part) + kAheadBytes + i);
 }
+
 MIXEDKV_INLINE void unpack_row(const block_q4_0 *x, float *y, int n) {
   for (int b = 0; b < n / QK4_0; ++b)
     store_block<false>(q4_open(x + b), y + b * QK4_0);
 }
-MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
-  memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
-}
+/// What rows of T are read as once they are on the stack. Halves stay as they are: converting them
+/// in a load costs less than a store and a second load.
+template <typename T> struct UnpackedAs { using Type = T; };
+template <> struct UnpackedAs<block_q4_0> { using Type = float; };
+template <typename T> using Unpacked = typename UnpackedAs<T>::Type;
 
 MIXEDKV_INLINE size_t at(int row, size_t ld, int column) {
   return static_cast<size_t>(row) * ld + static_cast<size_t>(column);
 }
 
 // --- qk ----------------------------------------------------------------------------------------
-
-/// Unpacked Q4_0: f32 values whose products are added in the order of qk over Q4_0 itself.
-struct UnpackedQ4 {
-  float values[QK4_0];
-};
 
 template <int R, int C, typename T>
 MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const T *const (&keys)[C],
@@ -76,69 +86,49 @@ MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const T *const (&k
   }
 }
 
-MIXEDKV_INLINE Q4 open_block(const block_q4_0 *block) { return q4_open(block); }
-MIXEDKV_INLINE const float *open_block(const UnpackedQ4 *block) { return block->values; }
-template <int H> MIXEDKV_INLINE void block_pair(const Q4 &block, f32v &low, f32v &high) {
-  q4_pair<H>(block, low, high);
-}
-template <int H> MIXEDKV_INLINE void block_pair(const float *values, f32v &low, f32v &high) {
-  low = load(values + H * kLanes);
-  high = load(values + QK4_0 / 2 + H * kLanes);
-}
-
-/// One block of G keys from key c on, pair by pair.
-template <int H, int G, int R, int C, typename B>
-MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const B (&blocks)[G], int c,
+/// One block of G keys from key c on, vector by vector. (Recursion over keys as well, in place of a
+/// loop, changed nothing on AVX and made NEON spill.)
+template <int V, int G, int R, int C>
+MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const Q4 (&blocks)[G], int c,
                                        f32v (&sum)[R][C]) {
-  f32v low[G], high[G];
+  f32v k[G];
   for (int g = 0; g < G; ++g)
-    block_pair<H>(blocks[g], low[g], high[g]);
+    k[g] = q4_vector<V>(blocks[g]);
   for (int r = 0; r < R; ++r) {
-    const f32v x_low = load(q + at(r, ld_q, H * kLanes));
-    const f32v x_high = load(q + at(r, ld_q, QK4_0 / 2 + H * kLanes));
+    const f32v x = load(q + at(r, ld_q, V * kLanes));
     for (int g = 0; g < G; ++g)
-      sum[r][c + g] = fma(x_low, low[g], sum[r][c + g]);
-    for (int g = 0; g < G; ++g)
-      sum[r][c + g] = fma(x_high, high[g], sum[r][c + g]);
+      sum[r][c + g] = fma(x, k[g], sum[r][c + g]);
   }
-  if constexpr (H + 1 < kPairs)
-    add_block_products<H + 1>(q, ld_q, blocks, c, sum);
-}
-
-template <int R, int C, typename T>
-MIXEDKV_INLINE void add_products_of_blocks(const float *q, size_t ld_q, const T *const (&keys)[C],
-                                           int head_dim, f32v (&sum)[R][C]) {
-  constexpr int G = C % kOpenKeys == 0 ? kOpenKeys : 1;
-  for (int b = 0; b < head_dim / QK4_0; ++b)
-    for (int c = 0; c < C; c += G) {
-      decltype(open_block(keys[0])) blocks[G];
-      for (int g = 0; g < G; ++g)
-        blocks[g] = open_block(keys[c + g] + b);
-      add_block_products<0>(q + b * QK4_0, ld_q, blocks, c, sum);
-    }
+  if constexpr ((V + 1) * kLanes < QK4_0)
+    add_block_products<V + 1>(q, ld_q, blocks, c, sum);
 }
 
 template <int R, int C>
 MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const block_q4_0 *const (&keys)[C],
                                  int head_dim, f32v (&sum)[R][C]) {
-  add_products_of_blocks(q, ld_q, keys, head_dim, sum);
-}
-template <int R, int C>
-MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const UnpackedQ4 *const (&keys)[C],
-                                 int head_dim, f32v (&sum)[R][C]) {
-  add_products_of_blocks(q, ld_q, keys, head_dim, sum);
+  constexpr int G = C < kOpenKeys ? C : kOpenKeys;
+  static_assert(C % G == 0, "whole groups of keys");
+  for (int b = 0; b < head_dim / QK4_0; ++b)
+    for (int c = 0; c < C; c += G) {
+      Q4 blocks[G];
+      for (int g = 0; g < G; ++g)
+        blocks[g] = q4_open(keys[c + g] + b);
+      add_block_products<0>(q + b * QK4_0, ld_q, blocks, c, sum);
+    }
 }
 
 template <int R, typename T>
 void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_dim, float *scores,
              size_t ld_scores) noexcept {
-  constexpr int C = key_tile(R);
+  constexpr int C = key_tile(R, is_q4<T>);
   static_assert(R * C % 4 == 0, "scores are added up in fours");
   for (int j = 0; j < num_keys; j += C) {
     const int count = num_keys - j < C ? num_keys - j : C;
     const T *keys[C];
     for (int c = 0; c < C; ++c) // a short last tile computes its last key several times
       keys[c] = row_at<T>(k, j + (c < count ? c : count - 1));
+    for (int c = 0; c < C; ++c)
+      ask_ahead(k, keys[c], static_cast<size_t>(k.stride));
     f32v sum[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)
@@ -188,8 +178,7 @@ MIXEDKV_INLINE void qk_groups(const float *q, size_t ld_q, int num_rows, const R
 /// Keys that fit on the stack, in whole tiles.
 MIXEDKV_INLINE int keys_on_stack(int head_dim) { return kStackFloats / head_dim / 8 * 8; }
 
-/// U: how unpacked keys are read.
-template <typename T, typename U>
+template <typename T>
 MIXEDKV_INLINE void qk_of(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys,
                           int head_dim, float *scores, size_t ld_scores) {
   if (num_rows <= kRows || head_dim > kMaxUnpackedDim) {
@@ -202,27 +191,27 @@ MIXEDKV_INLINE void qk_of(const float *q, size_t ld_q, int num_rows, const Rows 
   for (int j = 0; j < num_keys; j += step) {
     const int count = num_keys - j < step ? num_keys - j : step;
     Rows part = rows_from(*k, j);
-    if (sizeof(T) != sizeof(float)) {
+    if constexpr (is_q4<T>) {
       for (int c = 0; c < count; ++c)
         unpack_row(row_at<T>(part, c), unpacked + c * head_dim, head_dim);
       part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim, nullptr};
     }
-    qk_groups<U>(q, ld_q, num_rows, part, count, head_dim, scores + j, ld_scores);
+    qk_groups<Unpacked<T>>(q, ld_q, num_rows, part, count, head_dim, scores + j, ld_scores);
   }
 }
 
 void qk_f32(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
             float *scores, size_t ld_scores) noexcept {
-  qk_of<float, float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+  qk_of<float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
 }
 void qk_f16(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
             float *scores, size_t ld_scores) noexcept {
-  qk_of<f16_t, float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+  qk_of<f16_t>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
 }
 [[maybe_unused]] // an ISA may have its own
 void qk_q4_0(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
              float *scores, size_t ld_scores) noexcept {
-  qk_of<block_q4_0, UnpackedQ4>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+  qk_of<block_q4_0>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
 }
 
 // --- pv ----------------------------------------------------------------------------------------
@@ -239,13 +228,14 @@ MIXEDKV_INLINE void pv_vectors(const float *p, size_t ld_p, const Rows &v, int n
     }
   for (int j = 0; j < num_keys; ++j) {
     const T *row = row_at<T>(v, j) + i;
-    f32v x[B];
-    for (int b = 0; b < B; ++b)
-      x[b] = Partial ? load_n(row + b * kLanes, n) : load(row + b * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const f32v weight = set1(p[at(r, ld_p, j)]);
-      for (int b = 0; b < B; ++b)
-        sum[r][b] = fma(weight, x[b], sum[r][b]);
+    ask_ahead(v, row, sizeof(T) * B * kLanes);
+    f32v weight[R];
+    for (int r = 0; r < R; ++r)
+      weight[r] = set1(p[at(r, ld_p, j)]);
+    for (int b = 0; b < B; ++b) {
+      const f32v x = Partial ? load_n(row + b * kLanes, n) : load(row + b * kLanes);
+      for (int r = 0; r < R; ++r)
+        sum[r][b] = fma(weight[r], x, sum[r][b]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -273,33 +263,34 @@ MIXEDKV_INLINE void pv_dims(const float *p, size_t ld_p, const Rows &v, int num_
 template <int R, typename T> struct PvRows {
   static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
                   float *acc, size_t ld_acc) noexcept {
-    pv_dims<R, value_tile(R), T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
+    pv_dims<R, value_tile(R, false), T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
   }
 };
 
-/// Pairs H to H + N - 1 of NB blocks, as vectors x[2 * N * NB].
-template <int H, int N> MIXEDKV_INLINE void unpack_pairs(const Q4 &q4, f32v *x) {
-  q4_pair<H>(q4, x[0], x[1]);
+constexpr int kVectors = QK4_0 / kLanes; // in a block
+
+/// Vectors V to V + N - 1 of a block.
+template <int V, int N> MIXEDKV_INLINE void unpack_vectors(const Q4 &q4, f32v *x) {
+  x[0] = q4_vector<V>(q4);
   if constexpr (N > 1)
-    unpack_pairs<H + 1, N - 1>(q4, x + 2);
+    unpack_vectors<V + 1, N - 1>(q4, x + 1);
 }
 
-template <int R, int NB, int H, int N>
+/// Of NB blocks the vectors V to V + N - 1; all of them where there is more than one block.
+template <int R, int NB, int V, int N>
 MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys, int block,
                               float *acc, size_t ld_acc) {
-  constexpr int B = 2 * N * NB;
-  int dim[B];
-  for (int b = 0; b < B; ++b)
-    dim[b] = (block + b / (2 * N)) * QK4_0 + b % 2 * (QK4_0 / 2) + (H + b / 2 % N) * kLanes;
+  constexpr int B = N * NB;
+  const int i = block * QK4_0 + V * kLanes;
   f32v sum[R][B];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
-      sum[r][b] = load(acc + at(r, ld_acc, dim[b]));
+      sum[r][b] = load(acc + at(r, ld_acc, i + b * kLanes));
   for (int j = 0; j < num_keys; ++j) {
     const block_q4_0 *row = row_at<block_q4_0>(v, j) + block;
     f32v x[B];
     for (int b = 0; b < NB; ++b)
-      unpack_pairs<H, N>(q4_open(row + b), x + b * 2 * N);
+      unpack_vectors<V, N>(q4_open(row + b), x + b * N);
     for (int r = 0; r < R; ++r) {
       const f32v weight = set1(p[at(r, ld_p, j)]);
       for (int b = 0; b < B; ++b)
@@ -308,34 +299,27 @@ MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int nu
   }
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
-      store(acc + at(r, ld_acc, dim[b]), sum[r][b]);
+      store(acc + at(r, ld_acc, i + b * kLanes), sum[r][b]);
 }
 
-/// From a block on, NB blocks at a time, then half as many, down to parts of a block: N pairs from
-/// pair H on.
-template <int R, int NB, int H, int N>
+/// From a block on, NB blocks at a time, then half as many, down to parts of a block: N vectors
+/// from vector V on.
+template <int R, int NB, int V, int N>
 MIXEDKV_INLINE void pv_all_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys,
                                   int block, int num_blocks, float *acc, size_t ld_acc) {
   for (; block + NB <= num_blocks; block += NB)
-    pv_blocks<R, NB, H, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+    pv_blocks<R, NB, V, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
   if constexpr (NB > 1)
-    pv_all_blocks<R, NB / 2, H, N>(p, ld_p, v, num_keys, block, num_blocks, acc, ld_acc);
-  else if constexpr (H + N < kPairs)
-    pv_all_blocks<R, 1, H + N, N>(p, ld_p, v, num_keys, 0, num_blocks, acc, ld_acc);
-}
-
-constexpr int pairs_at_once(int vectors) {
-  int n = kPairs;
-  while (2 * n > vectors && n > 1)
-    n /= 2;
-  return n;
+    pv_all_blocks<R, NB / 2, V, N>(p, ld_p, v, num_keys, block, num_blocks, acc, ld_acc);
+  else if constexpr (V + N < kVectors)
+    pv_all_blocks<R, 1, V + N, N>(p, ld_p, v, num_keys, 0, num_blocks, acc, ld_acc);
 }
 
 template <int R> struct PvRows<R, block_q4_0> {
   static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
                   float *acc, size_t ld_acc) noexcept {
-    constexpr int kBlocks = value_tile(R) / (2 * kPairs);
-    pv_all_blocks<R, (kBlocks > 1 ? kBlocks : 1), 0, pairs_at_once(value_tile(R))>(
+    constexpr int B = value_tile(R, true);
+    pv_all_blocks<R, (B > kVectors ? B / kVectors : 1), 0, (B > kVectors ? kVectors : B)>(
         p, ld_p, v, num_keys, 0, head_dim_v / QK4_0, acc, ld_acc);
   }
 };
@@ -371,12 +355,12 @@ MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows 
   for (int j = 0; j < num_keys; j += step) {
     const int count = num_keys - j < step ? num_keys - j : step;
     Rows part = rows_from(*v, j);
-    if (sizeof(T) != sizeof(float)) {
+    if constexpr (is_q4<T>) {
       for (int c = 0; c < count; ++c)
         unpack_row(row_at<T>(part, c), unpacked + c * head_dim_v, head_dim_v);
       part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim_v, nullptr};
     }
-    pv_groups<float>(p + j, ld_p, num_rows, part, count, head_dim_v, acc, ld_acc);
+    pv_groups<Unpacked<T>>(p + j, ld_p, num_rows, part, count, head_dim_v, acc, ld_acc);
   }
 }
 

@@ -17,6 +17,8 @@ namespace {
 
 #include "simd_avx2.h"
 
+#include "integers_avx2.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -24,8 +26,6 @@ namespace {
 #include "attention.inl"
 
 #include "scores.inl"
-
-#include "integers_avx2.h"
 
 #include "packed.inl"
 

@@ -25,6 +25,8 @@ namespace {
 
 #include "simd_avx512.h"
 
+#include "integers_avx512.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -32,8 +34,6 @@ namespace {
 #include "attention.inl"
 
 #include "scores.inl"
-
-#include "integers_avx512.h"
 
 #include "packed.inl"
 

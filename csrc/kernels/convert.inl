@@ -37,16 +37,10 @@ bool all_finite_f16(const f16_t *x, size_t n) noexcept {
 
 // --- Q4_0 to values ------------------------------------------------------------------------------
 
-template <bool Exact, int H = 0, typename T> MIXEDKV_INLINE void store_block(const Q4 &q4, T *y) {
-  f32v low, high;
-  if constexpr (Exact)
-    q4_pair_exact<H>(q4, low, high);
-  else
-    q4_pair<H>(q4, low, high);
-  store(y + H * kLanes, low);
-  store(y + QK4_0 / 2 + H * kLanes, high);
-  if constexpr (H + 1 < kPairs)
-    store_block<Exact, H + 1>(q4, y);
+template <bool Exact, int V = 0, typename T> MIXEDKV_INLINE void store_block(const Q4 &q4, T *y) {
+  store(y + V * kLanes, Exact ? q4_vector_exact<V>(q4) : q4_vector<V>(q4));
+  if constexpr ((V + 1) * kLanes < QK4_0)
+    store_block<Exact, V + 1>(q4, y);
 }
 
 void dequantize_row_q4_0_f32(const block_q4_0 *x, float *y, size_t n) noexcept {

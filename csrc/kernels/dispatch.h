@@ -12,8 +12,8 @@ namespace mixedkv {
 /// One entry for each variant compiled into this library, best first.
 struct IsaInfo {
   const char *name;
-  bool available;         ///< this machine can run it
-  const char *requires_;  ///< CPU features it needs, for messages: "avx2 fma f16c"
+  bool available;        ///< this machine can run it
+  const char *requires_; ///< CPU features it needs, for messages: "avx2 fma f16c"
 };
 
 /// All variants of this build, best first; "scalar" is always the last.

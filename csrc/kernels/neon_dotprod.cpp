@@ -1,14 +1,15 @@
 // Advanced SIMD with the dot product instructions of Armv8.2 (FEAT_DotProd; every server core since
 // Neoverse N1, every Apple M, most phones since 2018): neon.cpp's loops, but for keys in Q4_0.
 //
-// With vectors of four floats, 32 products of a (row, key) block take eight FMAs, and a nibble
-// three or four instructions on its way to a float. sdot takes 16 products at once, on nibbles
-// that only had 8 taken off. One 8-bit term per query value would cost 5e-3 of accuracy; two (a
-// coarse one and its remainder) leave about 1e-5 of the scores' magnitude, for twice the sdots. By
-// instructions counted, a (row, key) block takes 6.3 plus 6 / rows instead of 8 plus 30 / rows.
-// Rejected: f16 arithmetic (FEAT_FP16), whose 11 bits are not enough for sums over head_dim; one
-// integer sum over several blocks, since each has a scale of its own. FEAT_I8MM's smmla would halve
-// the dot products again, with rows taken in pairs.
+// With vectors of four floats, the 32 products of a (row, key) block take eight FMAs, and four
+// nibbles two or three instructions on their way to floats. sdot takes 16 products at once, on
+// nibbles that only had 8 taken off. One 8-bit term per query value would cost 5e-3 of accuracy;
+// two (a coarse one and its remainder) leave about 1e-5 of the scores' magnitude, for twice the
+// sdots. Instructions of the compiled inner loop for a (row, key) block of 32: 11 at four rows and
+// 17 at one, where neon.cpp takes 25 and 55. Counted, not timed. Rejected: f16 arithmetic
+// (FEAT_FP16), whose 11 bits are not enough for sums over head_dim; one integer sum over several
+// blocks, since each has a scale of its own. FEAT_I8MM's smmla would halve the dot products again,
+// with rows taken in pairs.
 #define MIXEDKV_DOTPROD 1
 #define MIXEDKV_ISA neon_dotprod
 #define MIXEDKV_QK_Q4_0 qk_q4_0_split
@@ -21,6 +22,8 @@ namespace {
 
 #include "simd_neon.h"
 
+#include "integers_neon.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -28,8 +31,6 @@ namespace {
 #include "attention.inl"
 
 #include "scores.inl"
-
-#include "integers_neon.h"
 
 #include "packed.inl"
 
@@ -101,8 +102,8 @@ void qk_split(const SplitQuery *q, const Rows &k, int num_keys, int first_block,
           const int32x4_t nothing = vdupq_n_s32(0);
           const int32x4_t of_high =
               vdotq_s32(vdotq_s32(nothing, high0, k_low[c]), high1, k_high[c]);
-          const int32x4_t of_low = vdotq_s32(vdotq_s32(nothing, low0, k_low[c]), low1, k_high[c]);
-          products[c] = vmlaq_n_s32(of_low, of_high, 254);
+          const int32x4_t weighted = vmulq_n_s32(of_high, 254);
+          products[c] = vdotq_s32(vdotq_s32(weighted, low0, k_low[c]), low1, k_high[c]);
         }
         const int32x4_t sums =
             vpaddq_s32(vpaddq_s32(products[0], products[1]), vpaddq_s32(products[2], products[3]));

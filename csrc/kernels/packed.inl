@@ -22,6 +22,7 @@ enum : int {
   kPvTiles = 16,
   kPvTokens = kPvTiles * kPackedTokens,
   kPackedRows = 4,
+  kTileVectors = kPackedTokens / kLanes,
 };
 
 MIXEDKV_INLINE const uint8_t *tile_at(const Rows &tiles, int i) {
@@ -129,11 +130,10 @@ MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *cons
 template <int R>
 void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
                     float *scores, size_t ld_scores) noexcept {
-  constexpr int kVectors = kPackedTokens / kLanes; // of a tile
   constexpr int V = kPackedVectors;
   // Far enough ahead that memory answers in time, near enough to stay in the second cache.
   const ptrdiff_t ahead = 8 * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
-  const int n = num_tiles * kVectors;
+  const int n = num_tiles * kTileVectors;
   for (int x = 0; x < n; x += V) {
     const int count = n - x < V ? n - x : V;
     const uint8_t *words[V];
@@ -141,8 +141,8 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
     float *out[V];
     for (int v = 0; v < V; ++v) { // a short last step computes its last vector twice
       const int vector = x + (v < count ? v : count - 1);
-      const uint8_t *tile = tile_at(tiles, vector / kVectors);
-      const int token = vector % kVectors * kLanes;
+      const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
+      const int token = vector % kTileVectors * kLanes;
       words[v] = tile + token * 4;
       scales[v] = packed_scale(tile, num_blocks, 0, token);
       out[v] = scores + vector * kLanes;

@@ -90,7 +90,6 @@ MIXEDKV_INLINE bool any_not_finite_16(const f16_t *p) {
 // --- Q4_0: nibble to float, then one FMA: n * d - 8 * d is (n - 8) * d exactly, since d has 11
 // bits. -------------------------------------------------------------------------------------------
 
-constexpr int kPairs = 2;
 struct Q4 {
   const uint8_t *qs;
   __m256 d;
@@ -101,21 +100,17 @@ MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   return {block->qs, d, _mm256_mul_ps(d, _mm256_set1_ps(-8.0f))};
 }
 /// The nibbles, 0 to 15.
-template <int H> MIXEDKV_INLINE void q4_nibbles(const Q4 &q4, f32v &low, f32v &high) {
+template <int V> MIXEDKV_INLINE f32v q4_nibbles(const Q4 &q4) {
   const __m256i bytes = _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i *>(q4.qs + H * kLanes)));
-  low = _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)));
-  high = _mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4));
+      _mm_loadl_epi64(reinterpret_cast<const __m128i *>(q4.qs + V % 2 * kLanes)));
+  return _mm256_cvtepi32_ps(V < 2 ? _mm256_and_si256(bytes, _mm256_set1_epi32(15))
+                                  : _mm256_srli_epi32(bytes, 4));
 }
-template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
-  q4_nibbles<H>(q4, low, high);
-  low = _mm256_fmadd_ps(low, q4.d, q4.minus_8d);
-  high = _mm256_fmadd_ps(high, q4.d, q4.minus_8d);
+template <int V> MIXEDKV_INLINE f32v q4_vector(const Q4 &q4) {
+  return _mm256_fmadd_ps(q4_nibbles<V>(q4), q4.d, q4.minus_8d);
 }
-template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
-  q4_nibbles<H>(q4, low, high);
-  low = _mm256_mul_ps(_mm256_sub_ps(low, _mm256_set1_ps(8.0f)), q4.d);
-  high = _mm256_mul_ps(_mm256_sub_ps(high, _mm256_set1_ps(8.0f)), q4.d);
+template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) {
+  return _mm256_mul_ps(_mm256_sub_ps(q4_nibbles<V>(q4), _mm256_set1_ps(8.0f)), q4.d);
 }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
@@ -156,12 +151,15 @@ MIXEDKV_INLINE f16_t to_half(float x) {
       _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
 }
 
-// --- tiles: 16 registers hold at most 12 sums --------------------------------------------------
+// --- tiles: 16 registers hold at most 12 sums, 8 where blocks are unpacked beside them
+// ------------
 
 constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;
-constexpr int key_tile(int rows) { return rows == 1 ? 8 : rows == 4 ? 3 : 4; }
-constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int key_tile(int rows, bool q4) { return rows == 1 ? 8 : rows < 4 ? 4 : q4 ? 2 : 3; }
+constexpr int value_tile(int rows, bool q4) {
+  return rows == 1 ? 8 : rows == 2 || (rows == 3 && !q4) ? 4 : 2;
+}
 
 MIXEDKV_INLINE void transpose(f32v (&x)[8]) {
   f32v y[8];

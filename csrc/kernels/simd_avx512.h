@@ -87,7 +87,6 @@ MIXEDKV_INLINE bool any_not_finite_16(const f16_t *p) {
 // rather than computed. vpermps reads the low four bits of an index and ignores the others: the
 // low nibbles need no masking, the high ones a shift. ----------------------------------------
 
-constexpr int kPairs = 1;
 struct Q4 {
   __m512 values;
   __m512i nibbles;
@@ -98,13 +97,10 @@ MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(block->qs));
   return {_mm512_mul_ps(minus8, d), _mm512_cvtepu8_epi32(bytes)};
 }
-template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
-  low = _mm512_permutexvar_ps(q4.nibbles, q4.values);
-  high = _mm512_permutexvar_ps(_mm512_srli_epi32(q4.nibbles, 4), q4.values);
+template <int V> MIXEDKV_INLINE f32v q4_vector(const Q4 &q4) {
+  return _mm512_permutexvar_ps(V == 0 ? q4.nibbles : _mm512_srli_epi32(q4.nibbles, 4), q4.values);
 }
-template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
-  q4_pair<H>(q4, low, high);
-}
+template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) { return q4_vector<V>(q4); }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
 /// bit) and as unsigned ones (below 2^31 where none has a set one).
@@ -138,12 +134,12 @@ MIXEDKV_INLINE f16_t to_half(float x) {
       _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
 }
 
-// --- tiles: 32 registers hold 4 x 4 or 6 x 4 sums beside the keys they are made from -------------
+// --- tiles: 32 registers hold 16 to 24 sums beside the keys they are made from -----------------
 
 constexpr int kRows = 6;
-constexpr int kOpenKeys = 4;
-constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
-constexpr int value_tile(int rows) { return rows == 1 ? 16 : rows == 2 ? 8 : rows == 3 ? 8 : 4; }
+constexpr int kOpenKeys = 8;
+constexpr int key_tile(int rows, bool q4) { return rows == 1 || (rows <= 3 && !q4) ? 8 : 4; }
+constexpr int value_tile(int rows, bool) { return rows == 1 ? 16 : rows <= 3 ? 8 : 4; }
 
 MIXEDKV_INLINE void transpose(f32v (&x)[16]) {
   f32v y[16];

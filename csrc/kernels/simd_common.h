@@ -13,13 +13,15 @@
 //   sum4(out, a, b, c, d)   out[0..3] = the sums of the lanes of each, added up in the same order
 //                           for every position
 //   any_not_finite(x), any_not_finite_16(p)   of a vector of f32, of 16 f16 in memory
-//   Q4, q4_open, q4_pair    a Q4_0 block as values: pair H of kPairs holds elements H * kLanes on
-//                           and 16 + H * kLanes on. Right but for the sign of zeros, and where d
-//                           is infinite, which gives NaN; q4_pair_exact: (q - 8) * d in all bits
+//   Q4, q4_open, q4_vector  a Q4_0 block as values: vector V holds elements V * kLanes on, but for
+//                           the sign of zeros, and NaN where d is infinite;
+//                           q4_vector_exact: (q - 8) * d in all bits
 //   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
 //   find_extremes, store_q4, to_half   the parts of quantisation that have no common form
-//   kRows, key_tile(R)      the micro-tile of qk that the registers can hold: most rows; keys
-//   value_tile(R)           vectors of V beside R rows in pv
+//   kRows                   most rows of a micro-tile
+//   key_tile(R, q4)         keys beside R rows in qk, as registers allow; q4: to be unpacked
+//   kOpenKeys               keys whose Q4_0 blocks are unpacked together in qk
+//   value_tile(R, q4)       vectors of V beside R rows in pv: a power of two
 //
 // For packed.inl and transposed.inl, integers_<isa>.h adds these:
 //

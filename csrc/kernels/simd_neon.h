@@ -80,7 +80,6 @@ MIXEDKV_INLINE bool any_not_finite_16(const f16_t *p) {
 // zips put these in place. (16 + n) * d - 24 * d is (n - 8) * d exactly, since
 // d has 11 bits. --------------------------------------------------------------------------------
 
-constexpr int kPairs = 4;
 struct Q4 {
   uint16x8_t low[2], high[2]; ///< upper halves of floats
   f32v d;
@@ -102,17 +101,15 @@ MIXEDKV_INLINE Q4 q4_open(const block_q4_0 *block) {
   return q4;
 }
 /// 16 + n for four nibbles n.
-template <int H> MIXEDKV_INLINE f32v q4_nibbles(const uint16x8_t *halves) {
-  const uint16x8_t nothing = vdupq_n_u16(0), eight = halves[H / 2];
-  return vreinterpretq_f32_u16(H % 2 ? vzip2q_u16(nothing, eight) : vzip1q_u16(nothing, eight));
+template <int V> MIXEDKV_INLINE f32v q4_nibbles(const Q4 &q4) {
+  const uint16x8_t nothing = vdupq_n_u16(0), eight = V < 4 ? q4.low[V / 2 % 2] : q4.high[V / 2 % 2];
+  return vreinterpretq_f32_u16(V % 2 ? vzip2q_u16(nothing, eight) : vzip1q_u16(nothing, eight));
 }
-template <int H> MIXEDKV_INLINE void q4_pair(const Q4 &q4, f32v &low, f32v &high) {
-  low = vfmaq_f32(q4.minus_24d, q4_nibbles<H>(q4.low), q4.d);
-  high = vfmaq_f32(q4.minus_24d, q4_nibbles<H>(q4.high), q4.d);
+template <int V> MIXEDKV_INLINE f32v q4_vector(const Q4 &q4) {
+  return vfmaq_f32(q4.minus_24d, q4_nibbles<V>(q4), q4.d);
 }
-template <int H> MIXEDKV_INLINE void q4_pair_exact(const Q4 &q4, f32v &low, f32v &high) {
-  low = vmulq_f32(vsubq_f32(q4_nibbles<H>(q4.low), vdupq_n_f32(24.0f)), q4.d);
-  high = vmulq_f32(vsubq_f32(q4_nibbles<H>(q4.high), vdupq_n_f32(24.0f)), q4.d);
+template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) {
+  return vmulq_f32(vsubq_f32(q4_nibbles<V>(q4), vdupq_n_f32(24.0f)), q4.d);
 }
 
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
@@ -150,8 +147,8 @@ MIXEDKV_INLINE f16_t to_half(float x) {
 
 constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;
-constexpr int key_tile(int rows) { return rows == 1 ? 8 : 4; }
-constexpr int value_tile(int rows) { return rows == 1 ? 8 : rows <= 3 ? 6 : 4; }
+constexpr int key_tile(int rows, bool) { return rows == 1 ? 8 : 4; }
+constexpr int value_tile(int rows, bool) { return rows <= 2 ? 8 : 4; }
 
 MIXEDKV_INLINE void transpose(f32v (&x)[4]) {
   const float32x4x2_t a = vtrnq_f32(x[0], x[1]), b = vtrnq_f32(x[2], x[3]);

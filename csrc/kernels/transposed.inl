@@ -2,8 +2,7 @@
 // inner loop of a matrix product, R rows by C vectors of tokens, without a sum across a vector.
 // Bringing keys into that form costs a transposition, which some eight rows pay for.
 
-/// Vectors of tokens that sums are held of beside kRows rows.
-constexpr int kTileVectors = kPackedTokens / kLanes;
+/// Tiles that sums are held of beside kRows rows.
 constexpr int kTransposedTiles = kLanes == 16 ? 4 : 1;
 
 template <int R, int T>
@@ -56,6 +55,13 @@ void qk_transposed(const float *q, size_t ld_q, int num_rows, const float *kt, i
   for (int r = 0; r < num_rows; r += step)
     qk_transposed_rows<>(num_rows - r < step ? num_rows - r : step, q + at(r, ld_q, 0), ld_q, kt,
                          num_tiles, head_dim, scores + at(r, ld_scores, 0), ld_scores);
+}
+
+MIXEDKV_INLINE void unpack_row(const f16_t *x, float *y, int n) {
+  f16_to_f32(x, y, static_cast<size_t>(n));
+}
+MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
+  memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
 }
 
 /// Where dim `begin` of a row of T starts, counted in T.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -272,7 +273,7 @@ def _print_demo(result: demo_module.Result, plot: Path) -> None:
     console.print()
     console.print(
         Columns(
-            [Panel(Text(run.text), title=name, width=console.width // 2) for name, run in runs],
+            [Panel(_reflow(run.text), title=name, width=console.width // 2) for name, run in runs],
             padding=0,
         )
     )
@@ -324,6 +325,12 @@ def _print_demo(result: demo_module.Result, plot: Path) -> None:
         console.print(f"{mark}  {check.name}: {check.found}", highlight=False)
     console.print(f"\nPlot of the occupancy: {plot}", highlight=False)
     console.print(f"{result.title}, {result.seconds:.0f} seconds in all", highlight=False)
+
+
+def _reflow(text: str) -> Text:
+    """Let the panel break lines, and not the text, which has its own idea of their length."""
+    paragraphs = re.split(r"\n\s*\n", text)
+    return Text("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
 def _mib(size: int) -> str:

@@ -748,9 +748,8 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
         }
     });
     if (type == KvType::q4_0)
-      check(isa + " qk and pv q4_0 give what f32 gives on dequantized rows", [&] {
-        // Not bit for bit (other orders of adding up are allowed), but far closer than q4_0's own
-        // error: this is what tells a wrong nibble from rounding.
+      check(isa + " pv q4_0 gives the bits that f32 gives on dequantized rows", [&] {
+        // The same values in the same order: not a bit of rounding is left to tell apart.
         Random random(17);
         const int num_keys = 40, dim = 128, num_rows = 4;
         const RowSet keys(random, type, num_keys, dim, Order::dense, scalar);
@@ -767,7 +766,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
         std::vector<float> a(static_cast<std::size_t>(num_rows * dim), 0.0f), b = a;
         kernels.pv[2](p.data(), num_keys, num_rows, &quantized, num_keys, dim, a.data(), dim);
         kernels.pv[0](p.data(), num_keys, num_rows, &plain, num_keys, dim, b.data(), dim);
-        EXPECT(a == b, "pv: the same values in the same order");
+        EXPECT(a == b, "some elements differ");
       });
   }
 }

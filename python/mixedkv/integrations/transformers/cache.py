@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 import mixedkv as mkv
 
@@ -109,7 +109,10 @@ class Group:
 
 
 class MixedLayer(CacheLayerMixin):
-    """One attention layer of a MixedCache: a name for it; the cache itself does the work."""
+    """One layer of a MixedCache: a name for it; the cache itself does the work.
+
+    Layers without keys of their own have one too: they hold nothing, and their `update` refuses.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -246,8 +249,7 @@ class MixedCache(Cache):
         plan = read_config(config)
         super().__init__(
             layers=[
-                MixedLayer(self, index, window) if has_keys else DummyLayer()
-                for index, (has_keys, window) in enumerate(plan.layers)
+                MixedLayer(self, index, layer.window) for index, layer in enumerate(plan.layers)
             ]
         )
         self._order = [index for index, (has_keys, _) in enumerate(plan.layers) if has_keys]
@@ -628,7 +630,7 @@ class MixedCache(Cache):
         return group.native
 
     def _raise_full(self, stats: mkv.CacheStats, wanted: int) -> NoReturn:
-        rows = f"for {self._room_for} rows together"
+        rows = f"for {self._room_for} {'row' if self._room_for == 1 else 'rows together'}"
         if self._options["quantize"]:
             raise mkv.CacheFull(
                 f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} hot "

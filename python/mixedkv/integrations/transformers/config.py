@@ -51,7 +51,7 @@ def read_config(config: Any) -> CachePlan:
 
     layers = []
     for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
-        if kind == "dummy":
+        if kind in ("dummy", "moe", "mlp"):
             layers.append(LayerPlan(False, None))
         elif kind == "full_attention":
             layers.append(LayerPlan(True, None))
@@ -71,5 +71,7 @@ def read_config(config: Any) -> CachePlan:
     for index in with_keys:
         key = tuple(getattr(per_layer[index], name, None) for name in _GEOMETRY)
         geometries.setdefault(key, []).append(index)
-    sharing = getattr(text_config, "kv_sharing_modes", None) or []
-    return CachePlan(layers, list(geometries.values()), "reuse" in sharing)
+    # Releases before 5.23 leave the layers that reuse keys out of the list of types.
+    reused = "reuse" in (getattr(text_config, "kv_sharing_modes", None) or [])
+    reused = reused or bool(getattr(text_config, "num_kv_shared_layers", None))
+    return CachePlan(layers, list(geometries.values()), reused)
