@@ -677,6 +677,28 @@ def test_error_unknown_argument(llama: Any) -> None:
         llama(tokens(1, 6), past_key_values=small(llama), block_indices=torch.zeros(1))
 
 
+def test_error_reused_keys_that_are_cold_already() -> None:
+    """All layers in one native cache: a later layer's rows took the place of the reused ones."""
+    config = transformers.Gemma4TextConfig(
+        **{**SIZES, "num_hidden_layers": 4},
+        sliding_window=9,
+        global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB,
+    )
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    model.set_attn_implementation("mixedkv")
+    ids = tokens(1, 60)
+    cache = mkt.MixedCache(config, hot_size=32, cold_size=64)
+    with pytest.raises(NotImplementedError, match=r"layer 0 are used again.*prefill_chunk_size"):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    generate(model, ids, past_key_values=cache, prefill_chunk_size=20, max_new_tokens=4)
+    assert cache.get_seq_length() == 63
+
+
 def test_error_another_batch(llama: Any) -> None:
     cache = small(llama)
     llama(tokens(2, 6), past_key_values=cache)
@@ -871,7 +893,7 @@ def test_masks_are_recognised() -> None:
         hf.and_masks(hf.sliding_window_overlay(5), causal, causal),
         hf.or_masks(hf.sliding_window_overlay(5), causal),
         hf.and_masks(hf.sliding_window_bidirectional_overlay(5), causal),
-        hf.packed_sequence_compatibility_function(causal, torch.zeros(1, 2), torch.zeros(1, 2)),
+        hf.and_masks(causal, hf.packed_sequence_mask_function(torch.zeros(1, 2))),
         lambda b, h, q, k: k <= q,
     ):
         assert masks.recognise(other) == (False, None)

@@ -33,10 +33,11 @@ from . import evaluate, models, texts
 QUESTION = "Explain in your own words what the text above says."
 """Asked about the prompt's text, where the model has a chat template."""
 
-MAX_KL = 0.02
-"""The forced run passes with a mean KL divergence up to this many nats ..."""
-MIN_TOP1 = 0.90
-"""... and with this share of equal top tokens."""
+MAX_KL = 0.05
+MIN_TOP1 = 0.85
+"""The forced run passes with a mean KL divergence (in nats) and a share of equal top tokens no
+worse than these. Q4_0 throughout, without a hot tier, has about 0.07 and 0.83 with the demo's own
+model on prose; the mixed cache was seen at 0.005 to 0.015 and 0.92 to 0.99, with the text."""
 MAX_MEMORY = 0.40
 """Largest share of an f16 cache's bytes that passes, where the prompt makes up for the fixed
 costs: from 12 hot tiers' length on."""

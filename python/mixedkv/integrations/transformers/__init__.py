@@ -25,9 +25,10 @@ with an error, never computed under a mask that is not the model's.
 Not served: gradients, attention weights as output, dropout, devices other than the CPU, static
 shapes and torch.compile, continuous batching, packed sequences, custom 4-D masks with a
 MixedCache, chunked, linear and bidirectional attention with a MixedCache, and copy.deepcopy of a
-cache that holds tokens.
+cache that holds tokens. Where layers use the keys of an earlier layer again, a prompt longer than
+the hot tier may have to come in chunks; an error tells.
 
-Tried with transformers 5.23.0 and torch 2.13.0.
+Tried with transformers 5.20.0, 5.22.0 and 5.23.0, and torch 2.13.0.
 """
 
 from .attention import attention_forward

@@ -98,6 +98,11 @@ class Group:
         Their indices in the model; a layer's index in the native cache is its place here.
     shape
         (kv heads, head_dim of K, head_dim of V), known from the first rows on.
+    slot
+        What the step under way has reserved in the native cache.
+    in_scratch
+        The layer that stored last in this step: where tokens go straight to the cold tier, they
+        can be attended in the hot type until another layer stores.
     """
 
     def __init__(self, layers: list[int]) -> None:
@@ -105,7 +110,8 @@ class Group:
         self.place = {layer: place for place, layer in enumerate(layers)}
         self.shape: tuple[int, int, int] | None = None
         self.native: mkv.MixedKVCache | None = None
-        self.pending = False
+        self.slot: mkv.Slot | None = None
+        self.in_scratch: int | None = None
 
 
 class MixedLayer(CacheLayerMixin):
@@ -469,7 +475,14 @@ class MixedCache(Cache):
                     place, _slot_rows(handle.k, placement), _slot_rows(handle.v, placement)
                 )
             handle.k = handle.v = None
+            group.in_scratch = layer
             step.attended.add(layer)
+        elif group.slot is not None and group.slot.num_cold and group.in_scratch != layer:
+            raise NotImplementedError(
+                f"the keys of layer {layer} are used again after layer {group.in_scratch} stored "
+                f"its own, and {width} new columns are more than the hot tier takes: prefill in "
+                "smaller chunks (generate(prefill_chunk_size=...)) or make hot_size larger"
+            )
         if not placement.num_tokens:
             return query.new_zeros(rows, queries, heads, group.shape[2])
 
@@ -590,7 +603,7 @@ class MixedCache(Cache):
         """Reserve cells for the step's tokens in a group's native cache, made here if need be."""
         step = handle.step
         native = self._native_for(group, handle)
-        if group.pending or not placement.num_tokens:
+        if group.slot is not None or not placement.num_tokens:
             return native
         bases = np.array([base or 0 for base in step.bases], np.int32)
         columns = np.arange(step.first, step.first + step.width, dtype=np.int32)
@@ -599,9 +612,9 @@ class MixedCache(Cache):
         if placement.kept is not None:
             index = placement.kept.numpy()
             pos, seq = pos[index], seq[index]
-        if native.find_slot(pos=pos, seq_id=seq) is None:
+        group.slot = native.find_slot(pos=pos, seq_id=seq)
+        if group.slot is None:
             self._raise_full(native.stats(), placement.num_tokens)
-        group.pending = True
         return native
 
     def _native_for(self, group: Group, handle: Handle) -> mkv.MixedKVCache:
@@ -644,10 +657,10 @@ class MixedCache(Cache):
 
     def _commit(self, step: Step) -> None:
         for group in self._groups:
-            if group.pending:
+            if group.slot is not None:
                 assert group.native is not None
                 group.native.commit()
-                group.pending = False
+                group.slot = None
         self._step = None
         self._rows = step.rows
         self._columns = step.first + step.width
@@ -676,9 +689,9 @@ class MixedCache(Cache):
 
     def _drop_step(self) -> None:
         for group in self._groups:
-            if group.pending:
+            if group.slot is not None:
                 assert group.native is not None
-                group.pending = False
+                group.slot = None
                 group.native.restore()
         self._step = None
 
