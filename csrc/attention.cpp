@@ -30,12 +30,12 @@ struct Piece {
 };
 
 struct ProblemPlan {
-  std::int64_t unit_begin;     ///< first unit of the problem
-  std::int64_t num_tiles;      ///< tiles a kv head
-  std::int64_t piece_begin;    ///< where pieces are cut: into the list of pieces
-  std::int64_t num_pieces;     ///< 1 where keys are not cut
-  std::int64_t counter_begin;  ///< unfinished pieces, one counter a kv head
-  std::size_t partial_begin;   ///< floats
+  std::int64_t unit_begin;    ///< first unit of the problem
+  std::int64_t num_tiles;     ///< tiles a kv head
+  std::int64_t piece_begin;   ///< where pieces are cut: into the list of pieces
+  std::int64_t num_pieces;    ///< 1 where keys are not cut
+  std::int64_t counter_begin; ///< unfinished pieces, one counter a kv head
+  std::size_t partial_begin;  ///< floats
 };
 
 /// What a calling thread's calls need, the scratch of all their workers included; it grows in a
@@ -85,9 +85,9 @@ public:
   void run() {
     const std::int64_t num_units = plan();
     int threads = params_.num_threads > 0 ? params_.num_threads : get_num_threads();
-    threads = work_ < kSerialWork
-                  ? 1
-                  : static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, num_units)));
+    threads = work_ < kSerialWork ? 1
+                                  : static_cast<int>(std::max<std::int64_t>(
+                                        1, std::min<std::int64_t>(threads, num_units)));
     scratch_stride_ = Tile::scratch_floats(params_);
     scratch_ = ws_.scratch.get(scratch_stride_ * threads);
     parallel_for(num_units, threads,
@@ -165,11 +165,10 @@ private:
 
   void run_unit(std::int64_t unit, int worker) {
     float *const scratch = scratch_ + scratch_stride_ * worker;
-    const ProblemPlan *plan = std::upper_bound(plans_, plans_ + num_problems_, unit,
-                                               [](std::int64_t u, const ProblemPlan &p) {
-                                                 return u < p.unit_begin;
-                                               }) -
-                              1;
+    const ProblemPlan *plan =
+        std::upper_bound(plans_, plans_ + num_problems_, unit,
+                         [](std::int64_t u, const ProblemPlan &p) { return u < p.unit_begin; }) -
+        1;
     const AttentionProblem &problem = problems_[plan - plans_];
     unit -= plan->unit_begin;
     const std::int64_t piece = unit % plan->num_pieces;
@@ -252,10 +251,10 @@ void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int he
     for (std::int64_t i = 0; i < len; ++i) {
       const std::int64_t row = h * len + i;
       const std::int64_t to = out.index != nullptr ? out.index[i] : i;
-      const float lse = finalize_row({state.ms[2 * row], state.ms[2 * row + 1]},
-                                     state.acc + row * head_dim_v, head_dim_v,
-                                     sinks != nullptr ? sinks + h : nullptr,
-                                     out.data + h * out.head_stride + to * out.row_stride);
+      const float lse =
+          finalize_row({state.ms[2 * row], state.ms[2 * row + 1]}, state.acc + row * head_dim_v,
+                       head_dim_v, sinks != nullptr ? sinks + h : nullptr,
+                       out.data + h * out.head_stride + to * out.row_stride);
       if (out.lse != nullptr) {
         out.lse[h * out.lse_head_stride + to * out.lse_row_stride] = lse;
       }

@@ -91,16 +91,16 @@ struct AttentionProblem {
 /// What all problems of a call share.
 struct AttentionParams {
   int num_qo_heads = 1;
-  int num_kv_heads = 1;  ///< divides num_qo_heads; query head h reads kv head h / (their ratio)
+  int num_kv_heads = 1; ///< divides num_qo_heads; query head h reads kv head h / (their ratio)
   int head_dim = 0;
   int head_dim_v = 0;
   float sm_scale = 1.0f;
-  float logits_soft_cap = 0.0f;          ///< 0: none
-  bool causal = false;                   ///< key position <= query position
-  std::int64_t window_left = -1;         ///< W >= 0: key positions p - W to p; -1: none
-  const float *alibi_slopes = nullptr;   ///< [num_qo_heads]
-  const float *sinks = nullptr;          ///< [num_qo_heads] logits that enter S at finalize
-  int num_threads = 0;                   ///< 0: get_num_threads()
+  float logits_soft_cap = 0.0f;        ///< 0: none
+  bool causal = false;                 ///< key position <= query position
+  std::int64_t window_left = -1;       ///< W >= 0: key positions p - W to p; -1: none
+  const float *alibi_slopes = nullptr; ///< [num_qo_heads]
+  const float *sinks = nullptr;        ///< [num_qo_heads] logits that enter S at finalize
+  int num_threads = 0;                 ///< 0: get_num_threads()
 };
 
 /// Attends all problems: continues each one's state over its segments in their order, and writes

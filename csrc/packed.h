@@ -1,5 +1,5 @@
-// Packed Q4_0: the same bits as ggml's rows of blocks, laid out as attention reads them. A tile holds
-// one head's rows of kPackedTokens tokens and takes as many bytes as they do in ggml's order.
+// Packed Q4_0: the same bits as ggml's rows of blocks, laid out as attention reads them. A tile
+// holds one head's rows of kPackedTokens tokens and takes as many bytes as they do in ggml's order.
 //
 // Keys: lanes are tokens, so that products add up within a lane and no vector is ever summed
 // across. For block b of a row, bytes 4w to 4w + 3 of its qs (dims 4w + i in the low nibbles,

@@ -45,7 +45,8 @@ inline void pause_cpu() {
 
 class Pool {
 public:
-  void run(std::int64_t num_units, int helpers, void (*fn)(void *, std::int64_t, int), void *context) {
+  void run(std::int64_t num_units, int helpers, void (*fn)(void *, std::int64_t, int),
+           void *context) {
     ensure_workers(helpers);
     fn_ = fn;
     context_ = context;
@@ -241,8 +242,8 @@ void set_num_threads(int n) {
   num_threads_setting.store(n, std::memory_order_relaxed);
 }
 
-void parallel_for(std::int64_t num_units, int num_threads,
-                  void (*fn)(void *, std::int64_t, int), void *context) {
+void parallel_for(std::int64_t num_units, int num_threads, void (*fn)(void *, std::int64_t, int),
+                  void *context) {
   const int helpers =
       static_cast<int>(std::min<std::int64_t>(std::min(num_threads, kMaxThreads), num_units)) - 1;
   if (helpers > 0) {

@@ -47,7 +47,8 @@ void convert_row(KvType from, const void *x, KvType to, void *y, std::size_t n) 
       kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(x), static_cast<float *>(y),
                                       n);
     } else {
-      kernels.dequantize_row_q4_0_f16(static_cast<const block_q4_0 *>(x), static_cast<f16_t *>(y), n);
+      kernels.dequantize_row_q4_0_f16(static_cast<const block_q4_0 *>(x), static_cast<f16_t *>(y),
+                                      n);
     }
     return;
   case KvType::q4_0_packed:

@@ -20,8 +20,8 @@ struct MutableRowsView {
   std::ptrdiff_t stride = 0;
 };
 
-/// One row of n values from any type that has rows to any such type with the active kernels; same type: a copy.
-/// Q4_0 sources and targets: n is a multiple of QK4_0. Never fails for a value.
+/// One row of n values from any type that has rows to any such type with the active kernels; same
+/// type: a copy. Q4_0 sources and targets: n is a multiple of QK4_0. Never fails for a value.
 void convert_row(KvType from, const void *x, KvType to, void *y, std::size_t n);
 
 /// True when every value of num_rows rows (f32 or f16) is finite.

@@ -212,8 +212,7 @@ int Tile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
       }
       tiles_[count++] = tile;
     }
-    slots_[j] =
-        static_cast<std::uint16_t>((count - 1) * kPackedTokens + cells[j] % kPackedTokens);
+    slots_[j] = static_cast<std::uint16_t>((count - 1) * kPackedTokens + cells[j] % kPackedTokens);
   }
   *num_tiles = count;
   return n;
@@ -357,9 +356,9 @@ void Tile::compute_scores(const Chunk &chunk) {
     }
     int num_tiles = 0;
     for (int j = 0; j < chunk.n; j += kPackedTokens, ++num_tiles) {
-      const Rows part = k.index != nullptr
-                            ? Rows{k.base, k.stride, k.index + j}
-                            : Rows{static_cast<const char *>(k.base) + j * k.stride, k.stride, nullptr};
+      const Rows part = k.index != nullptr ? Rows{k.base, k.stride, k.index + j}
+                                           : Rows{static_cast<const char *>(k.base) + j * k.stride,
+                                                  k.stride, nullptr};
       kernels_.transpose_keys[type](&part, std::min<int>(kPackedTokens, chunk.n - j), d,
                                     keys_ + j * head_dim_);
     }

@@ -15,7 +15,7 @@
 
 namespace mixedkv {
 
-constexpr int kTileRows = 32;
+constexpr int kTileRows = 128;
 /// Keys whose scores are held at a time: with the scores of a decode step's rows, and with an
 /// unpacked run of keys for a full tile, they stay in the first and second cache.
 constexpr int kChunkKeys = 256;
@@ -87,10 +87,10 @@ private:
     const KeySegment &segment;
     std::int64_t begin;
     int n;
-    int num_tiles;   ///< that packed keys or values lie in
-    int lead;        ///< keys of the first tile before the chunk's first
-    bool scattered;  ///< keys are anywhere in tiles_, key j at slots_[j]
-    float *x;        ///< scores of key 0; rows are ld_ apart
+    int num_tiles;  ///< that packed keys or values lie in
+    int lead;       ///< keys of the first tile before the chunk's first
+    bool scattered; ///< keys are anywhere in tiles_, key j at slots_[j]
+    float *x;       ///< scores of key 0; rows are ld_ apart
   };
 
   Chunk make_chunk(const KeySegment &segment, std::int64_t begin, std::int64_t end);
@@ -103,7 +103,8 @@ private:
   void weigh_packed_values(const Chunk &chunk, bool some_hidden);
   void weigh_unpacked(float *values, int n, const float *weights, bool some_hidden);
   Visible visible_by_position(const KeySegment &segment, std::int64_t begin, int n) const;
-  void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
+  void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
+                        float *x) const;
   bool apply_mask(int row, std::int64_t mask_key, int n, float *x);
   void apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
   void softmax_row(int row, float *x, int n);
@@ -123,10 +124,10 @@ private:
   std::int64_t pos_[kTileRows];
   std::int64_t pos_min_;
   std::int64_t pos_max_;
-  float *q_;       ///< [num_rows, head_dim], scaled
-  float *acc_;     ///< [num_rows, head_dim_v]
-  std::size_t ld_; ///< of scores_ and gathered_
-  float *scores_;  ///< [num_rows, ld]
+  float *q_;        ///< [num_rows, head_dim], scaled
+  float *acc_;      ///< [num_rows, head_dim_v]
+  std::size_t ld_;  ///< of scores_ and gathered_
+  float *scores_;   ///< [num_rows, ld]
   float *gathered_; ///< [num_rows, ld]: scores of scattered keys, in their order
   float *bias_;     ///< [chunk_keys]
   float *prepared_; ///< queries as qk_packed takes them; filled when first needed

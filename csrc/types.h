@@ -30,15 +30,11 @@ enum : int { kNumKvTypes = 3 };
 
 /// Bytes of a row of n values; for q4_0, n is a multiple of QK4_0.
 static constexpr std::size_t row_bytes(KvType type, std::size_t n) {
-  return type == KvType::f32   ? n * 4
-         : type == KvType::f16 ? n * 2
-                               : n / QK4_0 * sizeof(block_q4_0);
+  return type == KvType::f32 ? n * 4 : type == KvType::f16 ? n * 2 : n / QK4_0 * sizeof(block_q4_0);
 }
 
 static constexpr const char *kv_type_name(KvType type) {
-  return type == KvType::f32   ? "f32"
-         : type == KvType::f16 ? "f16"
-                               : "q4_0";
+  return type == KvType::f32 ? "f32" : type == KvType::f16 ? "f16" : "q4_0";
 }
 
 /// Rows of one head. Row j starts at base + stride * (index ? index[j] : j); stride in bytes.

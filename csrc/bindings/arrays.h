@@ -132,8 +132,8 @@ inline void check_shape(const ArrayView &view, const char *name,
     wanted += (wanted.empty() ? "(" : ", ") + std::to_string(n);
   }
   if (!match) {
-    throw std::invalid_argument(std::string(name) + " must have shape " + wanted + (view.ndim == 1 ? ",)" : ")") + ", got " +
-                                view.shape_text());
+    throw std::invalid_argument(std::string(name) + " must have shape " + wanted +
+                                (view.ndim == 1 ? ",)" : ")") + ", got " + view.shape_text());
   }
 }
 

@@ -51,9 +51,8 @@ std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_head
                                std::int64_t hot_size, std::int64_t cold_size,
                                std::int64_t group_size, double threshold, std::int64_t n_pad,
                                std::int64_t n_seq_max, const std::array<std::string, 4> &types,
-                               std::int64_t sinks,
-                               std::int64_t window_left, const std::vector<bool> &layers,
-                               bool quantize) {
+                               std::int64_t sinks, std::int64_t window_left,
+                               const std::vector<bool> &layers, bool quantize) {
   CacheConfig config;
   config.num_layers = narrow(num_layers, "num_layers");
   config.num_kv_heads = narrow(num_kv_heads, "num_kv_heads");
@@ -102,8 +101,8 @@ find_slot(Handle &handle, const py::array &pos_array, const py::array &begin_arr
   return std::make_tuple(slot->num_tokens, slot->num_hot, slot->num_cold, slot->num_moved);
 }
 
-RowsView rows_view(const py::array &array, const char *name, std::int64_t heads, std::int64_t tokens,
-                   std::int64_t width) {
+RowsView rows_view(const py::array &array, const char *name, std::int64_t heads,
+                   std::int64_t tokens, std::int64_t width) {
   const ArrayView view = view_array(array, name, 3, {DType::f32, DType::f16});
   check_shape(view, name, {heads, tokens, width});
   return {view.data, kv_type(view.dtype), view.strides[0], view.strides[1]};
@@ -155,7 +154,8 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   options.logits_soft_cap = static_cast<float>(logits_soft_cap);
   options.window_left = window_left;
   options.num_threads = threads;
-  auto per_head = [heads](const std::optional<py::array> &array, const char *name) -> const float * {
+  auto per_head = [heads](const std::optional<py::array> &array,
+                          const char *name) -> const float * {
     if (!array) {
       return nullptr;
     }
@@ -223,6 +223,54 @@ py::array_t<float> rows_copy(Handle &handle, std::int64_t seq, std::int64_t widt
     fill(cache, data);
   });
   return out;
+}
+
+py::array rows_array(KvType type, std::int64_t heads, std::int64_t n, std::int64_t width) {
+  switch (type) {
+  case KvType::f32:
+    return py::array(py::dtype::of<float>(), std::vector<py::ssize_t>{heads, n, width});
+  case KvType::f16:
+    return py::array(py::dtype("float16"), std::vector<py::ssize_t>{heads, n, width});
+  default:
+    const auto bytes =
+        static_cast<py::ssize_t>(row_bytes(KvType::q4_0, static_cast<std::size_t>(width)));
+    return py::array(py::dtype::of<std::uint8_t>(), std::vector<py::ssize_t>{heads, n, bytes});
+  }
+}
+
+/// ((pos, k, v) of hot, (pos, k, v) of cold).
+py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
+  const CacheConfig &config = handle.config();
+  const int index = narrow(layer, "layer");
+  std::int64_t num_hot = 0;
+  std::int64_t num_cold = 0;
+  handle.quickly([&](MixedCache &cache) { cache.export_len(seq, num_hot, num_cold); });
+  struct Tier {
+    py::array_t<std::int64_t> pos;
+    py::array k;
+    py::array v;
+    StoredRows to() { return {pos.mutable_data(), k.mutable_data(), v.mutable_data()}; }
+  };
+  const auto make = [&config](std::int64_t n, KvType k_type, KvType v_type) {
+    const std::int64_t heads = config.num_kv_heads;
+    return Tier{py::array_t<std::int64_t>(n), rows_array(k_type, heads, n, config.head_dim),
+                rows_array(v_type, heads, n, config.head_dim_v)};
+  };
+  Tier hot = make(num_hot, config.hot_k_type, config.hot_v_type);
+  Tier cold = make(num_cold, config.cold_k_type, config.cold_v_type);
+  const StoredRows to_hot = hot.to();
+  const StoredRows to_cold = cold.to();
+  handle.quickly([&](MixedCache &cache) {
+    std::int64_t hot_now = 0;
+    std::int64_t cold_now = 0;
+    cache.export_len(seq, hot_now, cold_now);
+    if (hot_now != num_hot || cold_now != num_cold) {
+      throw std::runtime_error("the cache is in use by another thread");
+    }
+    cache.export_rows(index, seq, to_hot, to_cold);
+  });
+  return py::make_tuple(py::make_tuple(hot.pos, hot.k, hot.v),
+                        py::make_tuple(cold.pos, cold.k, cold.v));
 }
 
 py::dict stats(Handle &handle) {
@@ -305,9 +353,8 @@ void register_cache(py::module_ &m) {
           "seq_gather",
           [](Handle &h, const py::array &sources) {
             const ArrayView view = view_contiguous(sources, "sources", 1, {DType::i64});
-            h.quickly([&](MixedCache &c) {
-              c.seq_gather(view.as<const std::int64_t>(), view.shape[0]);
-            });
+            h.quickly(
+                [&](MixedCache &c) { c.seq_gather(view.as<const std::int64_t>(), view.shape[0]); });
           },
           py::arg("sources"))
       .def(
@@ -342,6 +389,7 @@ void register_cache(py::module_ &m) {
                              [&](MixedCache &c, float *out) { c.values(index, seq, out); });
           },
           py::arg("layer"), py::arg("seq"))
+      .def("export_rows", &export_rows, py::arg("layer"), py::arg("seq"))
       .def("stats", &stats);
 }
 

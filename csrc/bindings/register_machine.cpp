@@ -20,7 +20,8 @@ void register_machine(py::module_ &m) {
     return isas;
   });
   m.def("active_isa", [] { return std::string(active_kernels().name); });
-  m.def("select_isa", [](const std::string &name) { select_isa(name); }, py::arg("name"));
+  m.def(
+      "select_isa", [](const std::string &name) { select_isa(name); }, py::arg("name"));
   m.def("get_num_threads", &get_num_threads,
         "Threads that a call uses where it does not say.\n\n"
         "set_num_threads, else the environment variable MIXEDKV_NUM_THREADS, else the CPUs that\n"

@@ -224,6 +224,42 @@ struct MixedCache::Impl {
     return list;
   }
 
+  /// Tokens of seq as attend finds them in one place, pending ones too, in order of position; cell
+  /// is a row of scratch where that is the place.
+  enum class Source : std::uint8_t { cold, hot, scratch };
+  struct Stored {
+    std::int32_t pos;
+    std::uint64_t stamp;
+    Source source;
+    std::int32_t cell;
+  };
+
+  /// Hot ones (hot cells, then scratch) or cold ones.
+  std::vector<Stored> stored(std::int64_t seq, bool in_cold) const {
+    check_seq("seq", seq, config.n_seq_max);
+    const int s = static_cast<int>(seq);
+    std::vector<Stored> list;
+    const Cells &cells = in_cold ? cold.cells : hot.cells;
+    for (std::int32_t cell = 0; cell < cells.end(); ++cell) {
+      if (cells.in_use(cell) && cells.owned_by(cell, s) && !(in_cold && cells.pending(cell))) {
+        list.push_back(
+            {cells.pos(cell), cells.stamp(cell), in_cold ? Source::cold : Source::hot, cell});
+      }
+    }
+    if (!in_cold && slot.active) {
+      for (std::size_t i = 0; i < slot.cold_cells.size(); ++i) {
+        const std::int32_t cell = slot.cold_cells[i];
+        if (cold.cells.owned_by(cell, s)) {
+          list.push_back({cold.cells.pos(cell), kPendingStamp, Source::scratch, slot.cold_rows[i]});
+        }
+      }
+    }
+    std::stable_sort(list.begin(), list.end(), [](const Stored &a, const Stored &b) {
+      return a.pos != b.pos ? a.pos < b.pos : a.stamp < b.stamp;
+    });
+    return list;
+  }
+
   const CacheConfig config;
   const std::int64_t level;             ///< see trigger_level
   const std::vector<int> layer_numbers; ///< by layer; -1 where it is not cached
@@ -551,6 +587,48 @@ void MixedCache::values(int layer, std::int64_t seq, float *out) const {
     for (const Impl::Place &place : places) {
       (place.in_cold ? m.cold : m.hot).rows.get_v(number, head, place.cell, out);
       out += m.config.head_dim_v;
+    }
+  }
+}
+
+void MixedCache::export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const {
+  num_hot = static_cast<std::int64_t>(impl_->stored(seq, false).size());
+  num_cold = static_cast<std::int64_t>(impl_->stored(seq, true).size());
+}
+
+void MixedCache::export_rows(int layer, std::int64_t seq, const StoredRows &to_hot,
+                             const StoredRows &to_cold) const {
+  const Impl &m = *impl_;
+  const int number = m.layer_number(layer);
+  if (m.slot.active) {
+    if (m.slot.stored[static_cast<std::size_t>(number)] == 0) {
+      refuse("layer", "be stored before its rows are exported", layer);
+    }
+    if (m.slot.num_cold() > 0 && m.slot.scratch_layer != number) {
+      refuse("layer",
+             "be the one stored last, because these " + std::to_string(m.slot.num_tokens()) +
+                 " tokens are more than hot holds",
+             layer);
+    }
+  }
+  for (const bool in_cold : {false, true}) {
+    const StoredRows &to = in_cold ? to_cold : to_hot;
+    const std::vector<Impl::Stored> list = m.stored(seq, in_cold);
+    const RowShape &shape = (in_cold ? m.cold : m.hot).rows.shape();
+    char *k = static_cast<char *>(to.k);
+    char *v = static_cast<char *>(to.v);
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      to.pos[i] = list[i].pos;
+    }
+    for (int head = 0; head < m.config.num_kv_heads; ++head) {
+      for (const Impl::Stored &token : list) {
+        const bool scratch = token.source == Impl::Source::scratch;
+        const RowStorage &rows = scratch ? *m.slot.scratch : (in_cold ? m.cold : m.hot).rows;
+        rows.get_stored_k(scratch ? 0 : number, head, token.cell, k);
+        rows.get_stored_v(scratch ? 0 : number, head, token.cell, v);
+        k += shape.k_row_bytes();
+        v += shape.v_row_bytes();
+      }
     }
   }
 }

@@ -59,6 +59,14 @@ struct RowsView {
   std::ptrdiff_t row_stride = 0;
 };
 
+/// Where the rows of one tier go, in order of position (ties: older first): pos [n], k and v
+/// [num_kv_heads, n, bytes of a row] in the tier's own types, Q4_0 in ggml's block order.
+struct StoredRows {
+  std::int64_t *pos = nullptr;
+  void *k = nullptr;
+  void *v = nullptr;
+};
+
 struct CacheStats {
   std::int64_t hot_tokens = 0; ///< cells in use, committed
   std::int64_t cold_tokens = 0;
@@ -142,6 +150,14 @@ public:
   /// Dequantised rows in that order, out [num_kv_heads, n, head_dim or head_dim_v] f32.
   void keys(int layer, std::int64_t seq, float *out) const;
   void values(int layer, std::int64_t seq, float *out) const;
+  /// What attend reads of seq, bit for bit: its committed tokens, and those of a pending slot,
+  /// which are all hot rows here, wherever they will lie (attend reads them as such). With a slot
+  /// pending the layer is stored already; of a slot with tokens bound for cold it is the layer
+  /// stored last.
+  void export_rows(int layer, std::int64_t seq, const StoredRows &to_hot,
+                   const StoredRows &to_cold) const;
+  /// How many tokens export_rows gives of each tier.
+  void export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const;
   CacheStats stats() const;
 
 private:

@@ -4,6 +4,7 @@
 #include "../quantize.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace mixedkv {
 namespace {
@@ -84,6 +85,14 @@ void RowPlane::get(const char *base, int head, std::int64_t cell, float *values)
     get_blocks(base, head, cell, i, n, blocks);
     convert_row(KvType::q4_0, blocks, KvType::f32, values + i, static_cast<std::size_t>(n));
   }
+}
+
+void RowPlane::get_stored(const char *base, int head, std::int64_t cell, void *to) const noexcept {
+  if (packed()) {
+    get_blocks(base, head, cell, 0, width_, static_cast<block_q4_0 *>(to));
+    return;
+  }
+  std::memcpy(to, row(base, head, cell), row_bytes(type_, static_cast<std::size_t>(width_)));
 }
 
 void RowPlane::copy(char *base, int head, std::int64_t cell, const RowPlane &from,

@@ -38,6 +38,8 @@ public:
   void put_zeros(char *base, int head, std::int64_t cell, KvType from) const noexcept;
   /// Converts a row to f32.
   void get(const char *base, int head, std::int64_t cell, float *row) const noexcept;
+  /// The row as it is stored; Q4_0 in ggml's block order.
+  void get_stored(const char *base, int head, std::int64_t cell, void *row) const noexcept;
   /// The row of another plane's cell (of the same width) becomes this one's, converted where the
   /// types differ.
   void copy(char *base, int head, std::int64_t cell, const RowPlane &from, const char *from_base,

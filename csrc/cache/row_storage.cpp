@@ -90,6 +90,14 @@ void RowStorage::get_v(int layer, int head, std::int64_t cell, float *row) const
   v_.get(v_base(layer), head, cell, row);
 }
 
+void RowStorage::get_stored_k(int layer, int head, std::int64_t cell, void *row) const noexcept {
+  k_.get_stored(k_base(layer), head, cell, row);
+}
+
+void RowStorage::get_stored_v(int layer, int head, std::int64_t cell, void *row) const noexcept {
+  v_.get_stored(v_base(layer), head, cell, row);
+}
+
 void RowStorage::copy_head(const RowStorage &from, int from_layer, const std::int32_t *from_cells,
                            int layer, const std::int32_t *to_cells, std::int64_t n,
                            int head) noexcept {

@@ -58,6 +58,9 @@ public:
   /// Converts one row to f32.
   void get_k(int layer, int head, std::int64_t cell, float *row) const noexcept;
   void get_v(int layer, int head, std::int64_t cell, float *row) const noexcept;
+  /// One row in this storage's own type; Q4_0 in ggml's block order.
+  void get_stored_k(int layer, int head, std::int64_t cell, void *row) const noexcept;
+  void get_stored_v(int layer, int head, std::int64_t cell, void *row) const noexcept;
 
   /// Row from_cells[i] of from_layer of another storage, or of this one, becomes row to_cells[i]
   /// of layer, for every head and i < n, converted where types differ. No cell is on both sides.

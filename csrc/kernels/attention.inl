@@ -36,11 +36,15 @@ enum : int { kMaxUnpackedDim = 512 };
 /// to five times as long.
 enum : int { kAheadBytes = 16384 };
 
+/// part: `bytes` of a row.
 MIXEDKV_INLINE void ask_ahead(const Rows &rows, const void *part, size_t bytes) {
-  if (rows.index)
+  if (rows.index || rows.stride <= 0)
     return; // who knows where the next rows are
+  const ptrdiff_t ahead = (kAheadBytes + rows.stride - 1) / rows.stride * rows.stride;
+  // As a number: the address may lie behind the end of everything, which a hint may.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(part) + static_cast<uintptr_t>(ahead);
   for (size_t i = 0; i < bytes; i += 64)
-    prefetch(static_cast<const char *>(part) + kAheadBytes + i);
+    prefetch(reinterpret_cast<const void *>(begin + i));
 }
 
 MIXEDKV_INLINE void unpack_row(const block_q4_0 *x, float *y, int n) {
@@ -117,6 +121,10 @@ MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const block_q4_0 *
     }
 }
 
+template <typename T> MIXEDKV_INLINE size_t bytes_of_row(int n) {
+  return static_cast<size_t>(n) / (is_q4<T> ? QK4_0 : 1) * sizeof(T);
+}
+
 template <int R, typename T>
 void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_dim, float *scores,
              size_t ld_scores) noexcept {
@@ -128,7 +136,7 @@ void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_
     for (int c = 0; c < C; ++c) // a short last tile computes its last key several times
       keys[c] = row_at<T>(k, j + (c < count ? c : count - 1));
     for (int c = 0; c < C; ++c)
-      ask_ahead(k, keys[c], static_cast<size_t>(k.stride));
+      ask_ahead(k, keys[c], bytes_of_row<T>(head_dim));
     f32v sum[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)

@@ -50,7 +50,8 @@ MIXEDKV_INLINE i32v dot_total(Dot acc) {
 MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) {
   const int16x8_t x = vreinterpretq_s16_s32(a);
   const int16x8_t y = vreinterpretq_s16_s32(b);
-  return vaddq_s32(acc, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+  return vaddq_s32(acc,
+                   vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
 }
 
 template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
@@ -59,6 +60,8 @@ template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
       vshrq_n_s16(K == 3 ? halves : vshlq_s16(halves, vdupq_n_s16(12 - 4 * K)), 12));
 }
 
-MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x))); }
+MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) {
+  vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x)));
+}
 
 MIXEDKV_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }

@@ -62,7 +62,8 @@ struct Kernels {
   /// A tile's values as f32 rows [kPackedTokens, head_dim_v].
   void (*unpack_packed_values)(const void *tile, int head_dim_v, float *values) noexcept;
 
-  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows ----------
+  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows
+  // ----------
 
   void (*unpack_packed_keys)(const void *tile, int head_dim, float *kt) noexcept;
   /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by KvType.
@@ -70,8 +71,7 @@ struct Kernels {
   TransposeFn *transpose_keys[kNumKvTypes];
   /// As qk, over num_tiles tiles that follow one another.
   void (*qk_transposed)(const float *q, std::size_t ld_q, int num_rows, const float *kt,
-                        int num_tiles, int head_dim, float *scores,
-                        std::size_t ld_scores) noexcept;
+                        int num_tiles, int head_dim, float *scores, std::size_t ld_scores) noexcept;
 
   // --- one row of scores -----------------------------------------------------------------------
 

@@ -6,9 +6,10 @@
 // tokens' d, and a row's sums by s at the end. One byte a dim instead of two would leave an error
 // of 5e-3, two leave 1e-4 and less.
 //
-// pv: lanes are dims. The weights p * d of a block's tokens are rounded to 16 bits relative to the
-// largest |d| of the run (8 bits would cost 4e-2), pairs of tokens are multiplied and added at a
-// time; sums are exact again and are scaled and added to acc once a run.
+// pv: lanes are dims. A row's weights p * d of a block's tokens are rounded to 16 bits relative to
+// the largest of the run (8 bits would cost 4e-2), pairs of tokens are multiplied and added at a
+// time; sums are exact again and are scaled and added to acc once a run. Relative to the largest |d|
+// alone would not do: a token with large values that hardly counts would round the others away.
 //
 // Unpacking serves all rows of a group; what a group shares is held in registers.
 
@@ -179,22 +180,21 @@ void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_t
 
 // --- pv ----------------------------------------------------------------------------------------
 
-/// One block of values whose scales are not all finite, value by value.
-void pv_packed_odd(const float *p, size_t ld_p, int num_rows, const Rows &tiles, int num_tiles,
-                   int num_blocks, int block, float *acc, size_t ld_acc) noexcept {
+/// One row and one block of values whose products are not all finite, value by value.
+void pv_packed_odd(const float *p, const Rows &tiles, int num_tiles, int num_blocks, int block,
+                   float *acc) noexcept {
   for (int t = 0; t < num_tiles * kPackedTokens; ++t) {
+    if (p[t] == 0.0f)
+      continue; // unseen, and it must stay so
     const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
     const int token = t % kPackedTokens;
-    float d[16];
+    float d[1];
     f16_to_f32(packed_scale(tile, num_blocks, block, token), d, 1);
     for (int i = 0; i < QK4_0; ++i) {
       uint32_t word;
       memcpy(&word, tile + (token / 8 * num_blocks * QK4_0 + block * QK4_0 + i) * 4, 4);
       const int nibble = static_cast<int>((word >> packed_value_shift(token) & 15u) ^ 8u) - 8;
-      for (int r = 0; r < num_rows; ++r)
-        if (p[at(r, ld_p, t)] != 0.0f) // unseen, and it must stay so
-          acc[at(r, ld_acc, block * QK4_0 + i)] +=
-              p[at(r, ld_p, t)] * (static_cast<float>(nibble) * d[0]);
+      acc[block * QK4_0 + i] += p[t] * (static_cast<float>(nibble) * d[0]);
     }
   }
 }
@@ -217,8 +217,8 @@ MIXEDKV_INLINE void add_pairs(const i32v (&x)[N], const int16_t *const (&w)[R], 
 /// N vectors of dims of a block, from dim i of the head on.
 template <int R>
 MIXEDKV_INLINE void pv_packed_dims(const int16_t (&weights)[R][kPvTokens], const Rows &tiles,
-                                   int num_tiles, size_t group_bytes, int i, float scale,
-                                   float *acc, size_t ld_acc) {
+                                   int num_tiles, size_t group_bytes, int i,
+                                   const float (&scales)[R], float *acc, size_t ld_acc) {
   constexpr int N = 2;
   i32v sum[R][N];
   for (int r = 0; r < R; ++r)
@@ -242,62 +242,77 @@ MIXEDKV_INLINE void pv_packed_dims(const int16_t (&weights)[R][kPvTokens], const
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) {
       float *a = acc + at(r, ld_acc, i + n * kLanes);
-      store(a, fma(to_f32(sum[r][n]), set1(scale), load(a)));
+      store(a, fma(to_f32(sum[r][n]), set1(scales[r]), load(a)));
     }
+}
+
+/// Block b of R rows. A row's result follows from what it sees itself, whatever the others see.
+template <int R>
+void pv_packed_block(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
+                     int b, float *acc, size_t ld_acc) noexcept {
+  alignas(64) float products[R][kPvTokens];
+  alignas(64) int16_t weights[R][kPvTokens];
+  const int num_tokens = num_tiles * kPackedTokens;
+  f32v largest[R];
+  for (int r = 0; r < R; ++r)
+    largest[r] = zero();
+  bool odd = false;
+  for (int t = 0; t < num_tokens; t += kLanes) {
+    const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
+    const f32v d = load(packed_scale(tile, num_blocks, b, t % kPackedTokens));
+    f32v all = zero();
+    for (int r = 0; r < R; ++r) {
+      const f32v x = load(p + at(r, ld_p, t));
+      // A token that the row does not see may hold anything.
+      const f32v product = select_below(zero(), x, mul(x, d), zero());
+      largest[r] = max_or_second(abs_of(product), largest[r]);
+      // NaN and infinities stay NaN and infinities, or become NaN, in a sum.
+      all = add(all, abs_of(product));
+      store(products[r] + t, product);
+    }
+    odd |= any_not_finite(all);
+  }
+  if (odd) {
+    for (int r = 0; r < R; ++r)
+      if constexpr (R > 1)
+        pv_packed_block<1>(p + at(r, ld_p, 0), ld_p, tiles, num_tiles, num_blocks, b,
+                           acc + at(r, ld_acc, 0), ld_acc);
+      else
+        pv_packed_odd(p, tiles, num_tiles, num_blocks, b, acc);
+    return;
+  }
+  float scales[R];
+  bool useful = false;
+  for (int r = 0; r < R; ++r) {
+    constexpr float kLargest = 32767.0f;
+    const float top = max_lanes(largest[r]);
+    // What is too small to be inverted contributes nothing that f32 sums could show.
+    const bool row_useful = top > 1e-30f;
+    useful |= row_useful;
+    scales[r] = row_useful ? top / kLargest : 0.0f;
+    const f32v inverse = set1(row_useful ? kLargest / top : 0.0f);
+    for (int t = 0; t < num_tokens; t += kLanes)
+      store_rounded(weights[r] + t, mul(load(products[r] + t), inverse));
+  }
+  if (!useful)
+    return; // no row sees a value other than zero
+  // The next run's tiles, a share with every block.
+  const ptrdiff_t bytes = kPackedBlockBytes + kPackedScaleBytes;
+  for (int t = 0; t < num_tiles; ++t) {
+    const uint8_t *tile = tile_at(tiles, t) + num_tiles * num_blocks * bytes;
+    for (ptrdiff_t i = b * bytes; i < (b + 1) * bytes; i += 64)
+      prefetch(tile + i);
+  }
+  const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
+  for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += 2 * kLanes)
+    pv_packed_dims<R>(weights, tiles, num_tiles, group_bytes, i, scales, acc, ld_acc);
 }
 
 template <int R>
 void pv_packed_rows(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
                     float *acc, size_t ld_acc) noexcept {
-  alignas(64) float seen[kPvTokens];
-  alignas(64) float d[kPvTokens];
-  alignas(64) int16_t weights[R][kPvTokens];
-  const int num_tokens = num_tiles * kPackedTokens;
-  const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
-  const ptrdiff_t run_bytes =
-      static_cast<ptrdiff_t>(num_tiles) * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
-  // What no row sees has no say in how the rest is rounded.
-  for (int t = 0; t < num_tokens; t += kLanes) {
-    f32v x = load(p + t);
-    for (int r = 1; r < R; ++r)
-      x = max_or_second(x, load(p + at(r, ld_p, t)));
-    store(seen + t, x);
-  }
-  for (int b = 0; b < num_blocks; ++b) {
-    f32v largest = zero();
-    bool odd = false;
-    for (int t = 0; t < num_tokens; t += kLanes) {
-      const uint8_t *tile = tile_at(tiles, t / kPackedTokens);
-      const f32v x = select_below(zero(), load(seen + t),
-                                  load(packed_scale(tile, num_blocks, b, t % kPackedTokens)), zero());
-      odd |= any_not_finite(x);
-      largest = max_or_second(abs_of(x), largest);
-      store(d + t, x);
-    }
-    if (odd) {
-      pv_packed_odd(p, ld_p, R, tiles, num_tiles, num_blocks, b, acc, ld_acc);
-      continue;
-    }
-    const float top = max_lanes(largest);
-    if (!(top > 0.0f))
-      continue; // every value is zero
-    constexpr float kLargest = 32767.0f;
-    const f32v inverse = set1(kLargest / top);
-    for (int t = 0; t < num_tokens; t += kLanes) {
-      const f32v x = mul(load(d + t), inverse);
-      for (int r = 0; r < R; ++r)
-        store_rounded(weights[r] + t, mul(load(p + at(r, ld_p, t)), x));
-    }
-    // The next run's tiles, a share with every block.
-    for (int t = 0; t < num_tiles; ++t) {
-      const uint8_t *tile = tile_at(tiles, t) + run_bytes;
-      const ptrdiff_t bytes = kPackedBlockBytes + kPackedScaleBytes;
-      for (ptrdiff_t i = b * bytes; i < (b + 1) * bytes; i += 64)
-        prefetch(tile + i);
-    }
-    for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += 2 * kLanes)
-      pv_packed_dims<R>(weights, tiles, num_tiles, group_bytes, i, top / kLargest, acc, ld_acc);
-  }
+  for (int b = 0; b < num_blocks; ++b)
+    pv_packed_block<R>(p, ld_p, tiles, num_tiles, num_blocks, b, acc, ld_acc);
 }
 
 void pv_packed(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,

@@ -191,8 +191,8 @@ void pv(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, 
 block_q4_0 packed_key(const uint8_t *tile, int num_blocks, int block, int token) {
   block_q4_0 rows[1];
   for (int w = 0; w < 4; ++w)
-    memcpy(rows[0].qs + 4 * w,
-           tile + block * kPackedBlockBytes + w * 4 * kPackedTokens + token * 4, 4);
+    memcpy(rows[0].qs + 4 * w, tile + block * kPackedBlockBytes + w * 4 * kPackedTokens + token * 4,
+           4);
   rows[0].d = *packed_scale(tile, num_blocks, block, token);
   return rows[0];
 }
@@ -226,8 +226,8 @@ void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_t
           for (int i = 0; i < QK4_0; ++i)
             sum += q[b * QK4_0 + i] * dequantize(block, i);
         }
-        scores[static_cast<size_t>(r) * ld_scores + static_cast<size_t>(t * kPackedTokens + token)] =
-            sum;
+        scores[static_cast<size_t>(r) * ld_scores +
+               static_cast<size_t>(t * kPackedTokens + token)] = sum;
       }
 }
 
@@ -254,9 +254,9 @@ void unpack_packed_values(const void *tile, int head_dim_v, float *values) noexc
 void unpack_packed_keys(const void *tile, int head_dim, float *kt) noexcept {
   for (int i = 0; i < head_dim; ++i)
     for (int token = 0; token < kPackedTokens; ++token)
-      *kt++ = dequantize(packed_key(static_cast<const uint8_t *>(tile), head_dim / QK4_0,
-                                    i / QK4_0, token),
-                         i % QK4_0);
+      *kt++ = dequantize(
+          packed_key(static_cast<const uint8_t *>(tile), head_dim / QK4_0, i / QK4_0, token),
+          i % QK4_0);
 }
 
 template <typename T>

@@ -51,6 +51,8 @@ MIXEDKV_INLINE void qk_transposed_rows(int num_rows, const float *q, size_t ld_q
 
 void qk_transposed(const float *q, size_t ld_q, int num_rows, const float *kt, int num_tiles,
                    int head_dim, float *scores, size_t ld_scores) noexcept {
+  if (num_rows == 0)
+    return;
   const int step = rows_of_group(num_rows);
   for (int r = 0; r < num_rows; r += step)
     qk_transposed_rows<>(num_rows - r < step ? num_rows - r : step, q + at(r, ld_q, 0), ld_q, kt,
@@ -102,14 +104,14 @@ void transpose_keys(const Rows *k, int num_keys, int head_dim, float *kt) noexce
   }
 }
 
-// --- packed Q4_0 as f32 ----------------------------------------------------------------------------
+// --- packed Q4_0 as f32
+// ----------------------------------------------------------------------------
 
 template <int K> MIXEDKV_INLINE f32v signed_nibble(i32v x) {
   return to_f32(shift_right_signed<28>(shift_left<28 - 4 * K>(x)));
 }
 
-template <int K>
-MIXEDKV_INLINE void unpack_key_nibbles(i32v x, f32v d, float *dims) {
+template <int K> MIXEDKV_INLINE void unpack_key_nibbles(i32v x, f32v d, float *dims) {
   constexpr int dim = K / 2 + K % 2 * (QK4_0 / 2);
   store(dims + dim * kPackedTokens, mul(signed_nibble<K>(x), d));
   if constexpr (K < 7)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from . import isa
 from ._core import __version__, get_num_threads, set_num_threads
 from .attention import AttentionState, attention, merge, merge_state, merge_states
-from .cache import CacheFull, CacheStats, MixedKVCache, Slot, StateFileError, UnifiedKVCache
+from .cache import (
+    CacheFull,
+    CacheStats,
+    MixedKVCache,
+    Slot,
+    StateFileError,
+    StoredRows,
+    UnifiedKVCache,
+)
 from .quantize import dequantize_q4_0, quantize_q4_0
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "MixedKVCache",
     "Slot",
     "StateFileError",
+    "StoredRows",
     "UnifiedKVCache",
     "__version__",
     "attention",

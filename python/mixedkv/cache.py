@@ -23,7 +23,15 @@ from . import _core
 from ._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
 from .attention import _lse_kind, _per_head, finite, window
 
-__all__ = ["CacheFull", "CacheStats", "MixedKVCache", "Slot", "StateFileError", "UnifiedKVCache"]
+__all__ = [
+    "CacheFull",
+    "CacheStats",
+    "MixedKVCache",
+    "Slot",
+    "StateFileError",
+    "StoredRows",
+    "UnifiedKVCache",
+]
 
 logger = logging.getLogger("mixedkv.cache")
 
@@ -54,6 +62,18 @@ class Slot:
     num_cold: int
     #: Older tokens moved to cold to make room.
     num_moved: int
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a layer as one tier stores them, in order of position."""
+
+    #: int64 [n].
+    positions: NDArray[np.int64]
+    #: [Hkv, n, D] in the tier's type: float32, float16, or Q4_0 rows (uint8, ggml's block order).
+    k: NDArray[Any]
+    #: [Hkv, n, Dv] likewise.
+    v: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -408,6 +428,21 @@ class _KVCache:
     def values(self, layer: int, seq: int) -> NDArray[np.float32]:
         """Return a dequantised copy of a sequence's values: float32 [Hkv, n, Dv], as positions."""
         return self._core.values(_integer(layer, "layer"), _integer(seq, "seq"))
+
+    def export_rows(self, layer: int, seq: int) -> tuple[StoredRows, StoredRows]:
+        """Return what :meth:`attend` reads of a sequence, bit for bit: (hot rows, cold rows).
+
+        With a slot pending, its tokens are among the hot rows, wherever they will lie at commit:
+        that is how they are attended. The layer is stored already then, and, of a slot with tokens
+        bound for cold, the layer stored last.
+
+        Raises
+        ------
+        ValueError
+            Where layer or seq does not fit.
+        """
+        hot, cold = self._core.export_rows(_integer(layer, "layer"), _integer(seq, "seq"))
+        return StoredRows(*hot), StoredRows(*cold)
 
     def stats(self) -> CacheStats:
         """Return the counters."""

@@ -32,7 +32,7 @@ Tried with transformers 5.20.0, 5.22.0 and 5.23.0, and torch 2.13.0.
 """
 
 from .attention import attention_forward
-from .cache import MixedCache, Occupancy
+from .cache import MixedCache, Observation, Occupancy
 from .masks import describe_mask
 from .registry import NAME, register
 from .rows import CachedRows
@@ -41,6 +41,7 @@ __all__ = [
     "NAME",
     "CachedRows",
     "MixedCache",
+    "Observation",
     "Occupancy",
     "attention_forward",
     "describe_mask",

@@ -91,7 +91,13 @@ def attention_forward(
             raise NotImplementedError("a MixedCache serves causal attention, this layer is not")
         _check_window(sliding_window, plan, handle.step.first + handle.step.width)
         out = handle.cache.attend(
-            handle, query, plan, sm_scale=scaling, logits_soft_cap=soft_cap, sinks=s_aux
+            handle,
+            query,
+            plan,
+            for_layer=getattr(module, "layer_idx", None),
+            sm_scale=scaling,
+            logits_soft_cap=soft_cap,
+            sinks=s_aux,
         )
         return out, None
 

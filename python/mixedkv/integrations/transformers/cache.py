@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -46,6 +47,42 @@ class Occupancy(NamedTuple):
     hot: int
     cold: int
     moved: int
+
+
+class Observation(NamedTuple):
+    """One attention of one layer, as it was computed; for `MixedCache.observer`.
+
+    The tensors are the model's own: copy what is to be kept. `native` is in the midst of the step,
+    so that ``native.export_rows(place, row)`` gives the very keys and values that were attended.
+
+    Attributes
+    ----------
+    layer
+        The model's layer.
+    first, width, rows
+        The step's columns are [first, first + width) of each of `rows` rows.
+    query
+        [rows, query heads, queries, head_dim]: the last `queries` columns.
+    out
+        [rows, queries, query heads, head_dim of V].
+    native, place
+        The native cache, and the index that the keys' layer has there.
+    kept
+        Which of the rows * width columns are stored (the others are padding); None for all.
+    options
+        Of `mixedkv.MixedKVCache.attend`.
+    """
+
+    layer: int
+    first: int
+    width: int
+    rows: int
+    query: torch.Tensor
+    out: torch.Tensor
+    native: mkv.MixedKVCache
+    place: int
+    kept: torch.Tensor | None
+    options: dict[str, Any]
 
 
 class Placement(NamedTuple):
@@ -192,6 +229,8 @@ class MixedCache(Cache):
     ----------
     history
         list of `Occupancy`, one for each committed step, if `record_history`.
+    observer
+        None, or what to call with an `Observation` after each layer's attention.
 
     Notes
     -----
@@ -272,6 +311,7 @@ class MixedCache(Cache):
         self._validity: torch.Tensor | None = None
         self._bases: list[int | None] = []
         self.history: list[Occupancy] | None = [] if record_history else None
+        self.observer: Callable[[Observation], None] | None = None
 
     # What a user looks at
 
@@ -405,6 +445,8 @@ class MixedCache(Cache):
         handle: Handle,
         query: torch.Tensor,
         plan: MaskPlan | None,
+        *,
+        for_layer: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Store the handle's rows, if they are not yet, and attend over the whole cache.
@@ -417,6 +459,8 @@ class MixedCache(Cache):
             [batch, query heads, width, head_dim].
         plan
             The model's mask; None for plain causal.
+        for_layer
+            The model's layer that asks, where it is not the handle's own; for the observer.
         options
             Of `mixedkv.MixedKVCache.attend`; the window is this method's business.
 
@@ -433,7 +477,8 @@ class MixedCache(Cache):
                 "middle of its layers, which can't be served"
             )
         try:
-            out = self._attend(step, handle, query, plan, options)
+            layer = handle.layer if for_layer is None else for_layer
+            out = self._attend(step, handle, query, plan, options, layer)
         except BaseException:
             # Whatever it was, this forward is over: leave the cache as it was before it.
             self._drop_step()
@@ -449,6 +494,7 @@ class MixedCache(Cache):
         query: torch.Tensor,
         plan: MaskPlan | None,
         options: dict[str, Any],
+        for_layer: int,
     ) -> torch.Tensor:
         layer = handle.layer
         self._check_mask(step, layer, plan)
@@ -496,7 +542,23 @@ class MixedCache(Cache):
         else:
             out.zero_()
             out[placement.kept] = native.attend(place, tokens, **options).transpose(0, 1)
-        return out.view(rows, width, heads, -1)[:, width - queries :].contiguous()
+        out = out.view(rows, width, heads, -1)[:, width - queries :].contiguous()
+        if self.observer is not None:
+            self.observer(
+                Observation(
+                    layer=for_layer,
+                    first=step.first,
+                    width=width,
+                    rows=rows,
+                    query=query[:, :, width - queries :],
+                    out=out,
+                    native=native,
+                    place=place,
+                    kept=placement.kept,
+                    options=options,
+                )
+            )
+        return out
 
     # Steps
 

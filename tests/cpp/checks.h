@@ -1,0 +1,151 @@
+// What tests of kernels share: named checks, the values of halves and of Q4_0 blocks by their
+// definitions, buffers that end where their allocation ends or lie between guard bytes, and random
+// numbers.
+#pragma once
+
+#include "types.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace testing {
+
+using mixedkv::block_q4_0;
+using mixedkv::f16_t;
+
+// --- the framework: a named check fails where any of its expectations does ----------------------
+
+inline int num_passed = 0;
+inline int num_failed = 0;
+inline int failures_in_check = 0;
+inline const char *name_filter = "";
+
+inline void fail(const char *file, int line, const char *format, ...) {
+  if (++failures_in_check > 5)
+    return;
+  std::printf("    %s:%d: ", file, line);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vprintf(format, arguments);
+  va_end(arguments);
+  std::printf("\n");
+}
+
+#define EXPECT(condition, ...)                                                                     \
+  do {                                                                                             \
+    if (!(condition))                                                                              \
+      fail(__FILE__, __LINE__, __VA_ARGS__);                                                       \
+  } while (0)
+
+template <typename F> void check(const std::string &name, F &&body) {
+  if (name.find(name_filter) == std::string::npos)
+    return;
+  failures_in_check = 0;
+  body();
+  if (failures_in_check == 0)
+    ++num_passed;
+  else
+    ++num_failed;
+  std::printf("%s %s\n", failures_in_check == 0 ? "ok  " : "FAIL", name.c_str());
+  std::fflush(stdout);
+}
+
+// --- bits and numbers ----------------------------------------------------------------------------
+
+constexpr double kUlp = FLT_EPSILON / 2; // largest relative error of one f32 rounding
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+/// By definition; exact. Not for infinities and NaNs.
+inline double value_of_half(f16_t h) {
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  const double magnitude =
+      exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+inline double value_of_q4(const block_q4_0 &block, int i) {
+  const int q = i < 16 ? block.qs[i] & 15 : block.qs[i - 16] >> 4;
+  return (q - 8) * value_of_half(block.d);
+}
+
+// --- buffers -------------------------------------------------------------------------------------
+
+/// n values that begin `misalignment` values past an allocation of exactly that size.
+template <typename T> class Input {
+public:
+  Input(std::size_t n, std::size_t misalignment)
+      : storage_(new char[(n + misalignment) * sizeof(T)]),
+        data_(reinterpret_cast<T *>(storage_.get()) + misalignment), size_(n) {}
+  T *data() { return data_; }
+  const T *data() const { return data_; }
+  T &operator[](std::size_t i) { return data_[i]; }
+  const T &operator[](std::size_t i) const { return data_[i]; }
+  std::size_t size() const { return size_; }
+
+private:
+  std::unique_ptr<char[]> storage_;
+  T *data_;
+  std::size_t size_;
+};
+
+/// n values between 64 guard bytes on either side.
+template <typename T> class Output {
+public:
+  Output(std::size_t n, std::size_t misalignment)
+      : bytes_(2 * kGuard + (n + misalignment) * sizeof(T), kPattern),
+        first_(kGuard + misalignment * sizeof(T)), size_(n) {}
+  T *data() { return reinterpret_cast<T *>(bytes_.data() + first_); }
+  T &operator[](std::size_t i) { return data()[i]; }
+  std::size_t size() const { return size_; }
+  bool guards_intact() const {
+    const std::size_t end = first_ + size_ * sizeof(T);
+    const auto untouched = [](unsigned char byte) { return byte == kPattern; };
+    return std::all_of(bytes_.begin(), bytes_.begin() + static_cast<std::ptrdiff_t>(first_),
+                       untouched) &&
+           std::all_of(bytes_.begin() + static_cast<std::ptrdiff_t>(end), bytes_.end(), untouched);
+  }
+
+private:
+  static constexpr std::size_t kGuard = 64;
+  static constexpr unsigned char kPattern = 0xa5;
+  std::vector<unsigned char> bytes_;
+  std::size_t first_, size_;
+};
+
+using Random = std::mt19937;
+
+inline float normal(Random &random) { return std::normal_distribution<float>()(random); }
+inline int between(Random &random, int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random);
+}
+
+/// Prints how many checks passed; what main returns.
+inline int summary() {
+  std::printf("%d passed, %d failed\n", num_passed, num_failed);
+  return num_failed == 0 ? 0 : 1;
+}
+
+} // namespace testing

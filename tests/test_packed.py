@@ -1,0 +1,250 @@
+"""Q4_0 rows in caches, many tokens to a tile: the cells of different sequences share bytes, and
+freed ones keep stale bits. None of that may show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mixedkv as mkv
+import numpy as np
+import pytest
+import reference as ref
+from conftest import Q4_0_REL, assert_close, assert_lse_close, normal, tolerance
+
+HQ, HKV = 4, 2
+HEAD_DIMS = [(32, 96), (96, 32), (128, 128)]
+TYPES = [("q4_0", "q4_0"), ("q4_0", "f16"), ("f16", "q4_0"), ("q4_0", "f32"), ("f32", "q4_0")]
+
+
+def ids(value: Any) -> str:
+    return "_".join(map(str, value))
+
+
+class Twin:
+    """A cache of one layer, and what each of its sequences should hold."""
+
+    def __init__(self, cache: Any, types: tuple[str, str], head_dims: tuple[int, int]) -> None:
+        self.cache = cache
+        self.types = types
+        self.head_dims = head_dims
+        self.rows: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def add(self, rng: np.random.Generator, pos: Sequence[int], seqs: Sequence[int]) -> None:
+        """One ubatch, attended before it is committed."""
+        dk, dv = self.head_dims
+        n = len(pos)
+        k, v, q = normal(rng, HKV, n, dk), normal(rng, HKV, n, dv), normal(rng, HQ, n, dk)
+        # Scales of tokens that share a tile differ widely.
+        v *= np.exp2(rng.integers(-4, 3, (1, n, 1))).astype(np.float32)
+        assert self.cache.find_slot(pos=list(pos), seq_id=list(seqs)) is not None
+        self.cache.store(0, k, v)
+        for i, (p, s) in enumerate(zip(pos, seqs, strict=True)):
+            self.rows.setdefault(s, {})[p] = (
+                ref.stored_as(k[:, i], self.types[0]),
+                ref.stored_as(v[:, i], self.types[1]),
+            )
+        out, lse = self.cache.attend(0, q, return_lse=True)
+        self.cache.commit()
+        for i, (p, s) in enumerate(zip(pos, seqs, strict=True)):
+            want, want_lse = self.expected(q[:, i : i + 1], p, s)
+            assert_close(out[:, i : i + 1], want, tolerance(*self.types))
+            assert_lse_close(lse[:, i : i + 1], want_lse, tolerance(*self.types))
+
+    def expected(self, q: np.ndarray, p: int, s: int) -> tuple[np.ndarray, np.ndarray]:
+        seen = [at for at in sorted(self.rows[s]) if at <= p]
+        k = np.stack([self.rows[s][at][0] for at in seen], 1)
+        v = np.stack([self.rows[s][at][1] for at in seen], 1)
+        out, lse = ref.attention(q, k, v)
+        return out[0], lse[0]
+
+    def remove(self, s: int, p0: int, p1: int) -> None:
+        self.cache.seq_rm(s, p0, p1)
+        self.rows[s] = {p: row for p, row in self.rows[s].items() if not p0 <= p < p1}
+
+    def check_rows(self) -> None:
+        for s, rows in self.rows.items():
+            assert list(self.cache.positions(s)) == sorted(rows)
+            if not rows:
+                continue
+            k = np.stack([rows[p][0] for p in sorted(rows)], 1)
+            v = np.stack([rows[p][1] for p in sorted(rows)], 1)
+            np.testing.assert_array_equal(self.cache.keys(0, s), k)
+            np.testing.assert_array_equal(self.cache.values(0, s), v)
+
+
+def unified(
+    types: tuple[str, str], head_dims: tuple[int, int], size: int = 640, seqs: int = 4
+) -> Twin:
+    cache = mkv.UnifiedKVCache(
+        num_layers=1, num_kv_heads=HKV, head_dim=head_dims[0], head_dim_v=head_dims[1],
+        size=size, n_seq_max=seqs, n_pad=1, k_type=types[0], v_type=types[1],
+    )  # fmt: skip
+    return Twin(cache, types, head_dims)
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=ids)
+@pytest.mark.parametrize("types", TYPES, ids=ids)
+def test_packed_interleaved_sequences_with_holes(
+    isa: str, rng: np.random.Generator, types: tuple[str, str], head_dims: tuple[int, int]
+) -> None:
+    """Tokens of four sequences lie side by side; holes of all sizes are torn and filled again."""
+    twin = unified(types, head_dims)
+    ends = [0, 0, 0, 0]
+
+    def grow(n: int) -> None:
+        seqs = [int(s) for s in rng.integers(0, 4, n)]
+        pos = []
+        for s in seqs:
+            pos.append(ends[s])
+            ends[s] += 1
+        twin.add(rng, pos, seqs)
+
+    for n in (1, 15, 16, 37, 1, 70, 5):
+        grow(n)
+    for _ in range(4):
+        for _ in range(6):
+            s = int(rng.integers(0, 4))
+            p0 = int(rng.integers(0, ends[s]))
+            twin.remove(s, p0, p0 + int(rng.integers(1, 12)))
+        for n in (1, 1, 9, 40, 3):
+            grow(n)
+        twin.check_rows()
+
+
+def test_packed_long_prefill_then_decode(isa: str, rng: np.random.Generator) -> None:
+    """Many query rows over many keys, then one at a time, from a cell within a tile on."""
+    twin = unified(("q4_0", "q4_0"), (32, 96), size=700, seqs=2)
+    twin.add(rng, [0, 1, 2], [1, 1, 1])
+    twin.add(rng, range(300), [0] * 300)
+    for p in range(300, 305):
+        twin.add(rng, [p], [0])
+    twin.add(rng, range(305, 345), [0] * 40)
+    twin.check_rows()
+
+
+@pytest.mark.parametrize("types", TYPES, ids=ids)
+def test_packed_stale_bits_do_not_show(
+    isa: str, rng: np.random.Generator, types: tuple[str, str]
+) -> None:
+    """NaN and huge rows of neighbours, dead or alive: the same bits as without them."""
+    dk, dv = 96, 32
+    n = 24
+    k, v = normal(rng, HKV, n, dk), normal(rng, HKV, n, dv)
+    q = normal(rng, HQ, 1, dk)
+    results = []
+    for bad in (0.0, 1.0, 3e38, np.nan, np.inf):
+        cache = mkv.UnifiedKVCache(
+            num_layers=1, num_kv_heads=HKV, head_dim=dk, head_dim_v=dv, size=64, n_seq_max=3,
+            n_pad=1, k_type=types[0], v_type=types[1],
+        )  # fmt: skip
+
+        def fill(cache: Any, seq: int, count: int, value: float) -> None:
+            rows = np.full((HKV, count, 1), value, np.float32)
+            cache.append(
+                list(range(count)), [seq] * count,
+                [np.broadcast_to(rows, (HKV, count, dk)).copy()],
+                [np.broadcast_to(rows, (HKV, count, dv)).copy()],
+            )  # fmt: skip
+
+        fill(cache, 1, 64, bad)  # every cell has held such a row
+        cache.seq_rm(1, 0, 20)
+        cache.seq_rm(1, 27, 30)
+        cache.seq_rm(1, 33, 40)  # sequence 1 lives on in the cells between
+        cache.append(list(range(n)), [0] * n, [k], [v])
+        assert cache.find_slot(pos=[n], seq_id=[0]) is not None
+        cache.store(0, np.ones((HKV, 1, dk), np.float32), np.ones((HKV, 1, dv), np.float32))
+        out, lse = cache.attend(0, q, return_lse=True)
+        assert np.isfinite(out).all()
+        results.append((out.tobytes(), lse.tobytes()))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=ids)
+@pytest.mark.parametrize(
+    "cold", [("q4_0", "q4_0"), ("q4_0", "f16"), ("f16", "q4_0")], ids=ids
+)
+@pytest.mark.parametrize("hot", [("f16", "f16"), ("q4_0", "f16"), ("q4_0", "q4_0")], ids=ids)
+def test_packed_mixed_cache_equals_model(
+    isa: str,
+    rng: np.random.Generator,
+    head_dims: tuple[int, int],
+    cold: tuple[str, str],
+    hot: tuple[str, str],
+) -> None:
+    shape: dict[str, Any] = {
+        "num_layers": 1, "num_kv_heads": HKV, "head_dim": head_dims[0], "head_dim_v": head_dims[1],
+        "hot_size": 40, "cold_size": 300, "group_size": 7, "n_seq_max": 3,
+        "hot_k_type": hot[0], "hot_v_type": hot[1], "cold_k_type": cold[0], "cold_v_type": cold[1],
+    }  # fmt: skip
+    cache = mkv.MixedKVCache(**shape, n_pad=1)
+    model = ref.MixedCacheModel(**shape)
+    ends = [0, 0, 0]
+
+    def step(n: int) -> None:
+        seqs = [int(s) for s in rng.integers(0, 3, n)]
+        pos = []
+        for s in seqs:
+            pos.append(ends[s])
+            ends[s] += 1
+        k, v = normal(rng, HKV, n, head_dims[0]), normal(rng, HKV, n, head_dims[1])
+        q = normal(rng, HQ, n, head_dims[0])
+        assert cache.find_slot(pos=pos, seq_id=seqs) is not None
+        assert model.find_slot(pos, seqs) is not None
+        for it in (cache, model):
+            it.store(0, k, v)
+        out, lse = cache.attend(0, q, return_lse=True)
+        want, want_lse = model.attend(0, q)
+        assert_close(out, want, Q4_0_REL)
+        assert_lse_close(lse, want_lse, Q4_0_REL)
+        cache.commit()
+        model.commit()
+
+    for n in (5, 30, 1, 1, 60, 2):
+        step(n)
+    for _ in range(3):
+        for _ in range(4):
+            s = int(rng.integers(0, 3))
+            p0 = int(rng.integers(0, ends[s]))
+            p1 = p0 + int(rng.integers(1, 9))
+            cache.seq_rm(s, p0, p1)
+            model.seq_rm(s, p0, p1)
+        for n in (1, 12, 1, 3):
+            step(n)
+    for s in range(3):
+        assert list(cache.positions(s)) == list(model.positions(s))
+        assert list(cache.tiers(s)) == list(model.tiers(s))
+        np.testing.assert_array_equal(cache.keys(0, s), model.keys(0, s))
+        np.testing.assert_array_equal(cache.values(0, s), model.values(0, s))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_packed_threads_same_bits(isa: str, rng: np.random.Generator, threads: int) -> None:
+    cache = mkv.UnifiedKVCache(
+        num_layers=1, num_kv_heads=HKV, head_dim=128, size=3000, n_pad=1, n_seq_max=2,
+        k_type="q4_0", v_type="q4_0",
+    )  # fmt: skip
+    n = 1400
+    rows = [normal(rng, HKV, 2 * n, 128) for _ in range(2)]
+    cache.append([p // 2 for p in range(2 * n)], [p % 2 for p in range(2 * n)], *[[x] for x in rows])
+    q = normal(rng, HQ, 1, 128)
+    assert cache.find_slot(pos=[n], seq_id=[1]) is not None
+    cache.store(0, rows[0][:, :1], rows[1][:, :1])
+    before = mkv.get_num_threads()
+    try:
+        outs = []
+        for count in (1, threads):
+            mkv.set_num_threads(count)
+            outs.append(cache.attend(0, q).tobytes())
+        assert outs[0] == outs[1]
+    finally:
+        mkv.set_num_threads(before)
+
+
+def test_packed_bytes_are_those_of_ggml() -> None:
+    cache = mkv.UnifiedKVCache(
+        num_layers=3, num_kv_heads=HKV, head_dim=96, head_dim_v=32, size=160, n_pad=1,
+        k_type="q4_0", v_type="q4_0",
+    )  # fmt: skip
+    expected = 3 * HKV * 160 * (96 + 32) // 32 * 18
+    assert cache.stats().hot_bytes == expected
