@@ -161,9 +161,7 @@ def test_packed_stale_bits_do_not_show(
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=ids)
-@pytest.mark.parametrize(
-    "cold", [("q4_0", "q4_0"), ("q4_0", "f16"), ("f16", "q4_0")], ids=ids
-)
+@pytest.mark.parametrize("cold", [("q4_0", "q4_0"), ("q4_0", "f16"), ("f16", "q4_0")], ids=ids)
 @pytest.mark.parametrize("hot", [("f16", "f16"), ("q4_0", "f16"), ("q4_0", "q4_0")], ids=ids)
 def test_packed_mixed_cache_equals_model(
     isa: str,
@@ -226,7 +224,9 @@ def test_packed_threads_same_bits(isa: str, rng: np.random.Generator, threads: i
     )  # fmt: skip
     n = 1400
     rows = [normal(rng, HKV, 2 * n, 128) for _ in range(2)]
-    cache.append([p // 2 for p in range(2 * n)], [p % 2 for p in range(2 * n)], *[[x] for x in rows])
+    cache.append(
+        [p // 2 for p in range(2 * n)], [p % 2 for p in range(2 * n)], *[[x] for x in rows]
+    )
     q = normal(rng, HQ, 1, 128)
     assert cache.find_slot(pos=[n], seq_id=[1]) is not None
     cache.store(0, rows[0][:, :1], rows[1][:, :1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -426,3 +427,38 @@ m.attention(q[:, :1], k, k)
         [sys.executable, "-c", code], timeout=PATIENCE, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_arguments_that_change_during_a_call_do_no_harm() -> None:
+    """Positions and owners are copied before they are checked."""
+    n = 20_000
+    cache = mkv.UnifiedKVCache(num_layers=1, num_kv_heads=1, head_dim=1, size=n, n_pad=1)
+    pos, seq = np.arange(n), np.zeros(n, np.int64)
+    done = threading.Event()
+
+    def meddle() -> None:
+        while not done.is_set():
+            seq[-1] = 2**31 - 1
+            pos[-1] = -1
+            seq[-1] = 0
+            pos[-1] = n - 1
+
+    meddler = threading.Thread(target=meddle)
+    meddler.start()
+    found = 0
+    try:
+        for _ in range(100):
+            try:
+                slot = cache.find_slot(pos=pos, seq_id=seq)
+            except ValueError as error:
+                assert re.search(r"seq_id|pos", str(error))  # noqa: PT017
+            else:
+                assert slot is not None
+                assert slot.num_tokens == n
+                cache.restore()
+                found += 1
+    finally:
+        done.set()
+        meddler.join()
+    assert found <= 100
+    assert len(cache) == 0

@@ -6,6 +6,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -41,8 +42,26 @@ public:
   }
   const CacheConfig &config() const { return cache_.config(); }
 
+  /// find_slot on copies of what the caller gave: arrays that another thread may write to once the
+  /// GIL is gone must not change between check and use. n tokens, n + 1 begins, num_ids ids.
+  std::optional<Slot> find_slot(const std::int64_t *pos, const std::int64_t *begin,
+                                const std::int64_t *ids, std::int64_t n, std::int64_t num_ids) {
+    Busy busy(flag_, "the cache");
+    tokens_.assign(pos, pos + n);
+    tokens_.insert(tokens_.end(), begin, begin + n + 1);
+    tokens_.insert(tokens_.end(), ids, ids + num_ids);
+    const std::int64_t *copy = tokens_.data();
+    const std::int64_t *begins = copy + n;
+    if (begins[0] != 0 || begins[n] != num_ids || !std::is_sorted(begins, begins + n + 1)) {
+      throw std::invalid_argument("begin must ascend from 0 to the length of ids");
+    }
+    GilRelease release;
+    return cache_.find_slot(copy, {begins, begins + n + 1}, n);
+  }
+
 private:
   MixedCache cache_;
+  std::vector<std::int64_t> tokens_; ///< kept for its memory
   std::atomic_flag flag_ = ATOMIC_FLAG_INIT;
 };
 
@@ -83,18 +102,8 @@ find_slot(Handle &handle, const py::array &pos_array, const py::array &begin_arr
   const ArrayView ids = view_contiguous(ids_array, "ids", 1, {DType::i64});
   const std::int64_t n = pos.shape[0];
   check_shape(begin, "begin", {n + 1});
-  std::int64_t last = 0;
-  for (std::int64_t i = 0; i <= n; ++i) {
-    const std::int64_t next = begin.as<const std::int64_t>()[i];
-    if (next < last || next > ids.shape[0] || (i == 0 && next != 0)) {
-      throw std::invalid_argument("begin must ascend from 0 to the length of ids");
-    }
-    last = next;
-  }
-  const auto slot = handle.with([&](MixedCache &cache) {
-    return cache.find_slot(pos.as<const std::int64_t>(),
-                           {begin.as<const std::int64_t>(), ids.as<const std::int64_t>()}, n);
-  });
+  const auto slot = handle.find_slot(pos.as<const std::int64_t>(), begin.as<const std::int64_t>(),
+                                     ids.as<const std::int64_t>(), n, ids.shape[0]);
   if (!slot) {
     return std::nullopt;
   }

@@ -139,8 +139,7 @@ public:
   std::int64_t seq_pos_max(std::int64_t seq) const;
   void clear();
 
-  // --- looking
-  // -------------------------------------------------------------------------------------
+  // --- looking ---------------------------------------------------------------------------------
 
   std::int64_t size() const;                    ///< committed cells in use in both tiers
   std::int64_t seq_len(std::int64_t seq) const; ///< committed cells that seq owns

@@ -62,8 +62,7 @@ struct Kernels {
   /// A tile's values as f32 rows [kPackedTokens, head_dim_v].
   void (*unpack_packed_values)(const void *tile, int head_dim_v, float *values) noexcept;
 
-  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows
-  // ----------
+  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows ------
 
   void (*unpack_packed_keys)(const void *tile, int head_dim, float *kt) noexcept;
   /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by KvType.

@@ -8,8 +8,8 @@
 //
 // pv: lanes are dims. A row's weights p * d of a block's tokens are rounded to 16 bits relative to
 // the largest of the run (8 bits would cost 4e-2), pairs of tokens are multiplied and added at a
-// time; sums are exact again and are scaled and added to acc once a run. Relative to the largest |d|
-// alone would not do: a token with large values that hardly counts would round the others away.
+// time; sums are exact again and are scaled and added to acc once a run. Relative to the largest
+// |d| alone would not do: a token with large values that hardly counts would round the others away.
 //
 // Unpacking serves all rows of a group; what a group shares is held in registers.
 

@@ -151,8 +151,7 @@ MIXEDKV_INLINE f16_t to_half(float x) {
       _mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
 }
 
-// --- tiles: 16 registers hold at most 12 sums, 8 where blocks are unpacked beside them
-// ------------
+// --- tiles: 16 registers hold at most 12 sums, 8 where blocks are unpacked beside them ---------
 
 constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;

@@ -142,8 +142,7 @@ MIXEDKV_INLINE f16_t to_half(float x) {
   return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
 }
 
-// --- tiles: 32 registers hold 4 x 4 sums beside four keys and their unpacking
-// ---------------------
+// --- tiles: 32 registers hold 4 x 4 sums beside four keys and their unpacking ------------------
 
 constexpr int kRows = 4;
 constexpr int kOpenKeys = 1;

@@ -104,8 +104,7 @@ void transpose_keys(const Rows *k, int num_keys, int head_dim, float *kt) noexce
   }
 }
 
-// --- packed Q4_0 as f32
-// ----------------------------------------------------------------------------
+// --- packed Q4_0 as f32 ------------------------------------------------------------------------
 
 template <int K> MIXEDKV_INLINE f32v signed_nibble(i32v x) {
   return to_f32(shift_right_signed<28>(shift_left<28 - 4 * K>(x)));

@@ -23,7 +23,7 @@ std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 constexpr double kTolerance = 2e-6;
 constexpr double kToleranceQ4 = 5e-4;
 
-// --- pools of cells ---------------------------------------------------------------------------------
+// --- pools of cells ----------------------------------------------------------------------------
 
 /// The keys (or values) of all heads in a pool of cells.
 struct Pool {
@@ -71,7 +71,9 @@ struct Source {
       v.fill(cell, kNan);
     }
   }
-  std::int64_t cell(std::int64_t j) const { return index.empty() ? first_cell + j : index[size(j)]; }
+  std::int64_t cell(std::int64_t j) const {
+    return index.empty() ? first_cell + j : index[size(j)];
+  }
   std::int64_t position(std::int64_t j) const { return pos.empty() ? pos_start + j : pos[size(j)]; }
   void randomise(Random &random) {
     for (std::int64_t j = 0; j < len; ++j) {
@@ -131,7 +133,7 @@ Source scattered_cells(Random &random, KvType k_type, KvType v_type, int dim, in
   return source;
 }
 
-// --- a call and what it should give -------------------------------------------------------------------
+// --- a call and what it should give ------------------------------------------------------------
 
 struct Call {
   int num_qo_heads = 2, num_kv_heads = 1, head_dim = 64, head_dim_v = 64;
@@ -332,7 +334,7 @@ Result check_call(const Call &call, const char *what) {
   return result;
 }
 
-// --- checks -----------------------------------------------------------------------------------------
+// --- checks ------------------------------------------------------------------------------------
 
 constexpr KvType kPacked = KvType::q4_0; // planes hold Q4_0 packed
 
@@ -385,8 +387,8 @@ void test_attend(const std::string &isa) {
       const struct {
         std::int64_t len;
         int sparseness, stretch;
-      } shapes[] = {{1, 1, 1},    {5, 30, 1},   {17, 40, 1},  {18, 40, 1},  {30, 50, 1},
-                    {60, 4, 3},   {270, 2, 40}, {300, 3, 10}, {257, 1, 64}, {40, 20, 2}};
+      } shapes[] = {{1, 1, 1},  {5, 30, 1},   {17, 40, 1},  {18, 40, 1},  {30, 50, 1},
+                    {60, 4, 3}, {270, 2, 40}, {300, 3, 10}, {257, 1, 64}, {40, 20, 2}};
       for (const auto &shape : shapes)
         for (int num_queries : {1, 4, 9, 33}) {
           Source source = scattered_cells(random, types.k, types.v, 32, 64, 1, shape.len,
@@ -407,8 +409,9 @@ void test_attend(const std::string &isa) {
       Random random(83);
       for (int num_queries : kQueries)
         for (int dim : {32, 128, 256}) {
-          const Source source = run_of_cells(random, types.k, types.v, dim, 32 * between(random, 1, 5),
-                                             2, between(random, 0, 31), 50);
+          const Source source =
+              run_of_cells(random, types.k, types.v, dim, 32 * between(random, 1, 5), 2,
+                           between(random, 0, 31), 50);
           check_call(make_call(random, {&source}, num_queries, num_queries % 3 + 1), "all");
         }
       const Source wide = run_of_cells(random, types.k, types.v, 512, 512, 1, 3, 300);
@@ -419,8 +422,7 @@ void test_attend(const std::string &isa) {
       Random random(84);
       for (int num_queries : {1, 3, 8, 33}) {
         const Source run = run_of_cells(random, types.k, types.v, 64, 32, 1, 5, 290);
-        const Source scattered =
-            scattered_cells(random, types.k, types.v, 64, 32, 1, 150, 3, 5);
+        const Source scattered = scattered_cells(random, types.k, types.v, 64, 32, 1, 150, 3, 5);
         for (const Source *source : {&run, &scattered}) {
           Call call = make_call(random, {source}, num_queries, 2);
           for (std::int64_t window : {0, 1, 15, 40, 200}) {

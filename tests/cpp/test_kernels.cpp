@@ -205,8 +205,7 @@ void test_scalar_quantize(const Kernels &scalar) {
   });
 }
 
-// --- conversions: every ISA against the scalar table, bit for bit
-// ---------------------------------
+// --- conversions: every ISA against the scalar table, bit for bit ------------------------------
 
 template <typename X, typename Y>
 void compare_rows(const Input<X> &x, std::size_t num_out, std::size_t misalignment, std::size_t n,
@@ -357,8 +356,7 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
   });
 }
 
-// --- attention
-// ----------------------------------------------------------------------------------------
+// --- attention ---------------------------------------------------------------------------------
 
 enum class Order { dense, strided, indexed };
 
@@ -641,8 +639,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
   }
 }
 
-// --- one row of scores
-// ------------------------------------------------------------------------------
+// --- one row of scores -------------------------------------------------------------------------
 
 void test_scores(const std::string &isa, const Kernels &kernels) {
   check(isa + " row_max", [&] {
@@ -795,8 +792,7 @@ void test_scores(const std::string &isa, const Kernels &kernels) {
   });
 }
 
-// --- dispatch
-// ------------------------------------------------------------------------------------------
+// --- dispatch ----------------------------------------------------------------------------------
 
 template <typename F> std::string message_of(F &&f) {
   try {

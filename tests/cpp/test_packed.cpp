@@ -31,12 +31,12 @@ f16_t half_of(float x) {
   return half;
 }
 
-// --- blocks and tiles of them ---------------------------------------------------------------------
+// --- blocks and tiles of them ------------------------------------------------------------------
 
 block_q4_0 random_block(Random &random) {
   block_q4_0 block;
-  const float magnitude = std::ldexp(0.5f + static_cast<float>(random() % 512) / 1024.0f,
-                                     between(random, -6, 2));
+  const float magnitude =
+      std::ldexp(0.5f + static_cast<float>(random() % 512) / 1024.0f, between(random, -6, 2));
   block.d = half_of(random() % 2 ? -magnitude : magnitude);
   for (std::uint8_t &q : block.qs)
     q = static_cast<std::uint8_t>(random());
@@ -84,16 +84,18 @@ struct TileSet {
     std::shuffle(index.begin(), index.end(), random);
     index.resize(order == Order::indexed ? size(num) : 0);
     // The allocation ends with the last tile's last byte; scales need the alignment of a half.
-    bytes.reset(new Input<unsigned char>(size(static_cast<int>(stride)) * size(stored - 1) +
-                                             tile_bytes,
-                                         2 * size(between(random, 0, 3))));
+    bytes.reset(
+        new Input<unsigned char>(size(static_cast<int>(stride)) * size(stored - 1) + tile_bytes,
+                                 2 * size(between(random, 0, 3))));
     std::memset(bytes->data(), 0xff, bytes->size()); // NaN, in all that is not one of the tiles
     blocks.resize(size(num * kTokens * num_blocks));
     for (int j = 0; j < num * kTokens; ++j)
       for (int b = 0; b < num_blocks; ++b)
         put(j, b, random_block(random));
   }
-  unsigned char *tile(int t) { return bytes->data() + stride * (index.empty() ? t : index[size(t)]); }
+  unsigned char *tile(int t) {
+    return bytes->data() + stride * (index.empty() ? t : index[size(t)]);
+  }
   void put(int j, int b, const block_q4_0 &block) {
     blocks[size(j * num_blocks + b)] = block;
     pack(kind, &block, b, 1, num_blocks, tile(j / kTokens), j % kTokens);
@@ -149,7 +151,7 @@ bool same_bits(const float *a, const float *b, std::size_t n) {
   return std::memcmp(a, b, n * sizeof(float)) == 0;
 }
 
-// --- the layout -----------------------------------------------------------------------------------
+// --- the layout --------------------------------------------------------------------------------
 
 void test_layout() {
   check("a tile takes the bytes that its rows take in ggml's order", [] {
@@ -225,10 +227,9 @@ void test_layout() {
         for (int i = 0; i < QK4_0; ++i) {
           const unsigned char *word =
               values.tile(0) + (token / 8 * num_blocks * QK4_0 + b * QK4_0 + i) * 4;
-          const std::uint32_t bits = static_cast<std::uint32_t>(word[0]) |
-                                     static_cast<std::uint32_t>(word[1]) << 8 |
-                                     static_cast<std::uint32_t>(word[2]) << 16 |
-                                     static_cast<std::uint32_t>(word[3]) << 24;
+          const std::uint32_t bits =
+              static_cast<std::uint32_t>(word[0]) | static_cast<std::uint32_t>(word[1]) << 8 |
+              static_cast<std::uint32_t>(word[2]) << 16 | static_cast<std::uint32_t>(word[3]) << 24;
           const int in_eight = token % 8;
           const int nibble = static_cast<int>(bits >> 4 * (in_eight / 2 + in_eight % 2 * 4) & 15u);
           const std::uint8_t byte = values.block(token, b).qs[i % 16];
@@ -348,7 +349,7 @@ void test_row_plane() {
   }
 }
 
-// --- packed keys ------------------------------------------------------------------------------------
+// --- packed keys -------------------------------------------------------------------------------
 
 struct Prepared {
   std::vector<float> floats;
@@ -391,8 +392,8 @@ void expect_scores(const float *scores, const float *q, const TileSet &keys, boo
     const double tiny = 1e-30 * sum_k + FLT_TRUE_MIN;
     const double bound = rounding + (keys.dim + 8) * kUlp * magnitude + tiny;
     const double error = std::fabs(scores[j] - expected);
-    EXPECT(error <= bound, "tiles %d dim %d: key %d: %.9g, not %.9g, bound %.3g", keys.num, keys.dim,
-           j, static_cast<double>(scores[j]), expected, bound);
+    EXPECT(error <= bound, "tiles %d dim %d: key %d: %.9g, not %.9g, bound %.3g", keys.num,
+           keys.dim, j, static_cast<double>(scores[j]), expected, bound);
     if (typical)
       EXPECT(error <= 1e-4 * std::sqrt(norm_q * norm_k), "tiles %d dim %d: key %d off by %.3g",
              keys.num, keys.dim, j, error);
@@ -584,7 +585,7 @@ void test_qk_packed(const std::string &isa, const Kernels &kernels) {
   });
 }
 
-// --- packed values ----------------------------------------------------------------------------------
+// --- packed values -----------------------------------------------------------------------------
 
 /// acc after pv_packed of row r of p alone, from `before`.
 std::vector<float> acc_alone(const Kernels &kernels, const float *p, const TileSet &values,
@@ -621,8 +622,9 @@ void expect_acc(const float *acc, const float *before, const float *p, const Til
         }
       const double bound =
           rounding + (values.num_tokens() + 4) * kUlp * magnitude + 300 * FLT_TRUE_MIN;
-      EXPECT(std::fabs(acc[i] - expected) <= bound, "tiles %d dim %d: %d: %.9g, not %.9g, bound %.3g",
-             values.num, values.dim, i, static_cast<double>(acc[i]), expected, bound);
+      EXPECT(std::fabs(acc[i] - expected) <= bound,
+             "tiles %d dim %d: %d: %.9g, not %.9g, bound %.3g", values.num, values.dim, i,
+             static_cast<double>(acc[i]), expected, bound);
     }
   }
 }
@@ -635,8 +637,7 @@ struct PvCase {
   std::vector<float> before; ///< [num_rows, dim]
   PvCase(Random &random, int rows, int num_tiles, int dim, Order order)
       : values(random, Kind::values, num_tiles, dim, order), num_rows(rows),
-        p(random, rows, num_tiles * kTokens, between(random, 0, 5)),
-        before(size(rows * dim)) {
+        p(random, rows, num_tiles * kTokens, between(random, 0, 5)), before(size(rows * dim)) {
     for (int r = 0; r < rows; ++r) {
       const int one_in = between(random, 1, 4);
       for (int j = 0; j < values.num_tokens(); ++j)
@@ -677,10 +678,10 @@ void check_pv_packed(const Kernels &kernels, Random &random, int num_rows, int n
   EXPECT(acc.untouched_between(), "guards: rows %d tiles %d dim %d", num_rows, num_tiles, dim);
   for (int r = 0; r < num_rows; ++r) {
     expect_acc(acc.row(r), pv.before_row(r), pv.p.row(r), pv.values);
-    const std::vector<float> alone =
-        acc_alone(kernels, pv.p.row(r), pv.values, pv.before_row(r));
+    const std::vector<float> alone = acc_alone(kernels, pv.p.row(r), pv.values, pv.before_row(r));
     EXPECT(same_bits(alone.data(), acc.row(r), size(dim)),
-           "rows %d tiles %d dim %d: row %d has other bits than alone", num_rows, num_tiles, dim, r);
+           "rows %d tiles %d dim %d: row %d has other bits than alone", num_rows, num_tiles, dim,
+           r);
   }
 }
 
@@ -805,7 +806,7 @@ void test_pv_packed(const std::string &isa, const Kernels &kernels) {
   });
 }
 
-// --- packed as f32, and keys side by side -----------------------------------------------------------
+// --- packed as f32, and keys side by side ------------------------------------------------------
 
 void test_unpack(const std::string &isa, const Kernels &kernels) {
   // Zeros may have either sign, and so may NaN.
@@ -903,7 +904,8 @@ void test_transposed(const std::string &isa, const Kernels &kernels) {
     for (int r = 0; r < num_rows; ++r)
       for (int i = 0; i < dim; ++i)
         q.row(r)[i] = normal(random);
-    const int bad_row = between(random, -1, num_rows - 1), bad_key = between(random, -1, num_keys - 1);
+    const int bad_row = between(random, -1, num_rows - 1),
+              bad_key = between(random, -1, num_keys - 1);
     if (bad_row >= 0)
       q.row(bad_row)[between(random, 0, dim - 1)] = kNan;
     if (bad_key >= 0)
@@ -934,8 +936,8 @@ void test_transposed(const std::string &isa, const Kernels &kernels) {
       kernels.qk_transposed(q.row(r), 0, 1, kt.data() + t * kTokens * dim, 1, dim, alone.data(), 0);
       if (r != bad_row && bad_key / kTokens != t)
         EXPECT(same_bits(alone.data(), scores.row(r) + t * kTokens, alone.size()),
-               "rows %d tiles %d dim %d: row %d has other bits than alone", num_rows, num_tiles, dim,
-               r);
+               "rows %d tiles %d dim %d: row %d has other bits than alone", num_rows, num_tiles,
+               dim, r);
     }
   };
   check(isa + " qk_transposed", [&] {
