@@ -51,12 +51,14 @@ struct Kernels {
   /// Query rows in the form that qk_packed takes: packed_query_floats(head_dim) floats a row.
   void (*prepare_packed_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
                                float *prepared) noexcept;
-  /// As qk, over all tokens of num_tiles tiles; |error| below 1e-4 |q| |k|. NaN and infinities in
-  /// a query row make its scores NaN.
+  /// As qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 32512 of the row's
+  /// largest: |error| is below 1e-4 |q| |k| for rows like those of models, and at most that step
+  /// times the sum of |k_i|. A NaN or infinity in a query row makes its scores not finite.
   void (*qk_packed)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
                     int head_dim, float *scores, std::size_t ld_scores) noexcept;
-  /// As pv, over all tokens of num_tiles tiles; p is 0 for tokens that a row does not see, and
-  /// finite; |error| below 1e-4 of the largest |p * d|. Values of tokens with p = 0 never show.
+  /// As pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row does not see,
+  /// whose values never show. For each token that a row sees, |error| is at most 1.3e-4 of the
+  /// largest |p * d| that it sees in a run of 16 tiles; products below 1e-30 may count as nothing.
   void (*pv_packed)(const float *p, std::size_t ld_p, int num_rows, const Rows *tiles,
                     int num_tiles, int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
   /// A tile's values as f32 rows [kPackedTokens, head_dim_v].

@@ -1,0 +1,162 @@
+// Conversions of whole arrays, and the move of a batch of tokens from hot to cold.
+#include "../parallel.h"
+#include "../quantize.h"
+#include "benchmark.h"
+#include "filled_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace mixedkv::bench {
+namespace {
+
+class Conversion : public Subject {
+public:
+  Conversion(KvType from, KvType to, std::int64_t num_rows, std::size_t n)
+      : from_(from), to_(to), num_rows_(num_rows), n_(n), x_(random_rows(from, num_rows, n, 6)),
+        y_(row_bytes(to, n) * static_cast<std::size_t>(num_rows)) {}
+  void run(const Context &context) override {
+    convert_rows({x_.as<char>(), from_, stride(from_)}, {y_.as<char>(), to_, stride(to_)},
+                 num_rows_, n_, context.threads);
+  }
+  float result() const override {
+    std::vector<float> row(n_);
+    convert_row(to_, y_.as<char>(), KvType::f32, row.data(), n_);
+    return sum_of(row.data(), n_);
+  }
+
+private:
+  std::ptrdiff_t stride(KvType type) const {
+    return static_cast<std::ptrdiff_t>(row_bytes(type, n_));
+  }
+
+  KvType from_;
+  KvType to_;
+  std::int64_t num_rows_;
+  std::size_t n_;
+  Memory x_;
+  Memory y_;
+};
+
+/// What conversions are measured against: the same bytes, copied.
+class Copy : public Subject {
+public:
+  Copy(std::int64_t num_rows, std::size_t n)
+      : x_(random_rows(KvType::f32, num_rows, n, 7)), y_(x_.size()) {}
+  void run(const Context &context) override {
+    constexpr std::size_t kPiece = std::size_t{64} << 10;
+    const auto copy = [&](std::size_t begin, std::size_t bytes) {
+      std::memcpy(y_.as<char>() + begin, x_.as<char>() + begin, bytes);
+    };
+    if (context.threads == 1) {
+      copy(0, x_.size());
+      return;
+    }
+    const std::int64_t pieces = static_cast<std::int64_t>((x_.size() + kPiece - 1) / kPiece);
+    parallel_for(pieces, context.threads, [&](std::int64_t unit) {
+      const std::size_t begin = static_cast<std::size_t>(unit) * kPiece;
+      copy(begin, std::min(kPiece, x_.size() - begin));
+    });
+  }
+  float result() const override { return *y_.as<float>(); }
+
+private:
+  Memory x_;
+  Memory y_;
+};
+
+/// The commit of a token that makes hot exceed its level, so that a batch moves.
+class Move : public Subject {
+public:
+  static constexpr std::int64_t kBatch = 256;
+  static constexpr std::int64_t kHot = 1024;
+
+  explicit Move(const Shape &shape) : cache_(shape, fill()) {}
+
+  bool resets() const override { return true; }
+  void reset() override {
+    if (moved_) {
+      // What moved goes, and as many take its place in hot.
+      cache_.get().seq_rm(0, oldest_, oldest_ + kBatch);
+      oldest_ += kBatch;
+      cache_.append(kBatch - 1);
+      moved_ = false;
+    }
+    if (!cache_.get().has_slot()) {
+      cache_.store_next(1);
+    }
+  }
+  void run(const Context &) override {
+    cache_.get().commit();
+    moved_ = true;
+  }
+  float result() const override {
+    const CacheStats stats = cache_.stats();
+    if (moved_ && stats.cold_tokens != kBatch) {
+      throw std::logic_error("the cache did not move the tokens that the benchmark times");
+    }
+    return static_cast<float>(stats.cold_tokens);
+  }
+
+private:
+  static Fill fill() {
+    Fill fill;
+    fill.hot = kHot;
+    fill.cold_size = kBatch;
+    fill.group_size = kBatch;
+    return fill;
+  }
+
+  FilledCache cache_;
+  std::int64_t oldest_ = 0;
+  bool moved_ = false;
+};
+
+Group conversion_group(const Options &options, const Shape &shape, std::int64_t kv) {
+  const std::string where = "/" + name_of(shape) + "/kv=" + std::to_string(kv);
+  const std::size_t n = static_cast<std::size_t>(shape.head_dim);
+  const std::int64_t num_rows = kv * shape.num_kv_heads;
+  GroupBuilder builder(options, "convert" + where);
+  const auto bytes = [&](KvType type) {
+    return row_bytes(type, n) * static_cast<std::size_t>(num_rows);
+  };
+  const std::pair<KvType, KvType> pairs[] = {
+      {KvType::f32, KvType::q4_0}, {KvType::f16, KvType::q4_0}, {KvType::q4_0, KvType::f32},
+      {KvType::q4_0, KvType::f16}, {KvType::f32, KvType::f16},  {KvType::f16, KvType::f32}};
+  for (const auto &[source, target] : pairs) {
+    const KvType from = source;
+    const KvType to = target;
+    builder.add(std::string("convert/") + kv_type_name(from) + "_to_" + kv_type_name(to) + where,
+                std::max(bytes(from), bytes(to)), 0,
+                [=] { return std::make_shared<Conversion>(from, to, num_rows, n); });
+  }
+  builder.add_foreign("convert/memcpy_of_f32" + where, bytes(KvType::f32),
+                      [=] { return std::make_shared<Copy>(num_rows, n); });
+  return builder.take();
+}
+
+Group move_group(const Options &options, const Shape &shape) {
+  const std::string where = "/" + name_of(shape) + "/tokens=" + std::to_string(Move::kBatch);
+  GroupBuilder builder(options, "move" + where);
+  builder.add("move/hot_f16_to_cold_q4_0" + where,
+              2 * row_bytes(KvType::f16, static_cast<std::size_t>(shape.head_dim)) *
+                  static_cast<std::size_t>(Move::kBatch * shape.num_kv_heads),
+              0, [=] { return std::make_shared<Move>(shape); });
+  return builder.take();
+}
+
+} // namespace
+
+void add_conversion_groups(const Options &options, std::vector<Group> &groups) {
+  for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
+    for (const std::int64_t kv : chosen(options.kv, {256, 16384})) {
+      groups.push_back(conversion_group(options, shape, kv));
+    }
+  }
+  for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
+    groups.push_back(move_group(options, shape));
+  }
+}
+
+} // namespace mixedkv::bench

@@ -1,0 +1,224 @@
+"""The command ``mixedkv bench``."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+import mixedkv as mkv
+
+from .peers import NAMES, load
+from .shapes import DEFAULT_MODELS, MODELS, parse_shape
+
+__all__ = ["bench"]
+
+T = TypeVar("T")
+
+_DECODE_KV = (512, 4096, 32768)
+_PREFILL_KV = (512, 4096)
+_QUICK_KV = (512, 4096)
+_TASKS = ("decode", "prefill", "convert")
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "--shape",
+            help=f"{', '.join(MODELS)}, or Hq,Hkv,D; may be repeated. "
+            f"Default: {', '.join(DEFAULT_MODELS)}.",
+        ),
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="Lengths of the context, such as 512,4096,32768."),
+    ] = None,
+    threads: Annotated[
+        list[str] | None, typer.Option(help="Numbers of threads, such as 1,8. Default: 1 and all.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="decode, prefill or convert; may be repeated.")
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Whom to compare with: {', '.join(NAMES[1:])}, or none. Default: all."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Time that the rounds of a table may take.", min=0.0)
+    ] = 2.0,
+    rounds: Annotated[
+        int | None, typer.Option(help="A fixed number of rounds instead.", min=1)
+    ] = None,
+    isa: Annotated[str | None, typer.Option(help="Force an instruction set of mixedkv's.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One model, kv 512 and 4096, all threads, short rounds.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the ratios into this file (.png, .svg, .pdf).")
+    ] = None,
+    ggml_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where libggml-base.so and libggml-cpu.so lie. [env: MIXEDKV_GGML_DIR]"),
+    ] = None,
+    build_ggml: Annotated[
+        bool,
+        typer.Option(
+            "--build-ggml",
+            help="First fetch and build ggml for this machine, into the user's cache, once. "
+            "Needs pip, CMake and a C++ compiler.",
+        ),
+    ] = False,
+) -> None:
+    """Time attention and conversion beside the other libraries that are installed here.
+
+    Contenders take turns, round by round; each one's result is checked in float64 first. Exit
+    status 1: a result of mixedkv's was wrong.
+    """
+    shapes = _parse(
+        model or (DEFAULT_MODELS[:1] if quick else DEFAULT_MODELS), parse_shape, "--model"
+    )
+    tasks = _choose(only, _TASKS, "--only")
+    chosen = ["mixedkv", *_choose_peers(peers)]
+    most = mkv.get_num_threads()
+    if threads is None:
+        thread_counts = [most] if quick else sorted({1, most})
+    else:
+        thread_counts = _parse(_split(threads), lambda text: _count(text, 4096), "--threads")
+    given = None if kv is None else _parse(_split(kv), lambda text: _count(text, 2**24), "--kv")
+    if isa is not None:
+        try:
+            mkv.isa.select(isa)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--isa") from None
+    if plot is not None:
+        _check_plot(plot)
+
+    from rich.console import Console
+
+    from . import plan as plans
+    from .progress import RichProgress
+    from .report import print_report
+
+    errors = Console(stderr=True)
+    if build_ggml:
+        ggml_dir = _build_ggml(errors)
+    if ggml_dir is not None and not ggml_dir.is_dir():
+        raise typer.BadParameter(f"{ggml_dir} is not a directory", param_hint="--ggml-dir")
+    loaded, absent = load(chosen, ggml_dir)
+    default_prefill = _QUICK_KV if quick else _PREFILL_KV
+    plan = plans.Plan(
+        shapes=shapes,
+        tasks=tasks,
+        decode_kv=given or (_QUICK_KV if quick else _DECODE_KV),
+        prefill_kv=[n for n in given or default_prefill if n >= plans.PREFILL_QUERIES],
+        threads=thread_counts,
+        seconds=min(seconds, 0.5) if quick else seconds,
+        rounds=rounds,
+        convert_tokens=plans.CONVERT_TOKENS,
+        prefill_queries=plans.PREFILL_QUERIES,
+    )
+    with RichProgress(errors, plans.cells(plan)) as progress:
+        report = plans.run(plan, loaded, absent, progress)
+    if json:
+        typer.echo(json_module.dumps(report.as_json(), indent=2))
+    else:
+        print_report(report, Console())
+    if plot is not None:
+        from .plot import save_plot
+
+        save_plot(report, plot)
+        errors.print(f"plot: {plot}")
+    if report.wrong:
+        if json:
+            for line in report.wrong:
+                errors.print(f"WRONG: {line}")
+        raise typer.Exit(1)
+
+
+def _split(values: Iterable[str]) -> list[str]:
+    return [part for value in values for part in value.split(",") if part.strip()]
+
+
+def _parse(values: Iterable[str], parse: Callable[[str], T], option: str) -> list[T]:
+    try:
+        parsed = list(dict.fromkeys(parse(value) for value in values))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if not parsed:
+        raise typer.BadParameter("needs a value", param_hint=option)
+    return parsed
+
+
+def _count(text: str, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= most:
+        raise ValueError(f"must be whole numbers from 1 to {most}, got {text!r}")
+    return value
+
+
+def _choose(values: Sequence[str] | None, known: Sequence[str], option: str) -> list[str]:
+    if values is None:
+        return list(known)
+    chosen = _split(values)
+    for value in chosen:
+        if value not in known:
+            raise typer.BadParameter(
+                f"must be one of {', '.join(known)}, got {value!r}", param_hint=option
+            )
+    if not chosen:
+        raise typer.BadParameter("needs a value", param_hint=option)
+    return chosen
+
+
+def _choose_peers(values: Sequence[str] | None) -> list[str]:
+    if values is not None and _split(values) == ["none"]:
+        return []
+    return _choose(values, NAMES[1:], "--peers")
+
+
+def _check_plot(path: Path) -> None:
+    """Refuse before anything runs what would fail after minutes."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(
+            f"the file must end in .png, .svg or .pdf, got {str(path)!r}", param_hint="--plot"
+        )
+    if not path.resolve().parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is not a directory", param_hint="--plot")
+
+
+def _build_ggml(errors: object) -> Path:
+    from rich.console import Console
+
+    from .peers.ggml import find_libraries
+    from .peers.ggml_build import BuildError, build, build_directory
+
+    assert isinstance(errors, Console)
+    directory = build_directory()
+    if directory is None:
+        raise typer.BadParameter(
+            "needs platformdirs: pip install platformdirs", param_hint="--build-ggml"
+        )
+    there = find_libraries(directory)
+    if there is not None:
+        return there
+    try:
+        with errors.status("building ggml") as status:
+            return build(directory, status.update)
+    except BuildError as error:
+        errors.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None

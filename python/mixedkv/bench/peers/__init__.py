@@ -1,0 +1,108 @@
+"""Who takes part: one module a library, each an optional one but mixedkv itself.
+
+A peer's module has a function ``load() -> Peer``, which raises :class:`AbsentError` with the
+reason and the way to get it where the library is not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Problem, Rows
+
+__all__ = ["NAMES", "AbsentError", "Contender", "Conversion", "Peer", "Task", "load"]
+
+#: Peers in the order of the tables; "mixedkv" is always there.
+NAMES = ("mixedkv", "ggml", "torch", "onnxruntime", "openvino", "gguf")
+
+Task = Literal["decode", "prefill"]
+
+
+class AbsentError(Exception):
+    """A peer can't take part; the message says why and what would help."""
+
+
+@dataclass
+class Contender:
+    """One way of computing a problem's attention."""
+
+    peer: str
+    name: str
+    #: What K and V are held in.
+    kv_type: str
+    #: The contender of mixedkv that it is compared with: "f16" or "q4_0".
+    against: str
+    #: Bytes of K and V that a call has to read.
+    kv_bytes: float
+    #: The right answer: float64 [Hq, qo_len, D] on the K and V that it holds.
+    answer: Callable[[], NDArray[np.float64]]
+    #: Above this relative error it is wrong, and is not timed. Each arithmetic's own.
+    tolerance: float
+    #: Makes the call for a number of threads.
+    bind: Callable[[int], Callable[[], object]]
+    #: The last call's result [Hq, qo_len, D].
+    result: Callable[[], NDArray[Any]]
+    #: "mixed" reads both tiers, and its "part"s add up to it; "race" is everything else.
+    role: Literal["race", "mixed", "part"] = "race"
+
+
+@dataclass
+class Conversion:
+    """One way of converting rows of values."""
+
+    peer: str
+    name: str
+    #: One of problem.KINDS.
+    kind: str
+    bind: Callable[[int], Callable[[], object]]
+    #: The last call's result, bytes or values of the kind.
+    result: Callable[[], NDArray[Any]]
+
+
+class Peer(Protocol):
+    """A library that can be called."""
+
+    name: str
+    version: str
+    #: What a reader of its figures should know, such as instruction sets missing from its build.
+    notes: list[str]
+
+    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+        """Return its contenders for a problem."""
+        ...
+
+    def conversions(self, rows: Rows) -> list[Conversion]:
+        """Return its conversions from and to Q4_0 rows."""
+        ...
+
+
+_MODULES = {
+    "mixedkv": "own",
+    "ggml": "ggml",
+    "torch": "torch_sdpa",
+    "onnxruntime": "onnxruntime_gqa",
+    "openvino": "openvino_paged",
+    "gguf": "gguf_numpy",
+}
+
+
+def load(names: Sequence[str], ggml_dir: Path | None = None) -> tuple[list[Peer], dict[str, str]]:
+    """Return the peers that are there, and why the others are not."""
+    peers: list[Peer] = []
+    absent: dict[str, str] = {}
+    for name in NAMES:
+        if name not in names:
+            continue
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+        try:
+            peers.append(module.load(ggml_dir) if name == "ggml" else module.load())
+        except AbsentError as reason:
+            absent[name] = str(reason)
+    return peers, absent

@@ -1,0 +1,222 @@
+"""mixedkv itself, through its public API, numpy arrays in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mixedkv as mkv
+
+from ..problem import KINDS, Problem, Rows, aligned_empty
+from . import Contender, Conversion, Task
+
+__all__ = ["HOT_OF_MIXED", "Own", "load"]
+
+#: Keys in hot where a case is mixed.
+HOT_OF_MIXED = 1024
+#: Relative errors that a user is promised: f16 keys in f32 arithmetic, Q4_0 keys.
+F16_TOLERANCE = 1e-4
+Q4_0_TOLERANCE = 1e-3
+_PAD = 32
+
+Cache: TypeAlias = mkv.MixedKVCache | mkv.UnifiedKVCache
+
+
+def _padded(n: int) -> int:
+    return max(-(-n // _PAD) * _PAD, _PAD)
+
+
+def _geometry(problem: Problem) -> dict[str, Any]:
+    _, hkv, d = problem.shape.sizes
+    return {"num_layers": 1, "num_kv_heads": hkv, "head_dim": d, "n_pad": _PAD}
+
+
+def _fill(cache: Cache, problem: Problem, first: int = 0) -> None:
+    """Commit the tokens before the queries, and leave the queries' own pending."""
+    start = problem.kv_len - problem.qo_len
+    for begin, end, commit in ((first, start, True), (start, problem.kv_len, False)):
+        n = end - begin
+        if not n:
+            continue
+        if cache.find_slot(np.arange(begin, end), np.zeros(n, np.int64)) is None:
+            raise RuntimeError(f"no room for {n} tokens in {cache!r}")
+        cache.store(0, problem.k[:, begin:end], problem.v[:, begin:end])
+        if commit:
+            cache.commit()
+
+
+def one_tier(problem: Problem, kv_type: str, first: int = 0) -> Cache:
+    """Return a cache of one tier of that type, from token `first` on, ready to attend."""
+    size = _padded(problem.kv_len - first)
+    cache: Cache
+    if kv_type == "f16":
+        cache = mkv.MixedKVCache(**_geometry(problem), hot_size=size, quantize=False)
+    else:
+        cache = mkv.UnifiedKVCache(**_geometry(problem), size=size, k_type=kv_type, v_type=kv_type)
+    _fill(cache, problem, first)
+    return cache
+
+
+def two_tiers(problem: Problem, hot: int) -> Cache:
+    """Return a cache with the newest `hot` tokens in hot, the queries' own among them.
+
+    Everything before the queries goes in as one ubatch longer than hot, of which exactly
+    ``floor(threshold * hot_size)`` stay there.
+    """
+    stay = hot - problem.qo_len
+    cold = problem.kv_len - hot
+    hot_size = _padded(hot)
+    cache = mkv.MixedKVCache(
+        **_geometry(problem),
+        hot_size=hot_size,
+        cold_size=_padded(cold),
+        # Half a cell more, so that rounding can't make it one less.
+        threshold=(stay + 0.5) / hot_size,
+    )
+    _fill(cache, problem)
+    stats = cache.stats()
+    if (stats.hot_tokens, stats.cold_tokens) != (stay, cold):
+        raise RuntimeError(f"{cache!r} should hold {stay} tokens in hot and {cold} in cold")
+    return cache
+
+
+class Own:
+    """mixedkv as a peer of the others."""
+
+    name = "mixedkv"
+    version = mkv.__version__
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+        """Return attention through the cache by tier, and in one call on plain rows."""
+        n, own = problem.kv_len, problem.qo_len
+        f16, q4_0 = problem.row_bytes("f16"), problem.row_bytes("q4_0")
+        contenders = [
+            self._cache("mixedkv f16 (hot)", "f16", one_tier(problem, "f16"), problem, n * f16),
+        ]
+        if task == "decode":
+            contenders.append(
+                self._cold("mixedkv q4_0 (cold)", two_tiers(problem, own), problem, own)
+            )
+            if n > HOT_OF_MIXED:
+                contenders += self._mixed(problem)
+        else:
+            contenders.append(
+                self._cache("mixedkv q4_0", "q4_0", one_tier(problem, "q4_0"), problem, n * q4_0)
+            )
+            if n > own:
+                contenders.append(
+                    self._cold(
+                        f"mixedkv {own} hot + {n - own} cold", two_tiers(problem, own), problem, own
+                    )
+                )
+        return [*contenders, self._call("f16", problem), self._call("q4_0", problem)]
+
+    def _mixed(self, problem: Problem) -> list[Contender]:
+        """1024 keys in hot and the rest in cold; then each part alone, to add up."""
+        hot = HOT_OF_MIXED
+        cold = problem.kv_len - hot
+        mixed = self._cold(
+            f"mixedkv {hot} hot + {cold} cold", two_tiers(problem, hot), problem, hot
+        )
+        mixed.role = "mixed"
+        newest, older = problem.keys(cold, problem.kv_len), problem.keys(0, cold)
+        parts = [
+            self._cache(
+                f"its {hot} hot alone",
+                "f16",
+                one_tier(newest, "f16"),
+                newest,
+                hot * problem.row_bytes("f16"),
+            ),
+            self._cold(f"its {cold} cold alone", two_tiers(older, 1), older, 1),
+        ]
+        for part in parts:
+            part.role = "part"
+        return [mixed, *parts]
+
+    def _cold(self, name: str, cache: Cache, problem: Problem, hot: int) -> Contender:
+        """Return attention over a cache whose newest `hot` tokens lie in hot."""
+        kv_bytes = hot * problem.row_bytes("f16")
+        kv_bytes += (problem.kv_len - hot) * problem.row_bytes("q4_0")
+        contender = self._cache(name, "q4_0", cache, problem, kv_bytes)
+        contender.answer = lambda: problem.answer_q4_0(hot)
+        return contender
+
+    def _cache(
+        self, name: str, kv_type: str, cache: Cache, problem: Problem, kv_bytes: float
+    ) -> Contender:
+        q = problem.q
+        out = aligned_empty(q.shape, np.float32)
+
+        def bind(threads: int) -> Callable[[], object]:
+            attend = cache.attend
+            return lambda: attend(0, q, out=out, threads=threads)
+
+        return Contender(
+            peer=self.name,
+            name=name,
+            kv_type=kv_type,
+            against=kv_type,
+            kv_bytes=kv_bytes,
+            answer=_answer(problem, kv_type),
+            tolerance=_tolerance(kv_type),
+            bind=bind,
+            result=lambda: out,
+        )
+
+    def _call(self, kv_type: str, problem: Problem) -> Contender:
+        """Return one call over plain rows, Q4_0 ones in ggml's layout."""
+        k, v = (problem.k, problem.v) if kv_type == "f16" else (problem.k_q4_0, problem.v_q4_0)
+        q = problem.q
+        out = aligned_empty(q.shape, np.float32)
+
+        def bind(threads: int) -> Callable[[], object]:
+            attention = mkv.attention
+            return lambda: attention(q, k, v, causal=True, out=out, threads=threads)
+
+        return Contender(
+            peer=self.name,
+            name=f"mixedkv.attention(), {kv_type} rows",
+            kv_type=kv_type,
+            against=kv_type,
+            kv_bytes=problem.kv_len * problem.row_bytes(kv_type),
+            answer=_answer(problem, kv_type),
+            tolerance=_tolerance(kv_type),
+            bind=bind,
+            result=lambda: out,
+        )
+
+    def conversions(self, rows: Rows) -> list[Conversion]:
+        """Return conversions of whole arrays into preallocated ones."""
+
+        def conversion(kind: str) -> Conversion:
+            source, target = rows.arrays(kind)
+
+            def bind(threads: int) -> Callable[[], object]:
+                if kind.endswith("q4_0"):
+                    return lambda: mkv.quantize_q4_0(source, out=target, threads=threads)
+                dtype = target.dtype
+                return lambda: mkv.dequantize_q4_0(source, dtype=dtype, out=target, threads=threads)
+
+            return Conversion(self.name, self.name, kind, bind, lambda: target)
+
+        return [conversion(kind) for kind in KINDS]
+
+
+def _answer(problem: Problem, kv_type: str) -> Callable[[], NDArray[np.float64]]:
+    return problem.answer_f16 if kv_type == "f16" else problem.answer_q4_0
+
+
+def _tolerance(kv_type: str) -> float:
+    return F16_TOLERANCE if kv_type == "f16" else Q4_0_TOLERANCE
+
+
+def load() -> Own:
+    """Return mixedkv; it is always there."""
+    return Own()

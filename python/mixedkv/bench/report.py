@@ -1,0 +1,146 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .plan import Report, Row, Table
+
+__all__ = ["duration", "print_report", "render_table"]
+
+#: CPUs busy with other things from which on a table says so.
+_BUSY = 0.15
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time with three digits and its unit."""
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return (
+                f"{seconds * factor:.3g} {unit}"
+                if seconds * factor < 100
+                else (f"{seconds * factor:.0f} {unit}")
+            )
+    return f"{seconds:.2f} s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _title(table: Table) -> str:
+    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
+    if table.task == "decode":
+        return f"decode: {table.shape}, kv {table.kv_len}, {threads}"
+    if table.task == "prefill":
+        return (
+            f"prefill: {table.shape}, {table.qo_len} causal queries, kv {table.kv_len}, {threads}"
+        )
+    return f"conversion: {table.kv_len} rows of {table.shape.head_dim}, {threads}"
+
+
+def _style(row: Row) -> str:
+    if row.problem:
+        return "red"
+    if row.role in ("part", "roof"):
+        return "dim"
+    return "bold" if row.peer == "mixedkv" else ""
+
+
+def _groups(table: Table) -> Iterator[list[Row]]:
+    """Yield the rows that belong together: f16 and its like, Q4_0 and its like, the rest."""
+    if table.task == "convert":
+        kinds = list(dict.fromkeys(row.role for row in table.rows))
+        yield from ([row for row in table.rows if row.role == kind] for kind in kinds)
+        return
+    race = [row for row in table.rows if row.role == "race" and row.against]
+    for against in dict.fromkeys(row.against for row in race):
+        yield [row for row in race if row.against == against]
+    yield [row for row in table.rows if row.role in ("mixed", "part")]
+    yield [row for row in table.rows if row.role == "roof"]
+    yield [row for row in table.rows if row.role == "race" and not row.against]
+
+
+def render_table(table: Table) -> RenderableType:
+    """Return a table for the terminal."""
+    if table.skipped:
+        return Text(f"{_title(table)}: skipped, {table.skipped}", style="yellow")
+    # Narrow enough for 80 columns.
+    rich = RichTable(
+        title=f"{_title(table)} ({table.rounds} rounds)",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 0),
+        pad_edge=False,
+    )
+    rich.add_column("contender", no_wrap=True)
+    for name in ("best", "median", "ratio"):
+        rich.add_column(name, justify="right", no_wrap=True)
+    if table.task == "prefill":
+        rich.add_column("GFLOP/s", justify="right", no_wrap=True)
+    else:
+        rich.add_column(" GB/s", justify="right", no_wrap=True)
+    if table.task == "decode":
+        rich.add_column("read", justify="right", no_wrap=True)
+    rich.add_column("error", justify="right", no_wrap=True)
+    for rows in _groups(table):
+        for row in rows:
+            name = f"{row.role}  {row.name}" if table.task == "convert" else row.name
+            if row.role == "roof":
+                name = row.name
+            if row.problem:
+                rich.add_row(name, row.problem, style=_style(row))
+                continue
+            speed = row.flops if table.task == "prefill" else row.bytes_per_second
+            cells = [name, duration(row.best), duration(row.median)]
+            cells += [_number(row.ratio, ".2f"), _number(speed and speed / 1e9, ".1f")]
+            if table.task == "decode":
+                share = row.share_of_read
+                cells.append("" if share is None else f"{100 * share:.0f}%")
+            cells.append(_number(row.error, ".1e") if row.error else "0" if row.error == 0 else "")
+            rich.add_row(*cells, style=_style(row))
+        rich.add_section()
+    below: list[RenderableType] = []
+    if table.mixed_over_parts is not None:
+        change = 100 * (table.mixed_over_parts - 1)
+        below.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
+    if table.others_load is not None and table.others_load > _BUSY:
+        below.append(
+            Text(
+                f"other processes kept {table.others_load:.1f} CPUs busy meanwhile: "
+                "not to be relied on",
+                style="yellow",
+            )
+        )
+    return Group(rich, *below)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print everything: machine, tables, notes, and who was not there."""
+    machine = report.machine
+    console.print(
+        f"mixedkv {machine['mixedkv']} ({machine['isa']}) on {machine['cpu']}, "
+        f"{machine['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in report.peers.items())
+    )
+    console.print(
+        "ratio: the contender's time by that of mixedkv's cache on keys of its kind, median over "
+        "the rounds; above 1, mixedkv is faster."
+    )
+    for table in report.tables:
+        console.print()
+        console.print(render_table(table))
+    console.print()
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for name, reason in report.absent.items():
+        console.print(f"absent: {name}: {reason}", style="yellow", soft_wrap=True)
+    for line in report.wrong:
+        console.print(f"WRONG: {line}", style="bold red", soft_wrap=True)
