@@ -10,11 +10,11 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -56,7 +56,9 @@ public:
     epoch_.fetch_add(1); // odd: open
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
+      for (int i = 0; i < helpers; ++i) {
+        wake_.notify_one(); // no more than can help
+      }
     }
     draw(0);
     epoch_.fetch_add(1); // even: closed
@@ -86,8 +88,8 @@ private:
     while (num_workers_ < wanted) {
       try {
         std::thread([this] { work(); }).detach();
-      } catch (const std::system_error &) {
-        return; // no more threads to be had: fewer do the work
+      } catch (const std::exception &) {
+        return; // no more threads, or no memory for them: fewer do the work
       }
       ++num_workers_;
     }

@@ -10,7 +10,14 @@ import mixedkv as mkv
 import numpy as np
 import pytest
 import reference as ref
-from conftest import Q4_0_REL, assert_close, assert_lse_close, normal, tolerance
+from conftest import (
+    Q4_0_REL,
+    assert_close,
+    assert_lse_close,
+    normal,
+    relative_error,
+    tolerance,
+)
 
 HQ, HKV = 4, 2
 HEAD_DIMS = [(32, 96), (96, 32), (128, 128)]
@@ -248,3 +255,33 @@ def test_packed_bytes_are_those_of_ggml() -> None:
     )  # fmt: skip
     expected = 3 * HKV * 160 * (96 + 32) // 32 * 18
     assert cache.stats().hot_bytes == expected
+
+
+@pytest.mark.parametrize(("q_channel", "k_channel"), [(3, 70), (70, 3), (5, 5)])
+@pytest.mark.parametrize("factor", [30.0, 100.0])
+def test_packed_outlier_channels_stay_within_tolerance(
+    isa: str, rng: np.random.Generator, q_channel: int, k_channel: int, factor: float
+) -> None:
+    """A large channel of the query must not round away what large channels of the keys show."""
+    n, d = 600, 128
+    k, v, q = normal(rng, HKV, n, d), normal(rng, HKV, n, d), normal(rng, HQ, 1, d)
+    k[..., k_channel] *= factor
+    q[..., q_channel] *= factor
+    if q_channel == k_channel:
+        q[..., q_channel] /= factor
+    cache = mkv.UnifiedKVCache(
+        num_layers=1, num_kv_heads=HKV, head_dim=d, size=608, k_type="q4_0", v_type="q4_0"
+    )
+    cache.find_slot(pos=range(n), seq_id=[0] * n)
+    cache.store(0, k, v)
+    got = cache.attend(0, np.repeat(q, n, axis=1))[:, -1:]
+    cache.commit()
+    cache.find_slot(pos=[n], seq_id=[0])
+    cache.store(0, k[:, :1], v[:, :1])
+    few = cache.attend(0, q)
+    cache.commit()
+    keys, values = cache.keys(0, 0), cache.values(0, 0)
+    want_many, _ = ref.attention(q, keys[:, :n], values[:, :n])
+    want_few, _ = ref.attention(q, keys, values)
+    assert relative_error(got, want_many[0]) <= Q4_0_REL
+    assert relative_error(few, want_few[0]) <= Q4_0_REL

@@ -11,7 +11,7 @@ namespace mixedkv {
 /// Row i of rows belongs to cell i of cells; what a free cell's rows hold means nothing.
 struct UnifiedCache {
   UnifiedCache(const RowShape &shape, std::int64_t size, int n_seq_max)
-      : cells(size, n_seq_max), rows(shape, size) {}
+      : rows(shape, size), cells(size, n_seq_max) {}
 
   /// Copies tokens of another tier, or of this one, into the lowest free cells, in order: all that
   /// cells know of them, and their rows, converted where types differ. There is room for n. Writes
@@ -20,8 +20,8 @@ struct UnifiedCache {
                    std::int32_t *to_cells) noexcept;
   void release(const std::int32_t *released, std::int64_t n) noexcept;
 
+  RowStorage rows; ///< first: what can't be had should fail before books are filled
   Cells cells;
-  RowStorage rows;
 };
 
 } // namespace mixedkv

@@ -51,9 +51,10 @@ struct Kernels {
   /// Query rows in the form that qk_packed takes: packed_query_floats(head_dim) floats a row.
   void (*prepare_packed_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
                                float *prepared) noexcept;
-  /// As qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 32512 of the row's
-  /// largest: |error| is below 1e-4 |q| |k| for rows like those of models, and at most that step
-  /// times the sum of |k_i|. A NaN or infinity in a query row makes its scores not finite.
+  /// As qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 16256 of the
+  /// largest of their block of QK4_0: |error| is below 1e-4 |q| |k| for rows like those of models,
+  /// and at most half such a step times |k_i|, summed over i. A NaN or infinity in a query row
+  /// makes its scores not finite.
   void (*qk_packed)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
                     int head_dim, float *scores, std::size_t ld_scores) noexcept;
   /// As pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row does not see,

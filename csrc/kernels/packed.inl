@@ -1,10 +1,11 @@
 // Packed Q4_0 (packed.h) against a group of query rows, in integers.
 //
-// qk: each query row is rounded once to 15 bits, q = s * (128 * hi + lo), two signed bytes a dim.
-// Lanes are tokens: a vector of words, split into low and high nibbles, is multiplied by four
-// broadcast bytes of hi and of lo at a time. Sums of a block are exact; they are scaled by the
-// tokens' d, and a row's sums by s at the end. One byte a dim instead of two would leave an error
-// of 5e-3, two leave 1e-4 and less.
+// qk: each block of a query row is rounded once to 15 bits, q = s * (128 * hi + lo), two signed
+// bytes a dim. Lanes are tokens: a vector of words, split into low and high nibbles, is multiplied
+// by four broadcast bytes of hi and of lo at a time. Sums of a block are exact; they are scaled by
+// s and the tokens' d. One byte a dim instead of two would leave an error of 5e-3, two leave 1e-4
+// and less; one s for the whole row would let a large query channel round the others away, which
+// large key channels then show.
 //
 // pv: lanes are dims. A row's weights p * d of a block's tokens are rounded to 16 bits relative to
 // the largest of the run (8 bits would cost 4e-2), pairs of tokens are multiplied and added at a
@@ -17,8 +18,8 @@ using i32 = int32_t;
 
 enum : int {
   kWordsOfBlock = QK4_0 / 4,
-  /// Prepared form of a block: hi bytes, lo bytes, and -8 times the sum of the numbers.
-  kPreparedBlock = 2 * kWordsOfBlock + 1,
+  /// Prepared form of a block: hi bytes, lo bytes, -8 times the sum of the numbers, and s.
+  kPreparedBlock = 2 * kWordsOfBlock + 2,
   /// Tokens whose weights are held at a time: int32 sums can't overflow, 2^15 * 8 * 2^8.
   kPvTiles = 16,
   kPvTokens = kPvTiles * kPackedTokens,
@@ -32,46 +33,46 @@ MIXEDKV_INLINE const uint8_t *tile_at(const Rows &tiles, int i) {
 
 // --- queries -----------------------------------------------------------------------------------
 
-/// A row: num_blocks * kPreparedBlock words, then its scale.
+/// A row: num_blocks * kPreparedBlock words.
 MIXEDKV_INLINE size_t prepared_row(int head_dim) {
   return packed_query_floats(static_cast<size_t>(head_dim));
 }
 
+MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
+  f32v largest_of = zero();
+  bool odd = false;
+  for (int i = 0; i < QK4_0; i += kLanes) {
+    odd |= any_not_finite(load(x + i));
+    largest_of = max_or_second(abs_of(load(x + i)), largest_of);
+  }
+  const float largest = max_lanes(largest_of);
+  constexpr float kLargest = 127.0f * 128.0f;
+  // What is too small to be inverted contributes nothing that f32 scores could show.
+  const bool useful = !odd && largest > 1e-30f;
+  const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
+  int16_t numbers[QK4_0];
+  for (int i = 0; i < QK4_0; i += kLanes)
+    store_rounded(numbers + i, useful ? mul(load(x + i), inverse) : zero());
+  int8_t bytes[2 * QK4_0];
+  i32 total = 0;
+  for (int i = 0; i < QK4_0; ++i) {
+    const int hi = (numbers[i] + 64) >> 7;
+    bytes[i] = static_cast<int8_t>(hi);
+    bytes[QK4_0 + i] = static_cast<int8_t>(numbers[i] - hi * 128);
+    total += numbers[i];
+  }
+  memcpy(out, bytes, sizeof bytes);
+  out[2 * kWordsOfBlock] = -8 * total;
+  const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
+  memcpy(out + 2 * kWordsOfBlock + 1, &scale, sizeof scale);
+}
+
 void prepare_packed_query(const float *q, size_t ld_q, int num_rows, int head_dim,
                           float *prepared) noexcept {
-  const int num_blocks = head_dim / QK4_0;
   for (int r = 0; r < num_rows; ++r) {
-    const float *row = q + at(r, ld_q, 0);
     i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
-    f32v largest_of = zero();
-    bool odd = false;
-    for (int i = 0; i < head_dim; i += kLanes) {
-      const f32v x = load(row + i);
-      odd |= any_not_finite(x);
-      largest_of = max_or_second(abs_of(x), largest_of);
-    }
-    const float largest = max_lanes(largest_of);
-    constexpr float kLargest = 127.0f * 128.0f;
-    // What is too small to be inverted contributes nothing that f32 scores could show.
-    const bool useful = !odd && largest > 1e-30f;
-    const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
-    for (int b = 0; b < num_blocks; ++b, out += kPreparedBlock) {
-      int16_t numbers[QK4_0];
-      int8_t bytes[2 * QK4_0];
-      for (int i = 0; i < QK4_0; i += kLanes)
-        store_rounded(numbers + i, useful ? mul(load(row + b * QK4_0 + i), inverse) : zero());
-      i32 total = 0;
-      for (int i = 0; i < QK4_0; ++i) {
-        const int hi = (numbers[i] + 64) >> 7;
-        bytes[i] = static_cast<int8_t>(hi);
-        bytes[QK4_0 + i] = static_cast<int8_t>(numbers[i] - hi * 128);
-        total += numbers[i];
-      }
-      memcpy(out, bytes, sizeof bytes);
-      out[2 * kWordsOfBlock] = -8 * total;
-    }
-    const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
-    memcpy(out, &scale, sizeof scale);
+    for (int b = 0; b < head_dim / QK4_0; ++b)
+      prepare_block(q + at(r, ld_q, b * QK4_0), out + b * kPreparedBlock);
   }
 }
 
@@ -112,20 +113,19 @@ MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *cons
         }
       }
       const i32v offset = set1_i32(row[2 * kWordsOfBlock]);
+      float s;
+      memcpy(&s, row + 2 * kWordsOfBlock + 1, sizeof s);
+      const f32v scale = set1(s);
       for (int v = 0; v < V; ++v) {
         const i32v total =
             add_i32(add_i32(dot_total(lo[v]), offset), shift_left<7>(dot_total(hi[v])));
-        sum[r][v] = fma(to_f32(total), d[v], sum[r][v]);
+        sum[r][v] = fma(to_f32(total), mul(d[v], scale), sum[r][v]);
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    const i32 *row = q + static_cast<size_t>(r) * ld_q;
-    float s;
-    memcpy(&s, row + num_blocks * kPreparedBlock, sizeof s);
+  for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
-      store(scores[v] + at(r, ld_scores, 0), mul(sum[r][v], set1(s)));
-  }
+      store(scores[v] + at(r, ld_scores, 0), sum[r][v]);
 }
 
 template <int R>
