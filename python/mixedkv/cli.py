@@ -1,4 +1,4 @@
-"""The command line: ``mixedkv info`` and ``mixedkv demo``.
+"""The command line: ``mixedkv info``, ``demo``, ``bench``, ``trace``, ``verify``, ``compare``.
 
 Exit status 0: all is well; 1: something that the command checks failed; 2: wrong use, or
 something that it needs is missing.
@@ -35,6 +35,9 @@ from rich.text import Text
 
 import mixedkv as mkv
 
+from .bench.command import bench
+from .trace import commands as trace_commands
+
 if TYPE_CHECKING:
     from . import demo as demo_module
 
@@ -45,6 +48,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(trace_commands.trace)
+app.command()(trace_commands.verify)
+app.command()(trace_commands.compare)
+app.command()(bench)
 
 
 def _version(wanted: bool) -> None:
@@ -128,7 +135,7 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads, of torch and of mixedkv.")
+        int | None, typer.Option(min=1, max=1024, help="Threads, of torch and of mixedkv.")
     ] = None,
     plot: Annotated[
         Path, typer.Option(dir_okay=False, help="Where to write the plot of the occupancy.")

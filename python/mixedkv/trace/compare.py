@@ -1,0 +1,234 @@
+"""The op three ways on the same numbers: whole, segmented, and by PyTorch.
+
+Whole is one call of `mixedkv.attention`; segmented carries a state over several runs of keys;
+PyTorch is `scaled_dot_product_attention` in float32 on the same stored keys and values, dequantised
+where they are Q4_0. The verdict is FAIL when any of the three pairs is out of tolerance.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import mixedkv as mkv
+
+from .arithmetic import Problem, attend_torch
+from .format import LayerInfo
+from .layout import as_float32, watched
+from .metrics import Difference, difference
+
+PAIRS = (("whole", "segmented"), ("whole", "torch"), ("segmented", "torch"))
+KV_TYPES = ("f32", "f16", "q4_0")
+
+FLOAT_ABSOLUTE = 1e-5
+FLOAT_RELATIVE = 1e-5
+Q4_0_RELATIVE = 1e-3
+"""Segmented against whole is held to 1e-5 of each element, either against PyTorch to 1e-5 of the
+norm; where Q4_0 takes part, to 1e-3 of the norm."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Shapes and options.
+
+    Attributes
+    ----------
+    segments
+        Runs of keys that the state is carried over.
+    causal
+        The last query stands at the last key.
+    tolerance_abs, tolerance_rel
+        In place of the defaults: of each element, of the norm.
+    """
+
+    num_qo_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qo_len: int = 16
+    kv_len: int = 512
+    segments: int = 4
+    k_type: str = "f16"
+    v_type: str = "f16"
+    causal: bool = True
+    seed: int = 42
+    tolerance_abs: float | None = None
+    tolerance_rel: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_qo_heads", "num_kv_heads", "head_dim", "qo_len", "kv_len", "segments"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_qo_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_qo_heads must be a multiple of num_kv_heads, got {self.num_qo_heads} and "
+                f"{self.num_kv_heads}"
+            )
+        if self.segments > self.kv_len:
+            raise ValueError(f"{self.segments} segments of {self.kv_len} keys: some would be empty")
+        if self.causal and self.qo_len > self.kv_len:
+            raise ValueError(
+                f"qo_len {self.qo_len} is more than kv_len {self.kv_len}: with a causal mask some "
+                "queries would see nothing"
+            )
+        for name in ("k_type", "v_type"):
+            value = getattr(self, name)
+            if value not in KV_TYPES:
+                raise ValueError(f"{name} must be one of {', '.join(KV_TYPES)}, got {value!r}")
+            if value == "q4_0" and self.head_dim % 32:
+                raise ValueError(f"{name} q4_0 wants a head_dim of a multiple of 32")
+        logits = self.num_qo_heads * self.qo_len * self.kv_len
+        rows = self.num_kv_heads * self.kv_len * self.head_dim
+        queries = self.num_qo_heads * self.qo_len * self.head_dim
+        if max(logits, rows, queries) > 1 << 28:
+            raise ValueError("these shapes are too large to compare")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of the three ways.
+
+    Attributes
+    ----------
+    above
+        Elements that are off by more than the absolute tolerance.
+    """
+
+    a: str
+    b: str
+    found: Difference
+    above: int
+    tolerance_abs: float
+    tolerance_rel: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    Attributes
+    ----------
+    outputs
+        whole, segmented, torch -> [Hq, n, D] float32.
+    M, S
+        Smallest and largest of the carried state, after the last segment.
+    """
+
+    settings: Settings
+    outputs: dict[str, NDArray[np.float32]]
+    pairs: list[Pair]
+    M: tuple[float, float]
+    S: tuple[float, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all pairs were in tolerance."""
+        return all(pair.passed for pair in self.pairs)
+
+    def elements(self, count: int = 128) -> list[tuple[float, ...]]:
+        """Give the first elements: whole, segmented, torch, and the differences of `PAIRS`."""
+        flat = {name: out.ravel()[:count].astype(np.float64) for name, out in self.outputs.items()}
+        columns = [flat["whole"], flat["segmented"], flat["torch"]]
+        columns += [flat[a] - flat[b] for a, b in PAIRS]
+        return [tuple(float(x) for x in row) for row in zip(*columns, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything as plain numbers, strings, lists and dicts, for JSON."""
+        return {
+            "mixedkv": mkv.__version__,
+            "torch": torch.__version__,
+            "isa": mkv.isa.active(),
+            "settings": dataclasses.asdict(self.settings),
+            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
+            "M": list(self.M),
+            "S": list(self.S),
+            "passed": self.passed,
+        }
+
+
+def compare(settings: Settings) -> Comparison:
+    """Compute three ways and judge the three pairs."""
+    rng = np.random.default_rng(settings.seed)
+
+    def normal(heads: int, length: int) -> NDArray[np.float32]:
+        return rng.standard_normal((heads, length, settings.head_dim), dtype=np.float32)
+
+    q = watched("q", normal(settings.num_qo_heads, settings.qo_len))
+    k = watched("k", _stored(normal(settings.num_kv_heads, settings.kv_len), settings.k_type))
+    v = watched("v", _stored(normal(settings.num_kv_heads, settings.kv_len), settings.v_type))
+    # The last query stands at the last key.
+    q_start = settings.kv_len - settings.qo_len
+    whole = mkv.attention(q, k, v, causal=settings.causal)
+
+    state = mkv.AttentionState(settings.num_qo_heads, settings.qo_len, settings.head_dim)
+    bounds = np.linspace(0, settings.kv_len, settings.segments + 1).astype(int).tolist()
+    for begin, end in itertools.pairwise(bounds):
+        state.update(
+            q,
+            k[:, begin:end],
+            v[:, begin:end],
+            causal=settings.causal,
+            q_start=q_start,
+            kv_start=begin,
+        )
+    segmented = state.finalize()
+
+    seen = np.arange(settings.kv_len)[None] <= q_start + np.arange(settings.qo_len)[:, None]
+    hidden = np.where(seen | (not settings.causal), np.float32(0), np.float32(-np.inf))
+    info = LayerInfo(
+        settings.num_qo_heads,
+        settings.num_kv_heads,
+        settings.head_dim,
+        settings.head_dim,
+        settings.head_dim**-0.5,
+    )
+    problem = Problem(q, as_float32(k), as_float32(v), hidden, 0, info)
+    by_torch = np.ascontiguousarray(attend_torch(problem, torch.float32).transpose(1, 0, 2))
+    outputs = {
+        "whole": watched("whole", np.asarray(whole)),
+        "segmented": watched("segmented", np.asarray(segmented)),
+        "torch": watched("torch", by_torch.astype(np.float32)),
+    }
+    return Comparison(
+        settings,
+        outputs,
+        [_judge(settings, outputs, a, b) for a, b in PAIRS],
+        (float(state.M.min()), float(state.M.max())),
+        (float(state.S.min()), float(state.S.max())),
+    )
+
+
+def _stored(rows: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    if kind == "q4_0":
+        stored: NDArray[Any] = mkv.quantize_q4_0(rows)
+        return stored
+    return rows.astype(np.float16) if kind == "f16" else rows
+
+
+def _judge(settings: Settings, outputs: dict[str, NDArray[np.float32]], a: str, b: str) -> Pair:
+    found = difference(outputs[a], outputs[b])
+    quantised = "q4_0" in (settings.k_type, settings.v_type)
+    relative: float | None
+    if quantised:
+        relative = Q4_0_RELATIVE
+        absolute = Q4_0_RELATIVE * max(found.scale, 1.0)
+    else:
+        # Elements of values of a standard deviation of 1; larger ones round in proportion.
+        relative = None if b == "segmented" else FLOAT_RELATIVE
+        absolute = FLOAT_ABSOLUTE * max(found.scale, 1.0)
+    if settings.tolerance_abs is not None:
+        absolute = settings.tolerance_abs
+    if settings.tolerance_rel is not None:
+        relative = settings.tolerance_rel
+    off = np.abs(outputs[a].astype(np.float64) - outputs[b].astype(np.float64))
+    above = int((~(off <= absolute)).sum())
+    passed = above == 0 and (relative is None or found.relative <= relative)
+    return Pair(a, b, found, above, absolute, relative, passed)

@@ -1,0 +1,92 @@
+"""How far two arrays are from one another: element by element and by norms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GRADES = ((0.0, "same bits"), (1e-6, "excellent"), (2e-5, "good"), (1e-3, "fair"), (1e-2, "poor"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`got` against `want`, computed in float64.
+
+    Attributes
+    ----------
+    max, mean
+        Of the absolute differences of elements.
+    rms
+        Root mean square of the differences.
+    relative
+        Norm of the difference over the norm of `want`; the norm itself where that is 0.
+    nmse
+        Its square.
+    cosine
+        Of the angle between both, as long vectors; 1 where both are zero.
+    scale
+        Largest absolute value of `want`.
+    elements, not_finite
+        How many there are, and how many of them are NaN or infinite in one and not the same in the
+        other; the figures are inf then.
+    """
+
+    max: float
+    mean: float
+    rms: float
+    relative: float
+    nmse: float
+    cosine: float
+    scale: float
+    elements: int
+    not_finite: int = 0
+
+    @property
+    def grade(self) -> str:
+        """The relative error in a word; tolerances, not grades, decide verdicts."""
+        for bound, grade in _GRADES:
+            if self.relative <= bound:
+                return grade
+        return "wrong"
+
+
+def difference(got: NDArray[Any], want: NDArray[Any]) -> Difference:
+    """Compare arrays of the same shape.
+
+    Raises
+    ------
+    ValueError
+        The shapes differ.
+    """
+    if got.shape != want.shape:
+        raise ValueError(f"shapes {got.shape} and {want.shape} can't be compared")
+    a = np.asarray(got, np.float64).ravel()
+    b = np.asarray(want, np.float64).ravel()
+    odd = ~(np.isfinite(a) & np.isfinite(b))
+    if odd.any():
+        same = (a[odd] == b[odd]) | (np.isnan(a[odd]) & np.isnan(b[odd]))
+        if not same.all():
+            inf = math.inf
+            return Difference(inf, inf, inf, inf, inf, 0.0, inf, a.size, int((~same).sum()))
+        a, b = a[~odd], b[~odd]
+    if not a.size:
+        return Difference(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0)
+    d = np.abs(a - b)
+    norm, own = float(np.linalg.norm(b)), float(np.linalg.norm(a))
+    error = float(np.linalg.norm(d))
+    relative = error / norm if norm > 0 else error
+    cosine = float(a @ b) / (norm * own) if norm > 0 and own > 0 else float(norm == own)
+    return Difference(
+        max=float(d.max()),
+        mean=float(d.mean()),
+        rms=error / math.sqrt(a.size),
+        relative=relative,
+        nmse=relative * relative,
+        cosine=min(cosine, 1.0),
+        scale=float(np.abs(b).max()),
+        elements=a.size,
+    )

@@ -1,0 +1,257 @@
+"""Recording a model of transformers: what mixedkv's attention got and gave, layer by layer.
+
+The model runs with mixedkv's attention and a `MixedCache`; the cache's observer is called after
+each attention, while the step's cells are still pending, and exports the very rows that were
+attended: hot rows in their type, cold rows as ggml's Q4_0 blocks.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import mixedkv as mkv
+import mixedkv.integrations.transformers as mkt
+
+from .format import LayerInfo, RecordedStep, TraceHeader
+from .layout import watched
+
+
+class Listener(Protocol):
+    """Is told what was recorded, while it happens."""
+
+    def recorded(self, step: RecordedStep) -> None:
+        """One layer of one step is recorded."""
+
+    def step_done(self, step: int) -> None:
+        """All layers of a step are."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to record.
+
+    Attributes
+    ----------
+    layers
+        Layers of the model; None for all.
+    steps
+        Decode steps after the prompt's own.
+    mixed
+        A mixed cache; else a standard one of one tier.
+    second_mask
+        Store the cold part's mask as a tensor of its own.
+    sample, seed
+        Sample the next token with this seed, instead of taking the likeliest.
+    """
+
+    layers: tuple[int, ...] | None = None
+    steps: int = 4
+    mixed: bool = False
+    k_type: str = "f16"
+    v_type: str = "f16"
+    hot_size: int = 128
+    group_size: int = 256
+    sinks: int = 0
+    second_mask: bool = False
+    sample: bool = False
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class Recording:
+    """A trace in memory."""
+
+    header: TraceHeader
+    steps: list[RecordedStep] = field(default_factory=list)
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    prompt: Sequence[int],
+    settings: Settings,
+    *,
+    title: str = "model",
+    listener: Listener | None = None,
+) -> Recording:
+    """Run a model over a prompt and some decode steps, and record its attention.
+
+    Parameters
+    ----------
+    model
+        A causal model loaded with ``attn_implementation="mixedkv"``.
+    prompt
+        Token ids.
+
+    Raises
+    ------
+    ValueError
+        The settings don't fit the model or one another.
+    """
+    import transformers
+
+    if not prompt:
+        raise ValueError("the prompt has no token")
+    num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    wanted = set(range(num_layers)) if settings.layers is None else set(settings.layers)
+    for layer in sorted(wanted):
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is none of the model's, 0 to {num_layers - 1}")
+    total = len(prompt) + settings.steps
+    cache = make_cache(model.config, total, settings)
+    recorder = _Recorder(cache, wanted, settings, listener)
+    recorder.header = TraceHeader(
+        engine="transformers",
+        engine_version=f"transformers {transformers.__version__}, mixedkv {mkv.__version__}",
+        model=title,
+        cache="mixed" if settings.mixed else "standard",
+        notes={"isa": mkv.isa.active()},
+    )
+    cache.observer = recorder.observe
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = list(prompt)
+    fed = ids
+    for step in range(1, settings.steps + 2):
+        recorder.begin(step, fed)
+        logits = model(
+            torch.tensor([fed]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[0, -1]
+        if listener is not None:
+            listener.step_done(step)
+        if settings.sample:
+            probability = torch.softmax(logits.float(), -1)
+            token = int(torch.multinomial(probability, 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        fed = [token]
+    lacking = wanted - set(recorder.header.layers)
+    if lacking:
+        raise ValueError(f"layer {min(lacking)} of the model has no attention of its own to record")
+    return Recording(recorder.header, recorder.steps)
+
+
+def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
+    """Give the cache to record from, with room for `total` tokens."""
+    pad = 32
+    room = -(-total // pad) * pad
+    if not settings.mixed:
+        return mkt.MixedCache(
+            config,
+            hot_size=room,
+            hot_k_type=settings.k_type,
+            hot_v_type=settings.v_type,
+            quantize=False,
+            threads=settings.threads,
+        )
+    return mkt.MixedCache(
+        config,
+        hot_size=settings.hot_size,
+        cold_size=room,
+        group_size=settings.group_size,
+        n_pad=math.gcd(settings.hot_size, pad),
+        sinks=settings.sinks,
+        hot_k_type=settings.k_type,
+        hot_v_type=settings.v_type,
+        threads=settings.threads,
+    )
+
+
+class _Recorder:
+    header: TraceHeader
+
+    def __init__(
+        self,
+        cache: mkt.MixedCache,
+        wanted: set[int],
+        settings: Settings,
+        listener: Listener | None,
+    ) -> None:
+        self.cache = cache
+        self.wanted = wanted
+        self.settings = settings
+        self.listener = listener
+        self.steps: list[RecordedStep] = []
+        self.step = 0
+
+    def begin(self, step: int, tokens: Sequence[int]) -> None:
+        self.step = step
+        self.header.tokens.extend(tokens)
+        self.header.step_tokens.append(len(tokens))
+
+    def observe(self, seen: mkt.Observation) -> None:
+        if seen.layer not in self.wanted:
+            return
+        if seen.rows != 1 or seen.kept is not None:
+            raise ValueError("a trace is of one sequence without padding")
+        hot, cold = seen.native.export_rows(seen.place, 0)
+        queries = seen.query.shape[2]
+        q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
+        q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
+        out = watched("kqv_out, the op's [1, query, head, dim]", seen.out.float().numpy())
+        out = np.array(out[0], np.float32, order="C").reshape(queries, -1)
+        watched("kqv_out [query, head * dim]", out)
+        at = np.arange(seen.first + seen.width - queries, seen.first + seen.width)
+        window = seen.options["window_left"]
+        tensors = {
+            "kqv_out": out,
+            "q": q,
+            "k": watched("K [kv head, key, dim], hot", hot.k),
+            "v": watched("V [kv head, key, dim], hot", hot.v),
+        }
+        masks = [position_mask(at, hot.positions, window)]
+        if self.settings.mixed:
+            # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
+            # is masked stands in.
+            positions, k, v = cold.positions, cold.k, cold.v
+            if not len(positions):
+                positions = np.array([-1])
+                k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
+                v = np.zeros((v.shape[0], 1, v.shape[2]), v.dtype)
+            masks.insert(0, position_mask(at, positions, window))
+            tensors["k_quant"] = watched("K_quant [kv head, key, dim], cold", k)
+            tensors["v_quant"] = watched("V_quant [kv head, key, dim], cold", v)
+            self.header.positions_quant[self.step] = positions
+            if self.settings.second_mask:
+                tensors["mask_quant"] = watched("mask_quant [query, key]", masks.pop(0))
+        tensors["mask"] = watched("mask [query, key]", np.concatenate(masks, 1))
+        self.header.positions[self.step] = hot.positions
+        sinks = seen.options["sinks"]
+        scale = seen.options["sm_scale"]
+        self.header.layers[seen.layer] = LayerInfo(
+            num_qo_heads=q.shape[0],
+            num_kv_heads=hot.k.shape[0],
+            head_dim=q.shape[2],
+            head_dim_v=seen.out.shape[3],
+            sm_scale=1 / math.sqrt(q.shape[2]) if scale is None else float(scale),
+            logits_soft_cap=float(seen.options["logits_soft_cap"]),
+            sinks=None if sinks is None else tuple(sinks.tolist()),
+        )
+        step = RecordedStep(seen.layer, self.step, tensors)
+        self.steps.append(step)
+        if self.listener is not None:
+            self.listener.recorded(step)
+
+
+def position_mask(
+    queries: NDArray[np.int64], keys: NDArray[np.int64], window_left: int | None
+) -> NDArray[np.float16]:
+    """Give the additive mask [queries, keys] of positions: 0 where a query sees a key, else -inf.
+
+    A query at p sees keys at p - window_left (None or -1: 0) to p; a key at -1 is padding.
+    """
+    distance = queries[:, None] - keys[None, :]
+    seen = (distance >= 0) & (keys >= 0)[None, :]
+    if window_left is not None and window_left >= 0:
+        seen &= distance <= window_left
+    mask: NDArray[np.float16] = np.where(seen, np.float16(0), np.float16(-np.inf))
+    return mask

@@ -1,0 +1,433 @@
+"""Verifying traces: right ones pass, each known mistake is caught and named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.20")
+pytest.importorskip("gguf")
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("platformdirs")
+
+import mixedkv as mkv  # noqa: E402
+import reference as ref  # noqa: E402
+from mixedkv.trace import read_trace, write_trace  # noqa: E402
+from mixedkv.trace import record as recording  # noqa: E402
+from mixedkv.trace.arithmetic import attend_torch, problem_of  # noqa: E402
+from mixedkv.trace.metrics import difference  # noqa: E402
+from mixedkv.trace.verify import Tolerance, compare_traces, verify  # noqa: E402
+from test_trace import PROMPT, call, record, saved  # noqa: E402
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> recording.Recording:
+    return record(mixed=True, steps=4, sinks=1)
+
+
+@pytest.fixture(scope="module")
+def standard() -> recording.Recording:
+    return record(steps=4)
+
+
+# --- right traces ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("cache", ["standard", "mixed", "second_mask"])
+def test_right_trace_passes(model: str, cache: str, tmp_path: Path) -> None:
+    """Plain attention, windows with a soft cap, windows with learned sinks."""
+    options = {"mixed": cache != "standard", "second_mask": cache == "second_mask"}
+    result = verify(read_trace(saved(tmp_path / "t.gguf", record(model, **options))))
+    assert result.passed, [step.failures for step in result.steps] + result.failures
+    assert len(result.steps) == 5 * 3
+    for step in result.steps:
+        assert set(step.isas) == set(mkv.isa.available())
+        assert step.torch_f32.relative < (1e-3 if step.quantised else 2e-5)
+        assert (step.cost is not None) == step.quantised
+        if step.cost is not None:
+            assert 1e-3 < step.cost.relative < 1
+    assert any(step.quantised for step in result.steps) == (cache != "standard")
+    assert not any(step.quantised for step in result.steps if step.step == 1)
+
+
+@pytest.mark.parametrize("types", [("f32", "f32"), ("q4_0", "f16"), ("q4_0", "q4_0")])
+def test_right_trace_of_other_types_passes(types: tuple[str, str], tmp_path: Path) -> None:
+    for mixed in (False, True):
+        recorded = record(k_type=types[0], v_type=types[1], mixed=mixed)
+        result = verify(read_trace(saved(tmp_path / "t.gguf", recorded)))
+        assert result.passed, [step.failures for step in result.steps] + result.failures
+
+
+def test_torch_agrees_with_the_reference(mixed: recording.Recording, tmp_path: Path) -> None:
+    """The judge itself, against float64 numpy."""
+    for step in read_trace(saved(tmp_path / "t.gguf", mixed)).steps[:6]:
+        problem = problem_of(step.load(), step.info)
+        want = ref.attention(
+            problem.q, problem.k, problem.v, sm_scale=step.info.sm_scale, mask=problem.mask
+        )
+        want = np.asarray(want[0] if isinstance(want, tuple) else want)
+        got = attend_torch(problem, torch.float64).transpose(1, 0, 2)
+        np.testing.assert_allclose(got, want.reshape(got.shape), atol=1e-12)
+
+
+def test_cost_is_that_of_unquantised_rows(mixed: recording.Recording, tmp_path: Path) -> None:
+    """Against attention over the model's own keys and values, rounded to f16 alone."""
+    trace = read_trace(saved(tmp_path / "t.gguf", mixed))
+    result = verify(trace, layers=[0])
+    # Layer 0 sees embeddings alone: its rows are the same whatever cache is used.
+    tokens = trace.header.tokens if trace.header else []
+    other = recording.record(
+        _same_model(), tokens, recording.Settings(layers=(0,), steps=0), title="whole"
+    )
+    whole = other.steps[0].tensors
+    for step in result.steps[1:]:
+        assert step.cost is not None
+        row = len(PROMPT) + step.step - 2
+        data = next(s for s in trace.steps if (s.layer, s.step) == (0, step.step)).load()
+        want = whole["kqv_out"][row].reshape(data.out.shape)
+        assert step.cost.relative == pytest.approx(difference(data.out, want).relative, rel=1e-3)
+
+
+def _same_model() -> Any:
+    from test_trace import make_model
+
+    return make_model()
+
+
+# --- planted mistakes -----------------------------------------------------------------------------
+
+
+def plant(recorded: recording.Recording, change: Callable[[Tensors], None]) -> recording.Recording:
+    """A copy of a trace whose every step is changed."""
+    planted = copy.deepcopy(recorded)
+    for step in planted.steps:
+        change(step.tensors)
+    return planted
+
+
+def whole(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v, mask of a step as float32, cold before hot."""
+    k, v = tensors["k"].astype(np.float32), tensors["v"].astype(np.float32)
+    if "k_quant" in tensors:
+        k = np.concatenate([ref.dequantize_q4_0(tensors["k_quant"]), k], 1)
+        v = np.concatenate([ref.dequantize_q4_0(tensors["v_quant"]), v], 1)
+    return tensors["q"], k, v, tensors["mask"].astype(np.float32)
+
+
+def compute(
+    tensors: Tensors,
+    *,
+    mask: np.ndarray | None = None,
+    tiled: bool = False,
+    turn_k: Callable[[np.ndarray], np.ndarray] = lambda k: k,
+    turn_v: Callable[[np.ndarray], np.ndarray] = lambda v: v,
+) -> np.ndarray:
+    """The output as a wrong program would give it."""
+    q, k, v, own = whole(tensors)
+    ratio = q.shape[0] // k.shape[0]
+    k, v = turn_k(k), turn_v(v)
+    spread = (lambda x: np.tile(x, (ratio, 1, 1))) if tiled else (lambda x: np.repeat(x, ratio, 0))
+    logits = q @ spread(k).swapaxes(1, 2) / np.sqrt(q.shape[2])
+    logits = logits + (own if mask is None else mask)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    out = (p / p.sum(-1, keepdims=True)) @ spread(v)
+    return np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(q.shape[1], -1).astype(np.float32)
+
+
+def output_permuted(tensors: Tensors) -> None:
+    out = tensors["kqv_out"].reshape(-1, 4, 32)
+    tensors["kqv_out"] = np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(len(out), -1)
+
+
+def gqa_tiled(tensors: Tensors) -> None:
+    tensors["kqv_out"] = compute(tensors, tiled=True)
+
+
+def k_strides(tensors: Tensors) -> None:
+    """K, really [key][head][dim] in memory, viewed as [head][key][dim]."""
+    heads, kv, dim = tensors["k"].shape
+    tensors["k"] = np.ascontiguousarray(tensors["k"].transpose(1, 0, 2)).reshape(heads, kv, dim)
+
+
+def k_strides_in_the_op(tensors: Tensors) -> None:
+    def turn(k: np.ndarray) -> np.ndarray:
+        heads, kv, dim = k.shape
+        return np.ascontiguousarray(k).reshape(kv, heads, dim).transpose(1, 0, 2)
+
+    tensors["kqv_out"] = compute(tensors, turn_k=turn)
+
+
+def mask_ignored(tensors: Tensors) -> None:
+    tensors["kqv_out"] = compute(tensors, mask=np.zeros_like(tensors["mask"]))
+
+
+def hot_k_rotated(tensors: Tensors) -> None:
+    tensors["k"] = np.roll(tensors["k"], 3, 1)
+
+
+def hot_rotated(tensors: Tensors) -> None:
+    """A ring buffer's rows, under a mask in order of position."""
+    tensors["k"], tensors["v"] = np.roll(tensors["k"], 5, 1), np.roll(tensors["v"], 5, 1)
+
+
+def hot_v_reversed(tensors: Tensors) -> None:
+    tensors["v"] = np.ascontiguousarray(tensors["v"][:, ::-1])
+
+
+def cold_left_out(tensors: Tensors) -> None:
+    cold = tensors["mask"].shape[1] - tensors["k"].shape[1]
+    mask = tensors["mask"].astype(np.float32)
+    mask[:, :cold] = -np.inf
+    tensors["kqv_out"] = compute(tensors, mask=mask)
+
+
+def nibbles_paired(tensors: Tensors) -> None:
+    """Bytes that hold values 2j and 2j + 1."""
+    for role in ("k_quant", "v_quant"):
+        blocks = tensors[role].reshape(-1, 18).copy()
+        values = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1)
+        blocks[:, 2:] = values[:, 0::2] | values[:, 1::2] << 4
+        tensors[role] = blocks.reshape(tensors[role].shape)
+
+
+def scale_left_out(tensors: Tensors) -> None:
+    tensors["kqv_out"] = compute({**tensors, "q": tensors["q"] * np.sqrt(np.float32(32))})
+
+
+def one_element(tensors: Tensors) -> None:
+    out = tensors["kqv_out"].copy()
+    out[-1, 37] += 0.02 * np.abs(out).max()
+    tensors["kqv_out"] = out
+
+
+def not_a_number(tensors: Tensors) -> None:
+    out = tensors["kqv_out"].copy()
+    out[0, 5] = np.nan
+    tensors["kqv_out"] = out
+
+
+def keys_shuffled(tensors: Tensors) -> None:
+    order = np.random.default_rng(1).permutation(tensors["k"].shape[1])
+    tensors["k"], tensors["v"] = tensors["k"][:, order], tensors["v"][:, order]
+
+
+EVERYWHERE = [
+    (output_permuted, r"output is permuted: kqv_out lies as \[head\]\[query\]\[dim\]"),
+    (gqa_tiled, "GQA is tiled"),
+    (
+        k_strides,
+        r"wrong strides: (the hot part of )?K fits the output when its memory is read as \[key\]",
+    ),
+    (mask_ignored, "the mask was ignored"),
+    (hot_k_rotated, r"hot part is ordered wrongly: its K stand rotated"),
+    (hot_rotated, r"hot part is ordered wrongly: its K and V stand rotated"),
+    (hot_v_reversed, "hot part is ordered wrongly: its V stand reversed"),
+    (scale_left_out, "scale of the logits is wrong: left out"),
+    (one_element, "an element is off by|relative error"),
+    (not_a_number, "1 of .* elements are not finite"),
+    (keys_shuffled, "queries that see every key are right, others are not"),
+]
+MIXED_ONLY = [
+    (
+        k_strides_in_the_op,
+        r"wrong strides: K fits the output when its memory is read as \[key\]\[head\]",
+    ),
+    (cold_left_out, "the cold part was not attended"),
+    (nibbles_paired, "nibbles of K and V in the cold part are in the wrong order"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cache", "change", "message"),
+    [
+        *(pytest.param("standard", *one, id=f"standard-{one[0].__name__}") for one in EVERYWHERE),
+        *(
+            pytest.param("mixed", *one, id=f"mixed-{one[0].__name__}")
+            for one in EVERYWHERE + MIXED_ONLY
+        ),
+    ],
+)
+def test_planted_mistake_is_caught_and_named(
+    cache: str,
+    change: Callable[[Tensors], None],
+    message: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    import re
+
+    recorded = request.getfixturevalue(cache)
+    path = saved(tmp_path / "bad.gguf", plant(recorded, change))
+    result = call("verify", "-i", path)
+    assert result.exit_code == 1
+    assert "FAIL: " in result.stdout
+    assert "PASS" not in result.stdout
+    assert re.search(message, " ".join(result.stdout.split())), result.stdout
+    assert not json.loads(call("verify", "-i", path, "--json").stdout)["passed"]
+
+
+def test_moved_rows_that_changed_are_caught(mixed: recording.Recording, tmp_path: Path) -> None:
+    """Right arithmetic on wrong rows: the output fits, the rows are not those that were hot."""
+    planted = copy.deepcopy(mixed)
+    last = [step for step in planted.steps if step.step == 5]
+    for step in last:
+        rows = step.tensors["k_quant"].copy()
+        rows[:, 2, 5] ^= 0x11
+        step.tensors["k_quant"] = rows
+        step.tensors["kqv_out"] = compute(step.tensors)
+    result = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
+    assert all(step.passed for step in result.steps)
+    assert not result.passed
+    assert "cold rows of position" in result.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.positions[4].__setitem__(0, 9), "is held more than once"),
+        (lambda header: header.positions[4].__setitem__(-1, 99), "is in neither tier"),
+    ],
+    ids=["twice", "lost"],
+)
+def test_tokens_out_of_place_are_caught(
+    change: Callable[[Any], None], message: str, mixed: recording.Recording, tmp_path: Path
+) -> None:
+    planted = copy.deepcopy(mixed)
+    change(planted.header)
+    result = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
+    assert not result.passed
+    assert message in " ".join(result.failures)
+
+
+# --- tolerances, two traces, pictures -------------------------------------------------------------
+
+
+def test_tolerances_decide(standard: recording.Recording, tmp_path: Path) -> None:
+    path = saved(tmp_path / "t.gguf", standard)
+    assert call("verify", "-i", path, "--tolerance-rel", "1e-12").exit_code == 1
+    assert call("verify", "-i", path, "--tolerance-abs", "0").exit_code == 1
+    off = plant(standard, one_element)
+    path = saved(tmp_path / "off.gguf", off)
+    assert call("verify", "-i", path).exit_code == 1
+    loose = ["--tolerance-rel", "0.1", "--tolerance-abs", "1"]
+    assert call("verify", "-i", path, *loose).exit_code == 0
+
+
+def test_a_single_wrong_element_of_a_long_step_fails() -> None:
+    """Its share of the norm is within the tolerance; it is not."""
+    rng = np.random.default_rng(0)
+    want = rng.standard_normal((600, 9, 64))
+    got = want.copy()
+    got[5, 3, 1] += 5e-3
+    found = difference(got, want)
+    assert found.relative < 2e-5
+    assert not Tolerance().passes(found, quantised=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_difference_with_odd_values_is_infinite(value: float) -> None:
+    want = np.ones(4)
+    got = np.array([1, value, 1, 1])
+    for a, b in ((got, want), (want, got)):
+        found = difference(a, b)
+        assert found.relative == np.inf
+        assert found.not_finite == 1
+        assert found.grade == "wrong"
+        assert not Tolerance(1e30, 1e30).passes(found, quantised=True)
+    assert difference(got, got).relative == 0
+
+
+def test_difference_figures() -> None:
+    found = difference(np.array([3.0, 4.0]), np.array([3.0, 0.0]))
+    assert (found.max, found.mean, found.scale) == (4, 2, 3)
+    assert found.relative == pytest.approx(4 / 3)
+    assert found.nmse == pytest.approx(16 / 9)
+    assert found.cosine == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="can't be compared"):
+        difference(np.ones(3), np.ones(4))
+
+
+def test_reference_trace(
+    standard: recording.Recording, mixed: recording.Recording, tmp_path: Path
+) -> None:
+    a = saved(tmp_path / "a.gguf", standard)
+    b = saved(tmp_path / "b.gguf", mixed)
+    same = call("verify", "-i", a, "--reference", a)
+    assert same.exit_code == 0
+    assert same.stdout.count("PASS") == 2
+    other = call("verify", "-i", a, "--reference", b, "--json")
+    assert other.exit_code == 1
+    found = json.loads(other.stdout)
+    assert found["passed"]  # by itself
+    assert not found["reference"]["passed"]
+    first = [one for one in found["reference"]["steps"] if (one["step"], one["layer"]) == (1, 0)]
+    assert [one["role"] for one in first] == ["kqv_out", "q", "k", "v"]
+    assert first[0]["relative"] < 2e-5  # nothing was cold yet
+    result = compare_traces(read_trace(a), read_trace(b), Tolerance(1e9, 1e9))
+    assert result.passed
+
+
+def test_reference_without_a_common_step_is_refused(
+    standard: recording.Recording, tmp_path: Path
+) -> None:
+    a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    write_trace(a, standard.header, [one for one in standard.steps if one.layer == 0])
+    write_trace(b, standard.header, [one for one in standard.steps if one.layer == 1])
+    result = call("verify", "-i", a, "--reference", b)
+    assert result.exit_code == 2
+    assert "share no step" in result.stderr
+
+
+@pytest.mark.parametrize("cache", ["standard", "mixed"])
+def test_plot(cache: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("matplotlib")
+    path = saved(tmp_path / "t.gguf", request.getfixturevalue(cache))
+    picture = tmp_path / "t.png"
+    assert call("verify", "-i", path, "--plot", picture).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert call("verify", "-i", path, "--plot", tmp_path / "t.doc").exit_code == 2
+
+
+def test_entropy_by_tier(mixed: recording.Recording, tmp_path: Path) -> None:
+    """Against numpy, in one step."""
+    trace = read_trace(saved(tmp_path / "t.gguf", mixed))
+    result = verify(trace, entropy=True, isas=())
+    index = next(i for i, step in enumerate(trace.steps) if step.step == 5)
+    step = trace.steps[index]
+    q, k, _, mask = whole(
+        next(s for s in mixed.steps if (s.layer, s.step) == (step.layer, 5)).tensors
+    )
+    logits = (q @ np.repeat(k, 2, 0).swapaxes(1, 2)).astype(np.float64) / np.sqrt(32) + mask
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    found = result.steps[index].entropy
+    assert found is not None
+    cold = p[..., : step.kv_cold]
+    assert found.cold_share == pytest.approx(cold.sum(-1).mean(), rel=1e-4)
+    for part, entropy in ((cold, found.cold), (p[..., step.kv_cold :], found.hot)):
+        within = part / part.sum(-1, keepdims=True)
+        assert entropy == pytest.approx(-(within * np.log(within)).sum(-1).mean(), rel=1e-3)
+
+
+def test_verify_layers_and_isas(standard: recording.Recording, tmp_path: Path) -> None:
+    path = saved(tmp_path / "t.gguf", standard)
+    found = json.loads(
+        call("verify", "-i", path, "--layer", "1", "--isa", "scalar", "--json").stdout
+    )
+    assert {step["layer"] for step in found["steps"]} == {1}
+    assert list(found["steps"][0]["isas"]) == ["scalar"]
+    before = mkv.isa.active()
+    assert call("verify", "-i", path, "--layer", "8").exit_code == 2
+    assert call("verify", "-i", path, "--isa", "sse").exit_code == 2
+    assert mkv.isa.active() == before
