@@ -365,17 +365,50 @@ def test_reference_trace(
     b = saved(tmp_path / "b.gguf", mixed)
     same = call("verify", "-i", a, "--reference", a)
     assert same.exit_code == 0
-    assert same.stdout.count("PASS") == 2
+    assert same.stdout.count("PASS") == 3  # by itself, against the reference, and both
     other = call("verify", "-i", a, "--reference", b, "--json")
     assert other.exit_code == 1
     found = json.loads(other.stdout)
-    assert found["passed"]  # by itself
+    assert not found["passed"]
+    assert found["by_itself"]
     assert not found["reference"]["passed"]
     first = [one for one in found["reference"]["steps"] if (one["step"], one["layer"]) == (1, 0)]
     assert [one["role"] for one in first] == ["kqv_out", "q", "k", "v"]
     assert first[0]["relative"] < 2e-5  # nothing was cold yet
     result = compare_traces(read_trace(a), read_trace(b), Tolerance(1e9, 1e9))
     assert result.passed
+
+
+def test_reference_that_lacks_steps_fails(standard: recording.Recording, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.gguf", tmp_path / "part.gguf"
+    write_trace(whole, standard.header, standard.steps)
+    write_trace(part, standard.header, [one for one in standard.steps if one.layer == 0])
+    for a, b, words in (
+        (whole, part, "the reference lacks it"),
+        (part, whole, "only the reference"),
+    ):
+        result = call("verify", "-i", a, "--reference", b, "--json")
+        assert result.exit_code == 1
+        found = json.loads(result.stdout)
+        assert found["by_itself"]
+        assert not found["passed"]
+        assert any(words in one for one in found["reference"]["failures"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_output_that_is_not_finite_fails(
+    standard: recording.Recording, tmp_path: Path, value: float
+) -> None:
+    """Even where recomputing it gives the same."""
+    steps = copy.deepcopy(list(standard.steps))
+    for one in steps:
+        one.tensors["v"] = np.full_like(one.tensors["v"], value)
+        one.tensors["kqv_out"] = np.full_like(one.tensors["kqv_out"], value)
+    path = tmp_path / "odd.gguf"
+    write_trace(path, standard.header, steps)
+    result = call("verify", "-i", path)
+    assert result.exit_code == 1
+    assert "not finite" in result.stdout
 
 
 def test_reference_without_a_common_step_is_refused(

@@ -25,6 +25,9 @@ from .layout import as_float32, watched
 _MOST_LOGITS = 1 << 24
 """Logits held at a time: heads are taken in turns where a step has more."""
 
+_MOST_EXPANDED = 1 << 27
+"""Values of one kv head's keys, repeated for its query heads, that a step may come to."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -83,6 +86,12 @@ def attend_torch(problem: Problem, dtype: Any) -> NDArray[np.float64]:
     mask = torch.tensor(problem.mask, dtype=dtype)
     blind = torch.isneginf(mask).all(1)
     together = max(1, _MOST_LOGITS // max(1, mask.numel() * ratio))
+    expanded = ratio * problem.k.shape[1] * max(problem.k.shape[2], problem.v.shape[2])
+    if expanded > _MOST_EXPANDED:
+        raise ValueError(
+            f"keys of {problem.k.shape[1]} tokens for {ratio} query heads each are too many to "
+            "recompute"
+        )
     for first in range(0, problem.k.shape[0], together):
         kv = slice(first, first + together)
         qo = slice(first * ratio, (first + together) * ratio)

@@ -29,7 +29,8 @@ _DEFAULT_PROMPT_TOKENS = 64
 
 def _stop(message: str) -> NoReturn:
     """End with status 2 and one line."""
-    print(f"mixedkv: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    print(f"mixedkv: {line if len(line) <= 400 else line[:400] + ' ...'}", file=sys.stderr)
     raise typer.Exit(2)
 
 
@@ -145,7 +146,7 @@ def trace(
         bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, help="Threads of the model.")
+        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads of the model.")
     ] = None,
     k_type: Annotated[
         str, typer.Option("-ctk", "--cache-type-k", help="Type of keys: f16, f32 or q4_0.")
@@ -374,7 +375,9 @@ def verify(
         float | None,
         typer.Option(help="Scale of the logits, for a trace without roles. Default: head_dim^-0.5"),
     ] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw error and entropy into this file (.png, .svg, .pdf).")
     ] = None,
@@ -436,6 +439,10 @@ def verify(
         _stop(str(error))
     except (OSError, MemoryError) as error:
         _stop(f"{file}: {error}")
+    except (ValueError, OverflowError, RuntimeError) as error:
+        # What a file claims may be more than arithmetic, or memory, can do.
+        _stop(f"{file}: can't be recomputed: {error}")
+    passed = result.passed and (compared is None or compared.passed)
     if plot is not None:
         from .plot import plot_verification
 
@@ -443,15 +450,18 @@ def verify(
     if as_json:
         words = result.as_dict()
         if compared is not None:
+            words["by_itself"] = words["passed"]
+            words["passed"] = passed
             words["reference"] = compared.as_dict()
         print(json.dumps(words))
     else:
         report.print_verification(console, result)
         if compared is not None:
             report.print_trace_comparison(console, compared)
+            report.print_overall(console, passed)
         if plot is not None:
             console.print(f"plot: {plot}", highlight=False)
-    if not result.passed or (compared is not None and not compared.passed):
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -493,7 +503,9 @@ def compare(
         typer.Option(min=0.0, help="Largest difference of an element. Default: 1e-5, or 1e-3."),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads.")
+    ] = None,
     debug: Annotated[
         bool,
         typer.Option(

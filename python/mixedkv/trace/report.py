@@ -197,7 +197,10 @@ def print_verification(console: Console, result: Verification) -> None:
         )
     console.print(summary)
     passed = len(result.steps) - len(failing)
-    _print_verdict(console, result.passed, f"{passed} of {len(result.steps)} steps in tolerance")
+    why = f"{passed} of {len(result.steps)} steps in tolerance"
+    if result.failures:
+        why += ", but tokens are not where they belong"
+    _print_verdict(console, result.passed, why)
 
 
 def _print_failure(console: Console, step: StepResult) -> None:
@@ -241,7 +244,7 @@ def print_trace_comparison(console: Console, result: TraceComparison) -> None:
     console.print(table)
     for failure in result.failures[:_MOST_FAILURES]:
         console.print(failure, style="red", markup=False, highlight=False)
-    _print_verdict(console, result.passed, f"{len(result.failures)} outputs out of tolerance")
+    _print_verdict(console, result.passed, f"{len(result.failures)} outputs differ or are missing")
 
 
 def print_comparison(console: Console, result: Comparison, elements: int) -> None:
@@ -277,6 +280,11 @@ def print_comparison(console: Console, result: Comparison, elements: int) -> Non
     )
     passed = sum(pair.passed for pair in result.pairs)
     _print_verdict(console, result.passed, f"{passed} of {len(result.pairs)} pairs in tolerance")
+
+
+def print_overall(console: Console, passed: bool) -> None:
+    """Print the verdict over a trace by itself and against its reference."""
+    _print_verdict(console, passed, "by itself and against the reference")
 
 
 def _print_verdict(console: Console, passed: bool, why: str) -> None:

@@ -79,7 +79,7 @@ class Tolerance:
     def passes(self, found: Difference, quantised: bool) -> bool:
         """Whether a difference is within the tolerance."""
         relative, absolute = self.of(found, quantised)
-        return found.relative <= relative and found.max <= absolute
+        return not found.not_finite and found.relative <= relative and found.max <= absolute
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,13 @@ def _verify_step(
     of_f32, of_f64 = difference(data.out, want_f32), difference(data.out, want_f64)
     quantised = _quantised(data)
     failures, hints = [], []
+    wrong = int((~np.isfinite(data.out)).sum())
+    if wrong:
+        # Arithmetic may agree on what is no number; attention that gave it is not right for that.
+        failures.append(f"the recorded output holds {wrong} values that are not finite")
     for name, found in (("PyTorch f32", of_f32), ("PyTorch f64", of_f64)):
         failures += _judge(f"the recorded output against {name}", found, quantised, tolerance)
-    if failures and diagnosing:
+    if failures and diagnosing and not wrong:
         passing = tolerance.of(of_f32, quantised)[0]
         hints = diagnose(data, problem, want_f32, passing)
     own = {}
@@ -492,7 +496,8 @@ def compare_traces(
 ) -> TraceComparison:
     """Compare the outputs of two traces step by step, and what else has the same shape.
 
-    Only the outputs decide: with another cache, keys may rightly differ.
+    Only the outputs decide: with another cache, keys may rightly differ. A step that one of them
+    lacks is a failure.
 
     Raises
     ------
@@ -503,11 +508,14 @@ def compare_traces(
     others = {(step.step, step.layer): step for step in reference.steps}
     found: list[tuple[int, int, str, Difference]] = []
     failures: list[str] = []
+    shared = 0
     for step in trace.steps:
-        other = others.get((step.step, step.layer))
-        if other is None:
-            continue
+        other = others.pop((step.step, step.layer), None)
         where = f"step {step.step} of layer {step.layer}"
+        if other is None:
+            failures.append(f"{where}: the reference lacks it")
+            continue
+        shared += 1
         a, b = step.load(), other.load()
         if a.out.shape != b.out.shape:
             failures.append(f"{where}: outputs have shapes {a.out.shape} and {b.out.shape}")
@@ -523,6 +531,9 @@ def compare_traces(
             mine, its = as_float32(mine), as_float32(its)
             if mine.shape == its.shape:
                 found.append((step.layer, step.step, role, difference(mine, its)))
-    if not found and not failures:
+    if not shared:
         raise TraceError(f"{trace.path.name} and {reference.path.name} share no step of a layer")
+    failures += [
+        f"step {step} of layer {layer}: only the reference has it" for step, layer in others
+    ]
     return TraceComparison(found, failures)
