@@ -31,9 +31,8 @@ template <> constexpr bool is_q4<block_q4_0> = true;
 enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first-level caches
 enum : int { kMaxUnpackedDim = 512 };
 
-/// Rows are asked for this many bytes before their turn. Processors ahead of their own accord stop
-/// at the ends of pages and start anew with each run of keys; from memory, that alone takes three
-/// to five times as long.
+/// Rows are asked for this many bytes before their turn. Processors read ahead by themselves, but
+/// stop at the ends of pages and start anew with each run of keys, which long contexts wait for.
 enum : int { kAheadBytes = 16384 };
 
 /// part: `bytes` of a row.
