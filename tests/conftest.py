@@ -1,15 +1,18 @@
 """Fixtures and tolerances shared by all tests, and a header that says what runs on this machine.
 
-Long hypothesis runs: MIXEDKV_HYPOTHESIS_PROFILE=deep.
+Long hypothesis runs: MIXEDKV_HYPOTHESIS_PROFILE=deep. What a machine lacks skips the tests that
+need it; MIXEDKV_REQUIRE=llama,model makes that a failure (llama: llama-cpp-python; model: the
+trained model; either: every module of the extra `test`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -140,8 +143,56 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     mkv.isa.select(before)
 
 
+OPTIONAL = ("llama", "model")
+OF_TEST = ("accelerate", "gguf", "matplotlib", "platformdirs", "rich", "transformers", "typer")
+
+
+def required() -> set[str]:
+    names = os.environ.get("MIXEDKV_REQUIRE", "").split(",")
+    return {name.strip() for name in names if name.strip()}
+
+
+def lacking(what: str, why: str) -> NoReturn:
+    """Skip a test that needs something of OPTIONAL, or fail it where that is required."""
+    if what in required():
+        pytest.fail(f"MIXEDKV_REQUIRE={what}, and {why}")
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Any:
+    """llama-cpp-python."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # or its library does not load
+        lacking("llama", f"llama-cpp-python can't be had: {error}")
+    return llama_cpp
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> Path:
+    """The demo's model, as a GGUF file, with what reads it."""
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+        from mixedkv import models
+
+        return models.fetch()
+    except (ImportError, RuntimeError) as error:
+        lacking("model", f"the model can't be had: {error}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "torch: needs PyTorch")
+    unknown = required() - set(OPTIONAL)
+    if unknown:
+        raise pytest.UsageError(
+            f"MIXEDKV_REQUIRE: {', '.join(sorted(unknown))} is none of {', '.join(OPTIONAL)}"
+        )
+    if required():
+        missing = [name for name in OF_TEST if importlib.util.find_spec(name) is None]
+        if missing:
+            raise pytest.UsageError(f"MIXEDKV_REQUIRE, and there is no {', '.join(missing)}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -58,6 +58,10 @@ def test_help(arguments: list[str]) -> None:
         ["demo", "--max-new-tokens", "1"],
         ["demo", "--prompt-file", "/no/such/file"],
         ["demo", "--seed", "x"],
+        ["demo", "--seed", str(2**63)],
+        ["demo", "--seed", "-1"],
+        ["compare", "--seed", str(2**63)],
+        ["trace", "-o", "t.gguf", "--seed", str(2**63)],
     ],
 )
 def test_wrong_use(arguments: list[str]) -> None:
@@ -181,25 +185,125 @@ def test_demo_fails(result: Any, tmp_path: Path) -> None:
     assert "FAIL  every token is held: 100 of 109" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["ValueError", "CacheFull", "ModelError"])
-def test_demo_wrong_use(
-    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("this is wrong"), "this is wrong"),
+        (OverflowError("this is wrong"), "this is wrong"),
+        (RuntimeError("this\n  is \x1b[31mwrong"), "this is [31mwrong"),
+        (NotImplementedError(), "NotImplementedError"),
+        (mkv.CacheFull("there is no room"), "there is no room"),
+        (MemoryError(), "there is not enough memory"),
+        (OSError(13, "Permission denied", "/some/where"), "/some/where: Permission denied"),
+        (OSError(18, "Cross-device link", "/a", None, "/b"), "/a -> /b: Cross-device link"),
+        (OSError("no errno"), "no errno"),
+        (ValueError("x" * 5000), "x" * 396 + " ..."),
+        (UnicodeError("\udcff"), ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_demo_ends_with_one_line(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
-    from mixedkv import demo, models
-
-    error = {"ValueError": ValueError, "CacheFull": mkv.CacheFull, "ModelError": models.ModelError}
+    from mixedkv import demo
 
     def fail(*_: Any) -> None:
-        raise error[kind]("this is what is wrong")
+        raise error
 
     monkeypatch.setattr(demo, "run", fail)
     done = call("demo", "--plot", str(tmp_path / "plot.png"))
     assert done.exit_code == 2
-    assert "mixedkv: this is what is wrong" in done.stderr
+    assert done.stderr.splitlines()[-1].rstrip() == f"mixedkv: {words}".rstrip()
     assert done.stdout == ""
 
 
-def test_demo_plot_folder(result: Any, tmp_path: Path) -> None:
-    done = call("demo", "--plot", str(tmp_path / "no" / "plot.png"))
+def test_demo_does_not_hide_its_own_faults(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixedkv import demo
+
+    monkeypatch.setattr(demo, "run", lambda *_: None.nothing)  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        call("demo", "--plot", str(tmp_path / "plot.png"))
+
+
+def test_demo_traceback_is_in_the_log(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mixedkv import demo
+
+    def fail(*_: Any) -> None:
+        raise ValueError("this is wrong")
+
+    monkeypatch.setattr(demo, "run", fail)
+    with caplog.at_level("DEBUG", logger="mixedkv"):
+        assert call("demo", "--plot", str(tmp_path / "plot.png")).exit_code == 2
+    assert "Traceback" in caplog.text
+
+
+def test_demo_json_has_no_word_for_nan(result: Any, tmp_path: Path) -> None:
+    from mixedkv import evaluate
+
+    fidelity = evaluate.Fidelity(20, float("nan"), float("inf"), 0.95)
+    result["result"] = dataclasses.replace(result["result"], fidelity=fidelity)
+    done = call("demo", "--json", "--plot", str(tmp_path / "plot.png"))
+    assert done.exit_code == 1
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(done.stdout, parse_constant=refuse)["fidelity"]["kl_mean"] == "nan"
+
+
+@pytest.mark.parametrize("name", ["$x_$.png", "a[b]c[red].svg", "plot.PDF"])
+def test_demo_names_are_drawn_and_printed_as_they_are(
+    result: Any, tmp_path: Path, name: str
+) -> None:
+    result["result"] = dataclasses.replace(result["result"], title="$\\odd{$ [x] [/y]")
+    done = call("demo", "--plot", str(tmp_path / name))
+    assert done.exit_code == 0
+    assert "$\\odd{$ [x] [/y], 3 seconds" in done.stdout
+    assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("no/plot.png", "no is not a directory"),
+        ("plot.jpg", "must end in .png, .svg, .pdf"),
+        ("/proc/plot.png", "/proc/plot.png can't be written"),
+    ],
+)
+def test_demo_plot_that_can_not_be_written(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
+) -> None:
+    """Told before anything runs."""
+    monkeypatch.chdir(tmp_path)
+    done = call("demo", "--plot", path)
     assert done.exit_code == 2
-    assert "does not exist" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert result["settings"] is None
+
+
+# --- all commands ----------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    found = [one.name or one.callback.__name__ for one in app.registered_commands if one.callback]
+    assert {"info", "demo", "bench", "trace", "verify", "compare"} <= set(found)
+    return found
+
+
+@pytest.mark.parametrize("name", commands())
+def test_command_has_help_and_json(name: str) -> None:
+    done = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("name", commands())
+def test_command_refuses_an_option_that_it_does_not_know(name: str) -> None:
+    done = call(name, "--nonsense")
+    assert done.exit_code == 2
+    assert done.stdout == ""

@@ -118,6 +118,29 @@ def test_demo(load_tiny: models.LoadedModel) -> None:
     assert found["settings"]["cold_size"] >= mixed.cold_tokens
 
 
+def test_demo_looks_at_the_models_file_once(
+    tiny: models.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it fetched is what it loads, without hashing it again."""
+    calls: list[Any] = []
+
+    def fetch(*_: Any, **options: Any) -> Path:
+        calls.append(("fetch", options["folder"]))
+        return tmp_path / "model.gguf"
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        calls.append((source, options["gguf_file"]))
+        return tiny.tokenizer if "dtype" not in options else tiny.model
+
+    monkeypatch.setattr(models, "fetch", fetch)
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
+    settings = dataclasses.replace(SETTINGS, model=None, prompt_tokens=50, cache_dir=tmp_path)
+    assert demo.run(settings).title == "SmolLM2-135M-Instruct"
+    loading = (str(tmp_path), "model.gguf")
+    assert calls == [("fetch", tmp_path), loading, loading]
+
+
 def test_demo_with_everything_hot_has_no_loss(load_tiny: models.LoadedModel) -> None:
     settings = dataclasses.replace(SETTINGS, prompt_tokens=50, hot_size=256)
     result = demo.run(settings)
@@ -180,6 +203,12 @@ def test_prompt(tiny: models.LoadedModel, tmp_path: Path) -> None:
         demo.make_prompt(dataclasses.replace(settings, prompt_tokens=8), tiny)
     file.write_text("  \n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"no text in .*text\.txt"):
+        demo.make_prompt(settings, tiny)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8"):
+        demo.make_prompt(settings, tiny)
+    file.unlink()
+    with pytest.raises(OSError, match=r"text\.txt"):
         demo.make_prompt(settings, tiny)
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +25,16 @@ pytest.importorskip("platformdirs")
 
 import mixedkv as mkv  # noqa: E402
 import reference as ref  # noqa: E402
-from mixedkv.trace import read_trace, write_trace  # noqa: E402
+from mixedkv.trace import (  # noqa: E402
+    LayerInfo,
+    RecordedStep,
+    TraceHeader,
+    read_trace,
+    write_trace,
+)
 from mixedkv.trace import record as recording  # noqa: E402
 from mixedkv.trace.arithmetic import attend_torch, problem_of  # noqa: E402
-from mixedkv.trace.metrics import difference  # noqa: E402
+from mixedkv.trace.metrics import difference, row_errors  # noqa: E402
 from mixedkv.trace.verify import Tolerance, compare_traces, verify  # noqa: E402
 from test_trace import PROMPT, call, record, saved  # noqa: E402
 
@@ -265,8 +276,6 @@ def test_planted_mistake_is_caught_and_named(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    import re
-
     recorded = request.getfixturevalue(cache)
     path = saved(tmp_path / "bad.gguf", plant(recorded, change))
     result = call("verify", "-i", path)
@@ -275,6 +284,16 @@ def test_planted_mistake_is_caught_and_named(
     assert "PASS" not in result.stdout
     assert re.search(message, " ".join(result.stdout.split())), result.stdout
     assert not json.loads(call("verify", "-i", path, "--json").stdout)["passed"]
+
+
+def test_tiled_heads_of_any_number_are_named(tmp_path: Path) -> None:
+    """Three heads a kv head: the order that undoes tiling is not that which makes it."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["kqv_out"] = compute(tensors, tiled=True)
+
+    path = small_trace(tmp_path / "t.gguf", change, heads=6, kv_heads=2)
+    assert "GQA is tiled" in fails(path, "relative error")["steps"][0]["hints"][0]
 
 
 def test_moved_rows_that_changed_are_caught(mixed: recording.Recording, tmp_path: Path) -> None:
@@ -308,6 +327,536 @@ def test_tokens_out_of_place_are_caught(
     result = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
     assert not result.passed
     assert message in " ".join(result.failures)
+
+
+def small_trace(
+    path: Path,
+    change: Callable[[Tensors], None] = lambda tensors: None,
+    *,
+    n: int = 6,
+    heads: int = 4,
+    kv_heads: int = 2,
+    kv: int = 9,
+    mask: np.ndarray | None = None,
+    **header: Any,
+) -> Path:
+    """Random rows and the right output; `change` comes after both."""
+    rng = np.random.default_rng(5)
+    tensors: Tensors = {
+        "q": rng.standard_normal((heads, n, 32), dtype=np.float32),
+        "k": rng.standard_normal((kv_heads, kv, 32), dtype=np.float32),
+        "v": rng.standard_normal((kv_heads, kv, 32), dtype=np.float32),
+        "mask": np.zeros((n, kv), np.float32) if mask is None else mask,
+    }
+    info = LayerInfo(heads, kv_heads, 32, 32, 32**-0.5, window_left=header.pop("window", None))
+    words = TraceHeader("test", "1", "none", "standard", layers={0: info}, **header)
+    for turn in (change, lambda tensors: None):
+        out = mkv.attention(
+            tensors["q"], tensors["k"], tensors["v"], sm_scale=info.sm_scale, mask=tensors["mask"]
+        )
+        tensors.setdefault(
+            "kqv_out",
+            np.ascontiguousarray(np.asarray(out).transpose(1, 0, 2)).reshape(n, -1),
+        )
+        turn(tensors)
+    write_trace(path, words, [RecordedStep(0, 1, tensors)])
+    return path
+
+
+def fails(path: Path, message: str, *options: Any) -> dict[str, Any]:
+    """Verify says FAIL and why, in words and in JSON, which comes back."""
+    result = call("verify", "-i", path, *options)
+    assert result.exit_code == 1, result.stdout + result.stderr
+    assert "FAIL: " in result.stdout
+    assert re.search(message, " ".join(result.stdout.split())), result.stdout
+    found = json.loads(call("verify", "-i", path, "--json", *options).stdout)
+    assert not found["passed"]
+    words = [*found["failures"], *(one for step in found["steps"] for one in step["failures"])]
+    assert re.search(message, " ".join(words))
+    assert isinstance(found, dict)
+    return found
+
+
+# --- heads and queries ----------------------------------------------------------------------------
+
+
+def make_v_huge(tensors: Tensors) -> None:
+    """Values of kv head 0 are a million times those of kv head 1."""
+    tensors["v"][0] *= 1e6
+    tensors.pop("kqv_out", None)
+
+
+def spoil(out: np.ndarray, rows: slice, head: int) -> None:
+    out.reshape(len(out), 4, 32)[rows, head] *= -1
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "message"),
+    [
+        (slice(None), 3, "head 3 has a relative error of 2, above 0.0001"),
+        (slice(None), 2, "head 2 has a relative error of 2, above 0.0001"),
+        (slice(4, 5), 3, "head 3 has a relative error of"),
+    ],
+    ids=["last", "first_of_its_kv_head", "one_query"],
+)
+def test_small_head_beside_a_huge_one_fails(
+    rows: slice, head: int, message: str, tmp_path: Path
+) -> None:
+    """Over everything, by norms and by the largest element, the mistake is nothing."""
+    path = small_trace(tmp_path / "good.gguf", make_v_huge)
+    good = json.loads(call("verify", "-i", path, "--json").stdout)
+    assert good["passed"]
+    assert good["worst_head_relative"] < 1e-6
+    trace = read_trace(path)
+    tensors = {role: np.array(one.load()) for role, one in trace.steps[0].tensors.items()}
+    spoil(tensors["kqv_out"], rows, head)
+    assert trace.header is not None
+    bad = tmp_path / "bad.gguf"
+    write_trace(bad, trace.header, [RecordedStep(0, 1, tensors)])
+    found = fails(bad, message)
+    step = found["steps"][0]
+    assert step["torch_f32"]["relative"] < 2e-5
+    assert step["torch_f32"]["max"] < step["tolerance"][1]
+    assert step["worst"]["head"] == step["worst"]["row_head"] == head
+    assert f"head {head} in step 1 of layer 0" in call("verify", "-i", bad).stdout
+
+
+def test_one_wrong_query_of_a_head_fails(tmp_path: Path) -> None:
+    """A small row among many: neither the whole nor its head shows it."""
+
+    def change(tensors: Tensors) -> None:
+        out = tensors["kqv_out"].reshape(-1, 4, 32)
+        size = np.linalg.norm(out[100, 1])
+        out[100, 1] += 5e-4 * size / np.sqrt(32)
+
+    found = fails(
+        small_trace(tmp_path / "t.gguf", change, n=600, kv=3),
+        r"query 100 of head 1 has a relative error of 0.000\d+, above 0.0002",
+        "--tolerance-abs",
+        "1",
+    )
+    worst = found["steps"][0]["worst"]
+    assert (worst["row_query"], worst["row_head"]) == (100, 1)
+    assert worst["head_relative"] < 6e-5
+    assert found["steps"][0]["torch_f32"]["relative"] < 2e-5
+
+
+def test_head_whose_values_cancel_passes(tmp_path: Path) -> None:
+    """Its output is rounding errors; these are small beside the values that they come from."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["k"][:, 1::2] = tensors["k"][:, 0::2]
+        tensors["v"][1, 1::2] = -tensors["v"][1, 0::2] * (1 + 1e-6)
+        tensors.pop("kqv_out", None)
+
+    path = small_trace(tmp_path / "t.gguf", change, kv=300)
+    result = verify(read_trace(path))
+    assert result.passed, result.steps[0].failures
+    out = read_trace(path).steps[0].load().out
+    assert np.linalg.norm(out[:, 2:]) < 1e-4 * np.linalg.norm(out[:, :2])
+
+
+def test_heads_and_queries_that_are_off_are_listed(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        out = tensors["kqv_out"].reshape(-1, 4, 32)
+        out[2:5, 1] = np.random.default_rng(0).standard_normal((3, 32))
+
+    found = fails(small_trace(tmp_path / "t.gguf", change), "worst: head 1 with")
+    assert found["steps"][0]["hints"][0] == (
+        "no known mistake explains it; heads 1 of 0-3 are off; queries 2-4 of 0-5 are off"
+    )
+
+
+def test_row_errors_figures() -> None:
+    want = np.zeros((3, 2, 4))
+    want[:, 0], want[:, 1] = 100.0, 1.0
+    got = want.copy()
+    got[1, 1, 0] += 0.5
+    found = row_errors(got, want)
+    assert (found.head, found.row_query, found.row_head) == (1, 1, 1)
+    assert found.row_relative == pytest.approx(0.25)
+    assert found.head_relative == pytest.approx(0.5 / np.sqrt(12))
+    # A tenth of what the rows would be if nothing cancelled is more than what they are.
+    assert row_errors(got, want, 40 * want).row_relative == pytest.approx(0.0625)
+    assert row_errors(want, want).head_relative == 0
+    blind = np.zeros_like(want)
+    assert row_errors(blind, blind).row_relative == 0
+    assert row_errors(want, blind).row_relative == np.inf
+    odd = want.copy()
+    odd[2, 0, 1] = np.nan
+    assert row_errors(odd, want).row_relative == np.inf
+    assert row_errors(odd, odd).row_relative == 0
+
+
+def test_reference_trace_is_compared_by_heads(tmp_path: Path) -> None:
+    a = small_trace(tmp_path / "a.gguf", make_v_huge)
+    trace = read_trace(a)
+    assert trace.header is not None
+    tensors = {role: np.array(one.load()) for role, one in trace.steps[0].tensors.items()}
+    spoil(tensors["kqv_out"], slice(None), 3)
+    b = tmp_path / "b.gguf"
+    write_trace(b, trace.header, [RecordedStep(0, 1, tensors)])
+    assert compare_traces(trace, trace).passed
+    result = compare_traces(trace, read_trace(b))
+    assert "the outputs of both: head 3 has a relative error of 2" in result.failures[0]
+
+
+# --- what a verdict does not cover ----------------------------------------------------------------
+
+
+def remarks(path: Path) -> list[str]:
+    """What verify remarks, the same in JSON and in words."""
+    found = json.loads(call("verify", "-i", path, "--json").stdout)
+    said = " ".join(call("verify", "-i", path).stdout.split())
+    for remark in found["remarks"]:
+        assert f"note: {remark}" in said
+    assert ("what the verdict does not cover" in said) == bool(found["remarks"])
+    assert said.count("note: ") == len(found["remarks"])
+    return list(found["remarks"])
+
+
+def test_trace_that_shows_everything_has_no_remark(
+    standard: recording.Recording, mixed: recording.Recording, tmp_path: Path
+) -> None:
+    for recorded in (standard, mixed):
+        assert remarks(saved(tmp_path / "t.gguf", recorded)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"n": 1}, ["no step has several queries: mistakes in the layout of Q", "no positions"]),
+        ({"kv_heads": 1}, ["one kv head: mistakes in the layout of K and V", "no positions"]),
+        ({"kv_heads": 4}, ["each query head has a kv head of its own", "no positions"]),
+        (
+            {"positions": {1: np.arange(9)}},
+            ["how many tokens each step took is not recorded: not checked is whether tokens"],
+        ),
+        (
+            {"positions": {1: np.arange(6)}, "step_tokens": [6], "kv": 6},
+            ["the layers' windows are not recorded"],
+        ),
+        ({"mask": np.full((6, 9), 0.0, np.float32)}, ["no positions are recorded: not checked is"]),
+    ],
+    ids=["decode", "one_kv_head", "no_sharing", "no_step_tokens", "no_window", "no_positions"],
+)
+def test_what_a_trace_can_not_show_is_remarked(
+    sizes: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    if "step_tokens" in sizes:
+        later = np.arange(6)[None, :] > np.arange(6)[:, None]
+        sizes = {**sizes, "mask": np.where(later, -np.inf, 0).astype(np.float32)}
+    found = remarks(small_trace(tmp_path / "t.gguf", **sizes))
+    assert len(found) == len(words)
+    for remark, word in zip(found, words, strict=True):
+        assert remark.startswith(word)
+
+
+def test_cold_rows_that_no_step_has_while_hot_are_remarked(
+    mixed: recording.Recording, tmp_path: Path
+) -> None:
+    part = copy.deepcopy(mixed)
+    part.steps = [step for step in part.steps if step.step == 5]
+    found = remarks(saved(tmp_path / "t.gguf", part))
+    assert "cold rows are in no step while hot" in found[1]
+    assert found[0].startswith("no step has several queries")
+
+
+def test_queries_that_see_no_key_are_told(tmp_path: Path) -> None:
+    """An output of zeros agrees with anything's: that is not what "same bits" means."""
+    mask = np.zeros((6, 9), np.float32)
+    mask[:2] = -np.inf
+    some = small_trace(tmp_path / "some.gguf", mask=mask)
+    assert "2 queries of 1 steps see no key: nothing but zero was compared" in remarks(some)
+    found = fails(
+        small_trace(tmp_path / "all.gguf", mask=np.full((6, 9), -np.inf, np.float32)),
+        "no query of any step sees a key: there is nothing to verify",
+    )
+    assert found["steps"][0]["blind"] == 6
+    said = call("verify", "-i", tmp_path / "all.gguf").stdout
+    assert "same bits" not in said
+    assert "all zero" in said
+    assert difference(np.zeros(3), np.zeros(3)).grade == "all zero"
+    assert difference(np.ones(3), np.ones(3)).grade == "same bits"
+    assert difference(np.ones(3), np.zeros(3)).grade == "wrong"
+
+
+@pytest.mark.parametrize("claimed", [2, 2**31 - 1])
+def test_tokens_that_a_step_never_had_are_lost(
+    claimed: int, standard: recording.Recording, tmp_path: Path
+) -> None:
+    """However many are claimed, none is looked for one by one."""
+    import tracemalloc
+
+    planted = copy.deepcopy(standard)
+    planted.header.tokens = []
+    planted.header.step_tokens[1] = claimed
+    planted.steps = [step for step in planted.steps if step.step == 5 and step.layer == 0]
+    trace = read_trace(saved(tmp_path / "t.gguf", planted))
+    tracemalloc.start()
+    failures = verify(trace, isas=()).failures
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "step 5: position 25 is in neither tier" in failures
+    assert peak < 20_000_000
+
+
+# --- masks and positions --------------------------------------------------------------------------
+
+
+def with_mask(
+    recorded: recording.Recording, step: int, change: Callable[[np.ndarray], None]
+) -> recording.Recording:
+    """A copy with another mask in one step, of every layer, and outputs that fit it."""
+    planted = copy.deepcopy(recorded)
+    for one in planted.steps:
+        if one.step == step:
+            mask = one.tensors["mask"].copy()
+            change(mask)
+            one.tensors["mask"] = mask
+            one.tensors["kqv_out"] = compute(one.tensors)
+    return planted
+
+
+def put(value: float, *at: Any) -> Callable[[np.ndarray], None]:
+    return lambda mask: mask.__setitem__(at, value)
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "message"),
+    [
+        (
+            1,
+            put(0.0, 4, slice(9, 12)),
+            r"step 1 of layer 0: the mask contradicts the positions: query 4 \(position 4\) sees "
+            r"key 9 of K at position 9, which comes later",
+        ),
+        (1, put(0.0, slice(None)), r"query 0 \(position 0\) sees key 1 of K at position 1, which"),
+        (
+            1,
+            put(-np.inf, 7, 2),
+            r"query 7 \(position 7\) does not see key 2 of K at position 2, which it should",
+        ),
+        (4, put(-np.inf, 0, -1), r"query 0 \(position 23\) does not see key \d+ of K at"),
+    ],
+    ids=["later", "ignored", "hidden", "itself"],
+)
+def test_mask_that_contradicts_positions_fails(
+    step: int,
+    change: Callable[[np.ndarray], None],
+    message: str,
+    standard: recording.Recording,
+    tmp_path: Path,
+) -> None:
+    """Each step's arithmetic is right for its mask; the mask is not."""
+    path = saved(tmp_path / "t.gguf", with_mask(standard, step, change))
+    found = fails(path, message)
+    assert all(one["passed"] for one in found["steps"])
+    assert len(found["failures"]) == 3  # one of each layer
+
+
+def test_mask_of_cold_keys_is_held_against_positions(
+    mixed: recording.Recording, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "t.gguf", with_mask(mixed, 3, put(-np.inf, 0, 2)))
+    fails(path, r"query 0 \(position 22\) does not see key 2 of K_quant at position \d+, which")
+
+
+def test_mask_is_held_against_windows(tmp_path: Path) -> None:
+    """Layers 0 and 2 of the model see 8 keys before their own, layer 1 sees all."""
+    recorded = record("gemma2", steps=1)
+    windows = [recorded.header.layers[layer].window_left for layer in range(3)]
+    assert windows == [8, -1, 8]
+    good = verify(read_trace(saved(tmp_path / "t.gguf", recorded)))
+    assert (good.failures, good.remarks) == ([], [])
+    for layer, at, value, message in (
+        (0, (15, 6), 0.0, r"query 15 \(position 15\) sees key 6 of K at position 6, outside of"),
+        (2, (15, 7), -np.inf, r"query 15 \(position 15\) does not see key 7 of K"),
+        (1, (15, 0), -np.inf, r"query 15 \(position 15\) does not see key 0 of K"),
+    ):
+        planted = copy.deepcopy(recorded)
+        step = next(one for one in planted.steps if (one.layer, one.step) == (layer, 1))
+        assert step.tensors["mask"][at] != value
+        step.tensors["mask"][at] = value
+        result = verify(read_trace(saved(tmp_path / "t.gguf", planted)), layers=[layer])
+        assert re.search(message, result.failures[0])
+        # Without the window, a hidden key may be right, and so may one that is seen.
+        for one, info in list(planted.header.layers.items()):
+            planted.header.layers[one] = dataclasses.replace(info, window_left=None)
+        result = verify(read_trace(saved(tmp_path / "t.gguf", planted)), layers=[layer])
+        assert not result.failures
+        assert result.remarks[0].startswith("the layers' windows are not recorded")
+
+
+def test_long_masks_are_held_against_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts: the cell that is named is that of the whole."""
+    from mixedkv.trace import follow
+
+    monkeypatch.setattr(follow, "_MOST_CELLS", 64)
+    later = np.arange(40)[None, :] > np.arange(40)[:, None]
+    mask = np.where(later, -np.inf, 0).astype(np.float32)
+    header = {"n": 40, "kv": 40, "positions": {1: np.arange(40)}, "step_tokens": [40]}
+    path = small_trace(tmp_path / "t.gguf", mask=mask, window=-1, **header)
+    assert verify(read_trace(path)).passed
+    mask[33, 35] = 0
+    path = small_trace(tmp_path / "t.gguf", mask=mask, **header)
+    fails(path, r"query 33 \(position 33\) sees key 35 of K at position 35, which comes later")
+
+
+@pytest.mark.parametrize("tier", ["hot", "cold"])
+def test_padding_among_keys_is_legal_unless_seen(
+    tier: str, mixed: recording.Recording, tmp_path: Path
+) -> None:
+    """Cells of position -1 hold anything, also another thing in each step."""
+    planted = copy.deepcopy(mixed)
+    rng = np.random.default_rng(2)
+    places = planted.header.positions if tier == "hot" else planted.header.positions_quant
+    roles = ("k", "v") if tier == "hot" else ("k_quant", "v_quant")
+    cells = {}
+    for one in planted.steps:
+        cold = one.tensors["k_quant"].shape[1]
+        cells[one.step] = 1 if tier == "cold" else cold + 1
+        for role in roles:
+            rows = one.tensors[role]
+            odd = rng.standard_normal((2, 2, 32)).astype(np.float16)
+            odd = odd if tier == "hot" else ref.quantize_q4_0(odd)
+            one.tensors[role] = np.concatenate([rows[:, :1], odd, rows[:, 1:]], 1)
+        hidden = np.full((len(one.tensors["mask"]), 2), -np.inf, np.float16)
+        at = cells[one.step]
+        mask = one.tensors["mask"]
+        one.tensors["mask"] = np.concatenate([mask[:, :at], hidden, mask[:, at:]], 1)
+    for step, positions in places.items():
+        places[step] = np.concatenate([positions[:1], [-1, -1], positions[1:]])
+    result = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
+    assert result.passed, result.failures
+    assert (
+        result.rows_followed == verify(read_trace(saved(tmp_path / "a.gguf", mixed))).rows_followed
+    )
+    assert all(step.cost is not None for step in result.steps if step.step > 1)
+    seen = with_mask(planted, 3, lambda mask: mask.__setitem__((0, cells[3]), 0.0))
+    result = call("verify", "-i", saved(tmp_path / "t.gguf", seen))
+    assert result.exit_code == 2
+    name = "K" if tier == "hot" else "K_quant"
+    assert f"query 0 sees key 1 of {name}, which is padding (-1)" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_cold_rows_of_other_types_are_followed(
+    kind: Any, mixed: recording.Recording, tmp_path: Path
+) -> None:
+    """A cold tier in f16, say: its rows are those that were hot."""
+    planted = copy.deepcopy(mixed)
+    hot: dict[tuple[int, int], Tensors] = {}
+    for one in planted.steps:
+        for index, position in enumerate(planted.header.positions[one.step].tolist()):
+            rows = {role: one.tensors[role][:, index] for role in ("k", "v")}
+            hot.setdefault((one.layer, position), rows)
+        places = planted.header.positions_quant[one.step].tolist()
+        for role in ("k", "v"):
+            nothing = np.zeros((2, 32), np.float16)
+            rows = [
+                nothing if position < 0 else hot[one.layer, position][role] for position in places
+            ]
+            one.tensors[f"{role}_quant"] = np.stack(rows, 1).astype(kind)
+        q, k, v, mask = whole(
+            {
+                role: rows
+                for role, rows in {
+                    **one.tensors,
+                    "k": np.concatenate([one.tensors["k_quant"], one.tensors["k"]], 1),
+                    "v": np.concatenate([one.tensors["v_quant"], one.tensors["v"]], 1),
+                }.items()
+                if not role.endswith("_quant")
+            }
+        )
+        out = np.asarray(mkv.attention(q, k, v, sm_scale=32**-0.5, mask=mask))
+        one.tensors["kqv_out"] = np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(len(mask), -1)
+    good = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
+    assert good.passed, good.failures
+    assert not any(step.quantised for step in good.steps)
+    last = planted.steps[-1].tensors
+    last["v_quant"][1, 3, 7] += 0.001 * np.abs(last["v_quant"]).max()
+    bad = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
+    assert all(step.passed for step in bad.steps if step.step < 5)
+    name = np.dtype(kind).name
+    assert f"(V) are not the {name} of what they were while hot" in bad.failures[0]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kv", "wrong"), [(4096, 1, 60_000, False), (1024, 2, 16_000, True)]
+)
+def test_many_heads_over_few_kv_heads_take_no_memory(
+    heads: int, kv_heads: int, kv: int, wrong: bool, tmp_path: Path
+) -> None:
+    """Keys are not repeated for the heads that read them: that would be 30 GB, and 2 GB."""
+    script = f"""
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+import mixedkv as mkv
+from mixedkv.trace import LayerInfo, RecordedStep, TraceHeader, read_trace, write_trace
+from mixedkv.trace.verify import verify
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+rng = np.random.default_rng(0)
+heads, kv_heads, kv = {heads}, {kv_heads}, {kv}
+q = rng.standard_normal((heads, 1, 32), dtype=np.float32)
+k, v = (rng.standard_normal((kv_heads, kv, 32), dtype=np.float32) for _ in "kv")
+out = np.asarray(mkv.attention(q, k, v, sm_scale=0.2)).transpose(1, 0, 2).reshape(1, -1)
+if {wrong}:
+    out = out[:, ::-1]
+tensors = {{"q": q, "k": k, "v": v, "mask": np.zeros((1, kv), np.float16)}}
+tensors["kqv_out"] = np.ascontiguousarray(out)
+info = LayerInfo(heads, kv_heads, 32, 32, 0.2)
+header = TraceHeader("test", "1", "none", "standard", layers={{0: info}})
+path = Path(sys.argv[1])
+write_trace(path, header, [RecordedStep(0, 1, tensors)])
+torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 4, 4)] * 3)
+before = peak()
+result = verify(read_trace(path), isas=[mkv.isa.active()], entropy={wrong})
+print(result.passed, peak() - before)
+"""
+    folder = str(Path(mkv.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "t.gguf")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": folder},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    passed, megabytes = done.stdout.split()
+    assert passed == str(not wrong)
+    assert float(megabytes) < 700
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt_oss"])
+def test_torch_in_pieces_is_the_same(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the pieces: of kv heads, of query heads, of queries."""
+    from mixedkv.trace import arithmetic
+
+    trace = read_trace(saved(tmp_path / "t.gguf", record(model, mixed=True, steps=2)))
+    problems = [problem_of(step.load(), step.info) for step in trace.steps]
+    wanted = [attend_torch(problem, torch.float64) for problem in problems]
+    for most in (1, 40, 700, 1000, 2000):
+        monkeypatch.setattr(arithmetic, "_MOST_LOGITS", most)
+        for problem, want in zip(problems, wanted, strict=True):
+            np.testing.assert_allclose(
+                attend_torch(problem, torch.float64), want, rtol=0, atol=1e-13
+            )
+            parts = list(arithmetic.probabilities(problem))
+            rows = sum(part.shape[0] * part.shape[1] for part in parts)
+            assert rows == problem.q.shape[0] * problem.q.shape[1]
+            assert max(part.size for part in parts) <= max(most, problem.k.shape[1])
 
 
 # --- tolerances, two traces, pictures -------------------------------------------------------------
@@ -393,6 +942,28 @@ def test_reference_that_lacks_steps_fails(standard: recording.Recording, tmp_pat
         assert found["by_itself"]
         assert not found["passed"]
         assert any(words in one for one in found["reference"]["failures"])
+
+
+def test_reference_is_compared_in_the_layers_asked_for(
+    standard: recording.Recording, tmp_path: Path
+) -> None:
+    whole, part = tmp_path / "whole.gguf", tmp_path / "part.gguf"
+    write_trace(whole, standard.header, standard.steps)
+    other = plant(standard, one_element)
+    kept = [one for one in standard.steps if one.layer == 1]
+    write_trace(part, standard.header, kept + [one for one in other.steps if one.layer == 2])
+    for a, b in ((whole, part), (part, whole)):
+        found = json.loads(
+            call("verify", "-i", a, "--reference", b, "--layer", "1", "--json").stdout
+        )
+        assert found["passed"]
+        assert {one["layer"] for one in found["reference"]["steps"]} == {1}
+        result = call("verify", "-i", a, "--reference", b, "--layer", "1,2", "--json")
+        assert result.exit_code == 1
+    assert call("verify", "-i", whole, "--reference", part).exit_code == 1
+    lacks = call("verify", "-i", whole, "--reference", part, "--layer", "0")
+    assert lacks.exit_code == 2
+    assert "share no step" in lacks.stderr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

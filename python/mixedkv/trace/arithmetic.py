@@ -8,10 +8,11 @@ a soft cap and learned sinks, which it does not know, take PyTorch's softmax and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,7 @@ from .format import LayerInfo, StepData
 from .layout import as_float32, watched
 
 _MOST_LOGITS = 1 << 24
-"""Logits held at a time: heads are taken in turns where a step has more."""
-
-_MOST_EXPANDED = 1 << 27
-"""Values of one kv head's keys, repeated for its query heads, that a step may come to."""
+"""Logits held at a time: heads, and queries, are taken in turns where a step has more."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,19 @@ def problem_of(data: StepData, info: LayerInfo) -> Problem:
     )
 
 
+def sees_quantised(data: StepData) -> bool:
+    """Whether some query sees a Q4_0 key or value."""
+    for k, v, mask in (
+        (data.k, data.v, data.mask),
+        (data.k_quant, data.v_quant, data.mask_quant),
+    ):
+        if k is None or v is None or mask is None:
+            continue
+        if np.uint8 in (k.dtype, v.dtype) and not np.isneginf(mask).all():
+            return True
+    return False
+
+
 def attend_torch(problem: Problem, dtype: Any) -> NDArray[np.float64]:
     """Compute the output [n, Hq, Dv] with PyTorch in `dtype` (torch.float32 or float64).
 
@@ -81,58 +92,100 @@ def attend_torch(problem: Problem, dtype: Any) -> NDArray[np.float64]:
     """
     info = problem.info
     heads, n, _ = problem.q.shape
-    ratio = heads // problem.k.shape[0]
     out = np.empty((heads, n, problem.v.shape[2]), np.float64)
-    mask = torch.tensor(problem.mask, dtype=dtype)
-    blind = torch.isneginf(mask).all(1)
-    together = max(1, _MOST_LOGITS // max(1, mask.numel() * ratio))
-    expanded = ratio * problem.k.shape[1] * max(problem.k.shape[2], problem.v.shape[2])
-    if expanded > _MOST_EXPANDED:
-        raise ValueError(
-            f"keys of {problem.k.shape[1]} tokens for {ratio} query heads each are too many to "
-            "recompute"
-        )
-    for first in range(0, problem.k.shape[0], together):
-        kv = slice(first, first + together)
-        qo = slice(first * ratio, (first + together) * ratio)
-        q = torch.tensor(problem.q[qo], dtype=dtype)
-        # Query head h reads kv head h // ratio.
-        k = torch.tensor(problem.k[kv], dtype=dtype).repeat_interleave(ratio, 0)
-        v = torch.tensor(problem.v[kv], dtype=dtype).repeat_interleave(ratio, 0)
+    of_group = _by_kv_head(out, problem)
+    for piece in _pieces(problem):
+        q, k, mask = _folded(problem, piece, dtype)
+        v = torch.tensor(problem.v[piece.kv_heads], dtype=dtype)
         if info.logits_soft_cap or info.sinks is not None:
-            probability = _softmax(q, k, mask, info, qo)
-            part = probability @ v
+            part = _softmax(q, k, mask, problem, piece) @ v
         else:
             part = torch.nn.functional.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=mask, scale=info.sm_scale
             )[0]
-        part[:, blind] = 0
-        out[qo] = part.double().numpy()
+        part[:, torch.isneginf(mask).all(1)] = 0
+        place = of_group[piece.kv_heads, piece.group, piece.queries]
+        place[...] = part.double().numpy().reshape(place.shape)
     result = watched("PyTorch's [head, query, dim]", out).transpose(1, 0, 2)
     return watched("PyTorch's [query, head, dim]", result)
 
 
+def magnitude(problem: Problem) -> NDArray[np.float64]:
+    """Give what the output would be if nothing cancelled: the weighted sum of |v| [n, Hq, Dv].
+
+    Rounding errors of an output are in proportion to it, however small the output itself is.
+    """
+    return attend_torch(dataclasses.replace(problem, v=np.abs(problem.v)), torch.float32)
+
+
 def probabilities(problem: Problem) -> Iterator[NDArray[np.float32]]:
-    """Give the softmax weights, kv head by kv head: [Hq // Hkv, n, kv] float32 each."""
-    ratio = problem.q.shape[0] // problem.k.shape[0]
-    mask = torch.tensor(problem.mask)
-    for head in range(problem.k.shape[0]):
-        qo = slice(head * ratio, (head + 1) * ratio)
-        k = torch.tensor(problem.k[head : head + 1]).repeat_interleave(ratio, 0)
-        weights = _softmax(torch.tensor(problem.q[qo]), k, mask, problem.info, qo)
-        yield weights.nan_to_num(0.0).numpy()
+    """Give the softmax weights, some rows of a kv head or more at a time: [heads, rows, kv]."""
+    for piece in _pieces(problem):
+        q, k, mask = _folded(problem, piece, torch.float32)
+        yield _softmax(q, k, mask, problem, piece).nan_to_num(0.0).numpy()
 
 
-def _softmax(q: Any, k: Any, mask: Any, info: LayerInfo, heads: slice) -> Any:
+class _Piece(NamedTuple):
+    """A part of a problem: of some kv heads, some of the query heads of each, and their queries."""
+
+    kv_heads: slice
+    group: slice
+    queries: slice
+
+
+def _pieces(problem: Problem) -> Iterator[_Piece]:
+    """Cut a problem so that no piece has more logits than are held at a time."""
+    heads, n, _ = problem.q.shape
+    kv_heads, kv, _ = problem.k.shape
+    ratio = heads // kv_heads
+    queries = min(n, max(1, _MOST_LOGITS // kv))
+    group = min(ratio, max(1, _MOST_LOGITS // (kv * queries)))
+    together = (
+        max(1, _MOST_LOGITS // (kv * queries * group)) if (queries, group) == (n, ratio) else 1
+    )
+    for head in range(0, kv_heads, together):
+        for member in range(0, ratio, group):
+            for query in range(0, n, queries):
+                yield _Piece(
+                    slice(head, min(head + together, kv_heads)),
+                    slice(member, min(member + group, ratio)),
+                    slice(query, min(query + queries, n)),
+                )
+
+
+def _by_kv_head(rows: NDArray[Any], problem: Problem) -> NDArray[Any]:
+    """View [Hq, ...] as [Hkv, Hq // Hkv, ...]: query head h reads kv head h // (Hq // Hkv)."""
+    kv_heads = problem.k.shape[0]
+    return rows.reshape(kv_heads, rows.shape[0] // kv_heads, *rows.shape[1:])
+
+
+def _folded(problem: Problem, piece: _Piece, dtype: Any) -> tuple[Any, Any, Any]:
+    """Give q [kv heads, rows, D], k [kv heads, kv, D] and the mask [rows, kv].
+
+    The query heads that read a kv head are rows of one: its keys are not repeated for them.
+    """
+    q = _by_kv_head(problem.q, problem)[piece.kv_heads, piece.group, piece.queries]
+    kv_heads, group, queries, width = q.shape
+    mask = torch.tensor(problem.mask[piece.queries], dtype=dtype)
+    return (
+        torch.tensor(q, dtype=dtype).reshape(kv_heads, group * queries, width),
+        torch.tensor(problem.k[piece.kv_heads], dtype=dtype),
+        mask.expand(group, *mask.shape).reshape(group * queries, -1),
+    )
+
+
+def _softmax(q: Any, k: Any, mask: Any, problem: Problem, piece: _Piece) -> Any:
+    info = problem.info
     logits = q @ k.transpose(1, 2) * info.sm_scale
     if info.logits_soft_cap:
         logits = info.logits_soft_cap * torch.tanh(logits / info.logits_soft_cap)
     logits = logits + mask
     if info.sinks is None:
         return torch.softmax(logits, -1)
-    sinks = torch.tensor(info.sinks[heads], dtype=q.dtype)[:, None, None]
-    logits = torch.cat([logits, sinks.expand(-1, logits.shape[1], 1)], -1)
-    return torch.softmax(logits, -1)[..., :-1]
+    sinks = _by_kv_head(np.array(info.sinks), problem)[piece.kv_heads, piece.group]
+    queries = logits.shape[1] // sinks.shape[1]
+    column = torch.tensor(sinks, dtype=q.dtype).repeat_interleave(queries, 1)[..., None]
+    return torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1]
 
 
 def attend_mixedkv(data: StepData, info: LayerInfo) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,6 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 
-from .arithmetic import Problem, attend_torch
-from .format import LayerInfo
 from .layout import as_float32, watched
 from .metrics import Difference, difference
 
@@ -33,6 +32,18 @@ FLOAT_RELATIVE = 1e-5
 Q4_0_RELATIVE = 1e-3
 """Segmented against whole is held to 1e-5 of each element, either against PyTorch to 1e-5 of the
 norm; where Q4_0 takes part, to 1e-3 of the norm."""
+
+MOST_LOGITS = 1 << 28
+"""Query heads times queries times keys: seconds of work for each of the three ways."""
+MOST_BYTES = 1 << 30
+"""Memory that a comparison may take, all arrays of the three ways together."""
+_BLOCK_LOGITS = 1 << 22
+"""Logits that PyTorch holds at a time."""
+_KEY_BYTES = 20
+_QUERY_BYTES = 64
+_BLOCK_BYTES = 1 << 26
+"""At most for a value of the keys and values (as stored, in float32 for PyTorch, and while they are
+made), for a value of the queries (three outputs, states, differences in float64), for blocks."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,9 @@ class Settings:
                 f"{self.num_kv_heads}"
             )
         if self.segments > self.kv_len:
-            raise ValueError(f"{self.segments} segments of {self.kv_len} keys: some would be empty")
+            raise ValueError(
+                f"segments {self.segments} is more than kv_len {self.kv_len}: some would be empty"
+            )
         if self.causal and self.qo_len > self.kv_len:
             raise ValueError(
                 f"qo_len {self.qo_len} is more than kv_len {self.kv_len}: with a causal mask some "
@@ -84,11 +97,39 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(KV_TYPES)}, got {value!r}")
             if value == "q4_0" and self.head_dim % 32:
                 raise ValueError(f"{name} q4_0 wants a head_dim of a multiple of 32")
+        for name in ("tolerance_abs", "tolerance_rel"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
         logits = self.num_qo_heads * self.qo_len * self.kv_len
-        rows = self.num_kv_heads * self.kv_len * self.head_dim
-        queries = self.num_qo_heads * self.qo_len * self.head_dim
-        if max(logits, rows, queries) > 1 << 28:
-            raise ValueError("these shapes are too large to compare")
+        if logits > MOST_LOGITS:
+            raise ValueError(
+                f"num_qo_heads {self.num_qo_heads} times qo_len {self.qo_len} times kv_len "
+                f"{self.kv_len} are {logits:,} logits, more than {MOST_LOGITS:,}"
+            )
+        if self.bytes_needed > MOST_BYTES:
+            heads, length = self.num_kv_heads, self.kv_len
+            names = "num_kv_heads", "kv_len"
+            if self._key_bytes < self._query_bytes:
+                heads, length = self.num_qo_heads, self.qo_len
+                names = "num_qo_heads", "qo_len"
+            raise ValueError(
+                f"{names[0]} {heads} times {names[1]} {length} times head_dim {self.head_dim} take "
+                f"{self.bytes_needed / 2**30:.1f} GiB, more than {MOST_BYTES / 2**30:.0f} GiB"
+            )
+
+    @property
+    def bytes_needed(self) -> int:
+        """An upper bound of the memory that comparing takes."""
+        return self._key_bytes + self._query_bytes + _BLOCK_BYTES
+
+    @property
+    def _key_bytes(self) -> int:
+        return _KEY_BYTES * self.num_kv_heads * self.kv_len * self.head_dim
+
+    @property
+    def _query_bytes(self) -> int:
+        return _QUERY_BYTES * self.num_qo_heads * self.qo_len * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -181,21 +222,10 @@ def compare(settings: Settings) -> Comparison:
         )
     segmented = state.finalize()
 
-    seen = np.arange(settings.kv_len)[None] <= q_start + np.arange(settings.qo_len)[:, None]
-    hidden = np.where(seen | (not settings.causal), np.float32(0), np.float32(-np.inf))
-    info = LayerInfo(
-        settings.num_qo_heads,
-        settings.num_kv_heads,
-        settings.head_dim,
-        settings.head_dim,
-        settings.head_dim**-0.5,
-    )
-    problem = Problem(q, as_float32(k), as_float32(v), hidden, 0, info)
-    by_torch = np.ascontiguousarray(attend_torch(problem, torch.float32).transpose(1, 0, 2))
     outputs = {
         "whole": watched("whole", np.asarray(whole)),
         "segmented": watched("segmented", np.asarray(segmented)),
-        "torch": watched("torch", by_torch.astype(np.float32)),
+        "torch": watched("torch", attend_torch(settings, q, k, v)),
     }
     return Comparison(
         settings,
@@ -204,6 +234,36 @@ def compare(settings: Settings) -> Comparison:
         (float(state.M.min()), float(state.M.max())),
         (float(state.S.min()), float(state.S.max())),
     )
+
+
+def attend_torch(
+    settings: Settings, q: NDArray[np.float32], k: NDArray[Any], v: NDArray[Any]
+) -> NDArray[np.float32]:
+    """Compute the output [Hq, n, D] with PyTorch's own op.
+
+    Query heads that share a kv head are rows of one head here: keys are not repeated. Rows and
+    heads are taken in turns where there are many.
+    """
+    heads, kv_len, head_dim = settings.num_kv_heads, settings.kv_len, settings.head_dim
+    rows = settings.num_qo_heads // heads * settings.qo_len
+    # Query head h reads kv head h // (Hq // Hkv), and row r of a kv head is query r % n.
+    folded = torch.from_numpy(q.reshape(heads, rows, head_dim))
+    keys, values = torch.from_numpy(as_float32(k)), torch.from_numpy(as_float32(v))
+    last_seen = settings.kv_len - settings.qo_len + torch.arange(rows) % settings.qo_len
+    positions = torch.arange(kv_len)
+    out = np.empty((heads, rows, head_dim), np.float32)
+    rows_together = min(rows, max(1, _BLOCK_LOGITS // kv_len))
+    heads_together = max(1, _BLOCK_LOGITS // (rows_together * kv_len))
+    for head, row in itertools.product(
+        range(0, heads, heads_together), range(0, rows, rows_together)
+    ):
+        some, part = slice(head, head + heads_together), slice(row, row + rows_together)
+        mask = positions <= last_seen[part, None] if settings.causal else None
+        found = torch.nn.functional.scaled_dot_product_attention(
+            folded[None, some, part], keys[None, some], values[None, some], attn_mask=mask
+        )
+        out[some, part] = found[0].numpy()
+    return out.reshape(settings.num_qo_heads, settings.qo_len, head_dim)
 
 
 def _stored(rows: NDArray[np.float32], kind: str) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from .metrics import difference
 
 _MOST_F16_ERROR = 2e-2
 """Relative errors above are more than rounding in f16."""
+_MOST_F16_LOGITS = 1 << 24
+"""Logits that are held at once to see what an f16 accumulator makes of them."""
 _MOST_ROLLED = 4096
-"""Keys up to which every rotation of the hot part is tried."""
+_MOST_ROLLED_LOGITS = 1 << 30
+"""Keys, and logits of a query, up to which every rotation of the hot part is tried."""
 
 
 def diagnose(
@@ -50,11 +54,10 @@ def diagnose(
     for words, read in _readings(out):
         if difference(read, want).relative <= enough:
             hints.append(words)
-    for words, changed in _mistakes(problem):
-        try:
-            made = attend_torch(changed, torch.float32)
-        except (RuntimeError, ValueError):
-            continue
+    for words, changed, order in _mistakes(problem):
+        made = attend_torch(changed, torch.float32)
+        if order is not None:
+            made = made[:, np.argsort(order)]
         if difference(out, made).relative <= enough:
             hints.append(words)
     if not hints:
@@ -84,7 +87,18 @@ def _readings(out: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float3
         )
 
 
-def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
+class _Mistake(NamedTuple):
+    """What was done wrong, and the problem that gives the same when done right.
+
+    `order` are the query heads in the order in which that problem has them; None: as they are.
+    """
+
+    words: str
+    problem: Problem
+    order: NDArray[np.intp] | None = None
+
+
+def _mistakes(problem: Problem) -> Iterator[_Mistake]:
     """Right data, wrong use of it (or wrong data, read so that it would be right)."""
     replace = dataclasses.replace
     q, k, v, mask, info = problem.q, problem.k, problem.v, problem.mask, problem.info
@@ -95,12 +109,13 @@ def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
 
     if ratio > 1 and kv_heads > 1:
         # Query head h reading kv head h % Hkv is the right thing on heads in another order.
-        tiled = np.arange(heads) % kv_heads
-        everyone = replace(info, num_kv_heads=heads)
-        yield (
+        order = np.argsort(np.arange(heads) % kv_heads, kind="stable")
+        sinks = None if info.sinks is None else tuple(info.sinks[head] for head in order)
+        yield _Mistake(
             "GQA is tiled: query head h read kv head h % num_kv_heads; h // (num_qo_heads / "
             "num_kv_heads) is wanted (repeat_interleave, not tile)",
-            replace(problem, k=k[tiled], v=v[tiled], info=everyone),
+            replace(problem, q=q[order], info=replace(info, sinks=sinks)),
+            order,
         )
 
     for letter in ("K", "V", "K and V"):
@@ -122,31 +137,31 @@ def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
                     changed_v[:, part] = turn(v[:, part])
                 if np.array_equal(changed_k, k) and np.array_equal(changed_v, v):
                     continue
-                yield (
+                yield _Mistake(
                     f"wrong strides: {where}{letter} fits the output {fits} (the strides of a "
                     "view were dropped between the cache and the trace, or in the op)",
                     replace(problem, k=changed_k, v=changed_v),
                 )
     if n > 1 and heads > 1:
-        yield (
+        yield _Mistake(
             "wrong strides: Q was taken as [query][head][dim] in memory, [head][query][dim] is "
             "wanted",
             replace(problem, q=np.ascontiguousarray(q).reshape(n, heads, -1).transpose(1, 0, 2)),
         )
 
     if np.isneginf(mask).any():
-        yield (
+        yield _Mistake(
             "the mask was ignored: every query saw every key",
             replace(problem, mask=np.zeros_like(mask)),
         )
         for by, words in ((1, "late"), (-1, "early")):
             shifted = np.roll(mask, by, 1)
             shifted[:, 0 if by > 0 else -1] = 0.0 if by > 0 else -np.inf
-            yield (f"the mask is one key too {words}", replace(problem, mask=shifted))
+            yield _Mistake(f"the mask is one key too {words}", replace(problem, mask=shifted))
     if 0 < cold < kv:
         swapped = np.concatenate([mask[:, kv - cold :], mask[:, : kv - cold]], 1)
         if not np.array_equal(swapped, mask):
-            yield (
+            yield _Mistake(
                 "the mask's parts are exchanged: it was taken as hot then cold, cold then hot is "
                 "wanted",
                 replace(problem, mask=swapped),
@@ -154,8 +169,8 @@ def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
         for words, part in (("cold", slice(0, cold)), ("hot", slice(cold, None))):
             blind = np.array(mask)
             blind[:, part] = -np.inf
-            yield (f"the {words} part was not attended", replace(problem, mask=blind))
-        yield (
+            yield _Mistake(f"the {words} part was not attended", replace(problem, mask=blind))
+        yield _Mistake(
             "the accumulator was reset between the tiers, or the tiers' results were averaged "
             "without their weights (the cold part counted as if it were alone)",
             replace(problem, mask=np.where(np.arange(kv) < cold, mask, -np.inf)),
@@ -169,17 +184,19 @@ def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
         ("applied twice", info.sm_scale**2),
     ):
         if not math.isclose(scale, info.sm_scale, rel_tol=1e-6):
-            yield (
+            yield _Mistake(
                 f"the scale of the logits is wrong: {words}; {info.sm_scale:.6g} is wanted",
                 replace(problem, info=replace(info, sm_scale=scale)),
             )
     if info.logits_soft_cap:
-        yield (
+        yield _Mistake(
             "the soft cap of the logits was left out",
             replace(problem, info=replace(info, logits_soft_cap=0.0)),
         )
     if info.sinks is not None:
-        yield ("the learned sinks were left out", replace(problem, info=replace(info, sinks=None)))
+        yield _Mistake(
+            "the learned sinks were left out", replace(problem, info=replace(info, sinks=None))
+        )
     if cold:
         for letter in ("K", "V", "K and V"):
             changed_k, changed_v = np.array(k), np.array(v)
@@ -187,7 +204,7 @@ def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
                 changed_k[:, :cold] = _paired_nibbles(k[:, :cold])
             if "V" in letter:
                 changed_v[:, :cold] = _paired_nibbles(v[:, :cold])
-            yield (
+            yield _Mistake(
                 f"the nibbles of {letter} in the cold part are in the wrong order: byte j of a "
                 "block holds values j and j + 16, not 2j and 2j + 1",
                 replace(problem, k=changed_k, v=changed_v),
@@ -221,7 +238,7 @@ def _rotations(problem: Problem, out: NDArray[np.float32], enough: float) -> Ite
     cold = problem.cold
     kv = problem.k.shape[1]
     hot = kv - cold
-    if not 1 < hot <= _MOST_ROLLED:
+    if not 1 < hot <= _MOST_ROLLED or hot * problem.q.shape[0] * kv > _MOST_ROLLED_LOGITS:
         return
     # Few queries settle it: the last, and, where the mask hides something, some others.
     n = problem.q.shape[1]
@@ -255,6 +272,8 @@ def _rounding(problem: Problem, out: NDArray[np.float32], error: float) -> Itera
     picked = sorted({problem.q.shape[1] - 1, problem.q.shape[1] // 2})
     small = dataclasses.replace(problem, q=problem.q[:, picked], mask=problem.mask[picked])
     plain = difference(out[picked], attend_torch(small, torch.float32)).relative
+    if small.q.shape[0] * len(picked) * small.k.shape[1] > _MOST_F16_LOGITS:
+        return
     made = _attend_f16(small)
     if difference(out[picked], made).relative <= plain / 4:
         yield (
@@ -268,22 +287,25 @@ def _attend_f16(problem: Problem) -> NDArray[np.float32]:
 
     The query is rounded to f16, logits and their sum are float32, the accumulator is f16.
     """
-    ratio = problem.q.shape[0] // problem.k.shape[0]
-    q = problem.q.astype(np.float16).astype(np.float32)
-    k, v = problem.k.repeat(ratio, 0), problem.v.repeat(ratio, 0)
-    logits = q @ k.swapaxes(1, 2) * np.float32(problem.info.sm_scale) + problem.mask
+    heads, n, width = problem.q.shape
+    kv_heads, kv, _ = problem.k.shape
+    k, v = problem.k, problem.v
+    q = problem.q.astype(np.float16).astype(np.float32).reshape(kv_heads, -1, width)
+    logits = (q @ k.swapaxes(1, 2)).reshape(heads, n, kv)
+    logits = logits * np.float32(problem.info.sm_scale) + problem.mask
     largest = np.full(logits.shape[:2], -np.inf, np.float32)
     total = np.zeros(logits.shape[:2], np.float32)
     sums = np.zeros((*logits.shape[:2], v.shape[2]), np.float16)
     with np.errstate(invalid="ignore", over="ignore"):
-        for key in range(k.shape[1]):
+        for key in range(kv):
             x = logits[..., key]
             seen = ~np.isneginf(x)
             new = np.maximum(largest, x)
             shrink = np.where(seen & (new > largest), np.exp(largest - new), 1).astype(np.float32)
             weight = np.where(seen, np.exp(x - new), 0).astype(np.float32)
             sums = (sums.astype(np.float32) * shrink[..., None]).astype(np.float16)
-            added = sums.astype(np.float32) + v[:, None, key] * weight[..., None]
+            value = v[:, key].repeat(heads // kv_heads, 0)
+            added = sums.astype(np.float32) + value[:, None] * weight[..., None]
             sums = added.astype(np.float16)
             total = total * shrink + weight
             largest = new
@@ -305,7 +327,8 @@ def _where(
     lines = ["no known mistake explains it"]
     for what, axis, count in (("heads", 0, heads), ("queries", 1, n)):
         hit = np.flatnonzero(wrong.any(axis))
-        lines[0] += f"; {_ranges(hit)} of the {count} {what} are off"
+        which = f"all {what}" if len(hit) == count else f"{what} {_ranges(hit)} of 0-{count - 1}"
+        lines[0] += f"; {which} are off"
     hidden = np.isneginf(problem.mask)
     sees_all = ~hidden[:, ~hidden.all(0)].any(1)  # every key that anyone sees
     if sees_all.any() and not sees_all.all():

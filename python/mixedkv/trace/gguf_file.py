@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_NAME = 1024
 """Bytes of a key or of a tensor's name; real ones have some dozens."""
 MAX_DIMS = 4
 _MAX_ALIGNMENT = 1 << 20
+_MEMORY_ALIGNMENT = 4
+"""Bytes that suit every type: 4 for float32, 2 for float16 and a Q4_0 block's scale."""
 _MAX_STRING = 1 << 24
 _MAX_STRINGS = 1 << 22
 _MAX_TENSORS = 1 << 20
@@ -68,7 +71,10 @@ class FileTensor:
         return TYPE_NAMES.get(self.type, f"ggml type {self.type}")
 
     def load(self) -> NDArray[Any]:
-        """Map it: float32 or float16 [shape], or Q4_0 rows (uint8, last axis n // 32 * 18)."""
+        """Map it: float32 or float16 [shape], or Q4_0 rows (uint8, last axis n // 32 * 18).
+
+        Copied where it lies at an address that is odd for its type.
+        """
         if self.type == Q4_0:
             shape = (*self.shape[:-1], self.shape[-1] // _BLOCK_VALUES * _BLOCK_BYTES)
             dtype: np.dtype[Any] = np.dtype(np.uint8)
@@ -80,7 +86,11 @@ class FileTensor:
                 f"{self.path.name}: {self.name!r} has {self.type_name}; a trace holds "
                 f"{', '.join(TYPE_NAMES.values())}"
             )
-        return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=shape)
+        if self.offset % _MEMORY_ALIGNMENT == 0:
+            return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=shape)
+        # The file's alignment is less than that of its types: a map of it would be, too.
+        count = math.prod(shape)
+        return np.fromfile(self.path, dtype, count, offset=self.offset).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class _Header:
             raise self.refuse("is not a GGUF file (it does not begin with GGUF)")
         version = self.number("I", "the version")
         if version not in (2, 3):
-            if version & 0xFFFF == 0:
+            if version and version & 0xFFFF == 0:
                 raise self.refuse("is a big-endian GGUF file, which is not supported")
             raise self.refuse(f"is GGUF of version {version}; 2 and 3 are known")
         # The least that an entry takes says how many there can be.
@@ -137,10 +147,13 @@ class _Header:
         alignment = metadata.get("general.alignment", 32)
         if (
             not isinstance(alignment, int)
+            or isinstance(alignment, bool)
             or not 0 < alignment <= _MAX_ALIGNMENT
             or alignment & (alignment - 1)
         ):
-            raise self.refuse(f"has an alignment of {alignment!r}, which is no power of two")
+            raise self.refuse(
+                f"has an alignment of {reprlib.repr(alignment)}, which is no power of two"
+            )
         infos = [self.tensor_info() for _ in range(num_tensors)]
         data = -(-self.at // alignment) * alignment
         names: set[str] = set()

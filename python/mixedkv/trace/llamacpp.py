@@ -25,6 +25,14 @@ from .gguf_file import F16, F32, Q4_0
 from .layout import watched
 from .record import Listener, Recording, Settings
 
+ROUNDING = {"f16": 5e-3, "q4_0": 3e-2}
+"""Relative error (norm over norm, a step) of llama.cpp's own attention against exact arithmetic,
+by the cache's type: what it may come to in a sound trace of some hundred keys. It adds up f16
+values in f16, which rounds the sum by up to 2^-11 at every key, so that the error grows with the
+root of their number; for Q4_0 keys it rounds the query to 8 bits a value, and that goes into
+exponents. `verify` fails both by default; with a tolerance of this size it still tells permuted
+outputs and exchanged heads, which are off by about as much as the output itself."""
+
 _TYPES = {"f32": F32, "f16": F16, "q4_0": Q4_0}
 _NODE = b"FLASH_ATTN_EXT"
 _MAX_SOURCES = 10

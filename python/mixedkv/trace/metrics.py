@@ -48,6 +48,8 @@ class Difference:
     @property
     def grade(self) -> str:
         """The relative error in a word; tolerances, not grades, decide verdicts."""
+        if self.scale == 0 and self.max == 0:
+            return "all zero"  # agrees, and says nothing of the arithmetic
         for bound, grade in _GRADES:
             if self.relative <= bound:
                 return grade
@@ -90,3 +92,55 @@ def difference(got: NDArray[Any], want: NDArray[Any]) -> Difference:
         scale=float(np.abs(b).max()),
         elements=a.size,
     )
+
+
+LEAST_SHARE = 0.1
+"""Of what a row would be if nothing cancelled: errors are held against no less than that."""
+
+
+@dataclass(frozen=True)
+class RowErrors:
+    """Where an output is worst. A row is one head of one query.
+
+    An error is relative: norm of the difference over the norm of what is wanted, or over
+    `LEAST_SHARE` of what it would be if nothing cancelled, where that is more.
+
+    Attributes
+    ----------
+    head, head_relative
+        The head with the largest error over all its queries.
+    row_query, row_head, row_relative
+        The row with the largest error.
+    """
+
+    head: int
+    head_relative: float
+    row_query: int
+    row_head: int
+    row_relative: float
+
+
+def row_errors(
+    got: NDArray[Any], want: NDArray[Any], magnitude: NDArray[Any] | None = None
+) -> RowErrors:
+    """Compare outputs [n, Hq, Dv] head by head and row by row.
+
+    Parameters
+    ----------
+    magnitude
+        The same weights over absolute values [n, Hq, Dv]; None: nothing is taken to cancel.
+    """
+    a, b = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        d = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, a - b)
+        error = np.linalg.norm(np.nan_to_num(d, nan=np.inf), axis=2)
+        size = np.linalg.norm(np.where(np.isfinite(b), b, 0.0), axis=2)
+        if magnitude is not None:
+            whole = np.linalg.norm(np.where(np.isfinite(magnitude), magnitude, 0.0), axis=2)
+            size = np.maximum(size, LEAST_SHARE * whole)
+        rows = np.where(error > 0, error / size, 0.0)
+        of_heads, size_of_heads = np.linalg.norm(error, axis=0), np.linalg.norm(size, axis=0)
+        heads = np.where(of_heads > 0, of_heads / size_of_heads, 0.0)
+    head = int(heads.argmax())
+    query, row_head = (int(index) for index in np.unravel_index(rows.argmax(), rows.shape))
+    return RowErrors(head, float(heads[head]), query, row_head, float(rows[query, row_head]))

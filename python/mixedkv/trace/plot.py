@@ -14,16 +14,31 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
+from mixedkv._commands import printable
+
 from .verify import Verification
 
 _HOT, _COLD, _INK, _FAINT = "#d1495b", "#2e6f95", "#2b2d33", "#8a8f99"
 _LEAST_ERROR = 1e-9
+_MOST_TITLE = 90
 
 
-def plot_verification(result: Verification, path: Path) -> None:
+def plot_verification(result: Verification, path: Path, *, passed: bool) -> None:
     """Draw error by step and layer, and how attention spreads over the tiers, into a file.
 
-    The result must come with entropies (``verify(..., entropy=True)``).
+    Parameters
+    ----------
+    result
+        With entropies (``verify(..., entropy=True)``).
+    path
+        Ends in what matplotlib writes: .png, .svg, .pdf.
+    passed
+        The verdict that stands in the title: of all that was asked, a reference included.
+
+    Raises
+    ------
+    OSError
+        The file can't be written.
     """
     layers = sorted({step.layer for step in result.steps})
     steps = sorted({step.step for step in result.steps})
@@ -93,12 +108,16 @@ def plot_verification(result: Verification, path: Path) -> None:
         entropy_axes.legend(frameon=False, loc="upper right")
         header = result.trace.header
         title = f"{header.model}, {header.cache} cache" if header else result.trace.path.name
+        # A model or a file may have any name: it is drawn as it is, and not read as a formula.
         figure.suptitle(
-            f"{title}: {'PASS' if result.passed else 'FAIL'}",
+            f"{printable(title, _MOST_TITLE)}: {'PASS' if passed else 'FAIL'}",
             x=0.01,
             ha="left",
             fontsize=14,
             fontweight="bold",
+            parse_math=False,
         )
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        try:
+            figure.savefig(path, dpi=150)
+        finally:
+            plt.close(figure)

@@ -235,6 +235,7 @@ class _Recorder:
             sm_scale=1 / math.sqrt(q.shape[2]) if scale is None else float(scale),
             logits_soft_cap=float(seen.options["logits_soft_cap"]),
             sinks=None if sinks is None else tuple(sinks.tolist()),
+            window_left=-1 if window is None else int(window),
         )
         step = RecordedStep(seen.layer, self.step, tensors)
         self.steps.append(step)

@@ -10,14 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mixedkv._commands import printable
+
 from .compare import Comparison
 from .format import ROLES, RecordedStep, Trace, tensor_name
 from .layout import as_float32, statistics
 from .metrics import Difference
-from .verify import StepResult, TraceComparison, Verification
+from .reference import TraceComparison
+from .results import StepResult, Verification
 
 _MOST_FAILURES = 12
-_WIDTH = 132
+_WIDTH = 150
 """Columns of print where there is no terminal to ask."""
 
 
@@ -31,6 +34,7 @@ _STEP_COLUMNS = (
     "NMSE",
     "cosine",
     "relative",
+    "worst head",
 )
 _ELEMENT_COLUMNS = (
     "",
@@ -85,13 +89,13 @@ def print_contents(console: Console, trace: Trace) -> None:
     tensors = sum(len(step.tensors) for step in trace.steps)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    rows = [("trace", str(trace.path))]
+    rows = [("trace", printable(trace.path))]
     if header is None:
         rows.append(("roles", "not in the file: taken by order"))
     else:
         rows += [
-            ("model", header.model),
-            ("engine", f"{header.engine} ({header.engine_version})"),
+            ("model", printable(header.model)),
+            ("engine", printable(f"{header.engine} ({header.engine_version})")),
             ("cache", header.cache),
             ("tokens", f"{len(header.tokens):,}"),
         ]
@@ -116,7 +120,9 @@ def print_shapes(console: Console, trace: Trace) -> None:
     table = Table("tensor", "role", "type", "shape (ggml order)", box=box.SIMPLE_HEAD)
     for step in trace.steps:
         for role, tensor in step.tensors.items():
-            table.add_row(Text(tensor.name), role, tensor.type_name, Text(str(list(tensor.ne))))
+            table.add_row(
+                Text(printable(tensor.name)), role, tensor.type_name, Text(str(list(tensor.ne)))
+            )
     console.print(table)
 
 
@@ -129,7 +135,9 @@ def print_data(console: Console, trace: Trace, count: int) -> None:
             enough = -(-count // max(1, tensor.ne[0]))
             values = as_float32(rows[:enough]).ravel()[:count]
             words = " ".join(f"{value:.6g}" for value in values.tolist())
-            console.print(f"{tensor.name}: {words}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"{printable(tensor.name)}: {words}", highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def print_verification(console: Console, result: Verification) -> None:
@@ -155,6 +163,7 @@ def print_verification(console: Console, result: Verification) -> None:
             f"{found.nmse:.2e}",
             f"{found.cosine:.9f}",
             f"{found.relative:.2e}",
+            f"{step.worst.head_relative:.1e} h{step.worst.head}",
             found.grade,
             f"{worst.relative:.2e}" if worst is not None else "-",
             *([f"{step.cost.relative:.2e}" if step.cost else "-"] if has_cost else []),
@@ -180,6 +189,18 @@ def print_verification(console: Console, result: Verification) -> None:
 
     line("PyTorch f32, worst step", lambda step: step.torch_f32)
     line("PyTorch f64, worst step", lambda step: step.torch_f64)
+    head = max(result.steps, key=lambda step: step.worst.head_relative)
+    row = max(result.steps, key=lambda step: step.worst.row_relative)
+    summary.add_row(
+        "worst head",
+        f"{head.worst.head_relative:.2e} relative: head {head.worst.head} in step {head.step} of "
+        f"layer {head.layer}",
+    )
+    summary.add_row(
+        "worst head of a query",
+        f"{row.worst.row_relative:.2e} relative: query {row.worst.row_query}, head "
+        f"{row.worst.row_head} in step {row.step} of layer {row.layer}",
+    )
     for isa in result.steps[0].isas:
         line(f"own op on {isa}", lambda step, isa=isa: step.isas[isa])  # type: ignore[misc]
     if result.rows_followed:
@@ -196,10 +217,15 @@ def print_verification(console: Console, result: Verification) -> None:
             "cost of quantisation", "not known: the trace does not hold what was quantised"
         )
     console.print(summary)
+    for remark in result.remarks:
+        console.print(f"note: {remark}", style="yellow", markup=False, highlight=False)
     passed = len(result.steps) - len(failing)
     why = f"{passed} of {len(result.steps)} steps in tolerance"
     if result.failures:
-        why += ", but tokens are not where they belong"
+        why += ", but the trace as a whole is not sound"
+    if result.remarks:
+        notes = "the note" if len(result.remarks) == 1 else f"the {len(result.remarks)} notes"
+        why += f"; {notes} above: what the verdict does not cover"
     _print_verdict(console, result.passed, why)
 
 

@@ -1,0 +1,222 @@
+"""What verifying a trace gives, and the tolerances that decide the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import mixedkv as mkv
+
+from .format import Trace
+from .metrics import Difference, RowErrors
+
+STANDARD_TOLERANCE = 2e-5
+"""Norm over norm, where no Q4_0 key or value takes part."""
+MIXED_TOLERANCE = 1e-3
+"""Where one does: Q4_0 kernels round the query."""
+ELEMENT_FACTOR = 10.0
+"""By default no element may be off by more than this times the tolerance times the largest value of
+the step: a single wrong element hardly moves the norm of a long step."""
+HEAD_FACTOR = 5.0
+"""A head over all of a step's queries may be off by this times the tolerance: the norm of a step
+hides a small head beside a large one."""
+ROW_FACTOR = 10.0
+"""And a head of one query by this times."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What passes; None: the default, by what takes part in a step.
+
+    Attributes
+    ----------
+    relative
+        Of the norm of a step's difference over the norm.
+    absolute
+        Of each element.
+    """
+
+    relative: float | None = None
+    absolute: float | None = None
+
+    def of(self, found: Difference, quantised: bool) -> tuple[float, float]:
+        """Give (relative, absolute) for a step."""
+        relative = self.relative
+        if relative is None:
+            relative = MIXED_TOLERANCE if quantised else STANDARD_TOLERANCE
+        absolute = self.absolute
+        if absolute is None:
+            absolute = ELEMENT_FACTOR * relative * found.scale
+        return relative, absolute
+
+    def passes(self, found: Difference, quantised: bool, rows: RowErrors | None = None) -> bool:
+        """Whether a difference is within the tolerance, and each head and row where given."""
+        return not self.judge("", found, quantised, rows)
+
+    def judge(
+        self, what: str, found: Difference, quantised: bool, rows: RowErrors | None = None
+    ) -> list[str]:
+        """Say in words what is out of tolerance; nothing where all is within."""
+        relative, absolute = self.of(found, quantised)
+        if found.not_finite:
+            return [f"{what}: {found.not_finite} of {found.elements} elements are not finite"]
+        worst = ""
+        if rows is not None:
+            worst = f" (worst: head {rows.head} with {rows.head_relative:.3g})"
+        if not found.relative <= relative:
+            return [f"{what}: relative error {found.relative:.3g} is above {relative:.3g}{worst}"]
+        if rows is not None and not rows.head_relative <= HEAD_FACTOR * relative:
+            return [
+                f"{what}: head {rows.head} has a relative error of {rows.head_relative:.3g}, above "
+                f"{HEAD_FACTOR * relative:.3g}"
+            ]
+        if rows is not None and not rows.row_relative <= ROW_FACTOR * relative:
+            return [
+                f"{what}: query {rows.row_query} of head {rows.row_head} has a relative error of "
+                f"{rows.row_relative:.3g}, above {ROW_FACTOR * relative:.3g}"
+            ]
+        if not found.max <= absolute:
+            return [f"{what}: an element is off by {found.max:.3g}, above {absolute:.3g}"]
+        return []
+
+
+@dataclass(frozen=True)
+class TierEntropy:
+    """How attention spreads, averaged over heads and queries.
+
+    Attributes
+    ----------
+    hot, cold
+        Entropy in nats of the weights within the tier; None where it has no weight.
+    cold_share
+        Share of all weight that falls on cold keys.
+    """
+
+    hot: float | None
+    cold: float | None
+    cold_share: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One layer in one step.
+
+    Attributes
+    ----------
+    torch_f32, torch_f64
+        The recorded output against PyTorch's.
+    isas
+        mixedkv's own op, by instruction set, against PyTorch's float64.
+    quantised
+        A Q4_0 key or value was seen by some query.
+    worst
+        The head and the row of the recorded output that are farthest from PyTorch's float32.
+    blind
+        How many of its queries see no key: their output is zero, whatever the arithmetic.
+    tolerance
+        (relative, absolute) that held for it.
+    failures
+        What was out of tolerance, in words; empty: it passed.
+    hints
+        What might explain it.
+    cost
+        The recorded output against attention over unquantised keys and values; None where nothing
+        was quantised or the trace does not hold them.
+    """
+
+    layer: int
+    step: int
+    n: int
+    kv_hot: int
+    kv_cold: int
+    torch_f32: Difference
+    torch_f64: Difference
+    isas: dict[str, Difference]
+    worst: RowErrors
+    blind: int
+    quantised: bool
+    tolerance: tuple[float, float]
+    failures: list[str]
+    hints: list[str] = field(default_factory=list)
+    cost: Difference | None = None
+    entropy: TierEntropy | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all was in tolerance."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out.
+
+    Attributes
+    ----------
+    failures
+        Of the trace as a whole: tokens that are not where they belong, masks that contradict the
+        positions, or nothing to verify.
+    rows_followed
+        Rows of keys and values that were held against those of an earlier step.
+    remarks
+        What such a trace can't show, or does not say, and is therefore not part of the verdict.
+    """
+
+    trace: Trace
+    steps: list[StepResult]
+    failures: list[str]
+    rows_followed: int
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """The verdict."""
+        return bool(self.steps) and not self.failures and all(step.passed for step in self.steps)
+
+    def worst(self, of: Callable[[StepResult], Difference | None]) -> Difference | None:
+        """Give the largest relative difference over the steps, None where there is none."""
+        found = [one for one in map(of, self.steps) if one is not None]
+        return max(found, key=lambda one: one.relative) if found else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything as plain numbers, strings, lists and dicts, for JSON."""
+        header = self.trace.header
+        worst = self.worst(lambda step: step.torch_f32)
+        cost = self.worst(lambda step: step.cost)
+        return {
+            "mixedkv": mkv.__version__,
+            "torch": torch.__version__,
+            "file": str(self.trace.path),
+            "engine": self.trace.engine,
+            "model": header.model if header else None,
+            "cache": header.cache if header else None,
+            "passed": self.passed,
+            "failures": self.failures,
+            "remarks": self.remarks,
+            "rows_followed": self.rows_followed,
+            "worst_relative": plain_numbers(worst.relative) if worst else None,
+            "worst_quantisation_cost": cost.relative if cost else None,
+            "worst_head_relative": plain_numbers(
+                max((step.worst.head_relative for step in self.steps), default=None)
+            ),
+            "steps": [
+                {**plain_numbers(dataclasses.asdict(step)), "passed": step.passed}
+                for step in self.steps
+            ],
+        }
+
+
+def plain_numbers(value: Any) -> Any:
+    """Make of inf and NaN strings: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_numbers(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
