@@ -460,6 +460,43 @@ def test_standard_cache(llama: Any) -> None:
 # --- attention without a MixedCache -----------------------------------------------------------
 
 
+def test_threads_are_woken_for_long_attention_only(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    attend = mkv.MixedKVCache.attend
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["threads"])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(mkv.MixedKVCache, "attend", watched)
+    ids = tokens(1, 128)
+    # 4 heads of 32 and 32 dimensions: 128 queries by 128 keys are 4.2 million multiply-adds.
+    for threads, steps, expected in (
+        (None, [128], [1]),
+        (None, [128, 128], [1, None]),
+        (2, [128, 1], [2, 2]),
+    ):
+        cache = mkt.MixedCache(llama.config, hot_size=512, threads=threads)
+        asked.clear()
+        for width in steps:
+            llama(ids[:, :width], past_key_values=cache)
+        assert asked == [each for each in expected for _ in range(3)]
+
+
+@pytest.mark.parametrize("lengths", [[40], [40, 23]], ids=["plain", "padded"])
+def test_float16(lengths: list[int]) -> None:
+    """What comes in goes out, in the model's dtype and close to its own attention."""
+    half = copy.deepcopy(make_model("llama")).to(torch.float16)
+    ids, mask = padded(lengths)
+    cache = mkt.MixedCache(half.config, hot_size=64)
+    found = half(ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    assert found.dtype == torch.float16
+    wanted = eager_logits(half, ids, attention_mask=mask)[:, -1]
+    assert float((found - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
+
+
 def test_without_cache(model: Any) -> None:
     ids, mask = padded([20, 8])
     got = model(ids, attention_mask=mask, use_cache=False).logits
@@ -954,20 +991,15 @@ def test_plain_causal_needs_no_mask() -> None:
 # --- a trained model ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("trained_model")
 def test_trained_model_stays_close() -> None:
     """SmolLM2-135M-Instruct, 1200 tokens of prose, then 60 more one by one: half a minute.
 
     Measured: KL 0.011 nats, 92 % the same top token; f16 against f32: 2e-6 nats.
     """
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    models = pytest.importorskip("mixedkv.models")
-    from mixedkv import texts
+    from mixedkv import models, texts
 
-    try:
-        loaded = models.load()
-    except models.ModelError as error:
-        pytest.skip(f"the model can't be had: {error}")
+    loaded = models.load()
     ids = loaded.tokenizer(texts.library_prose(), return_tensors="pt").input_ids[:, :1260]
     steps = ids.split([1200] + [1] * 60, 1)
 

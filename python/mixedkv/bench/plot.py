@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .plan import Report, Row, Table
 
-__all__ = ["save_plot"]
+__all__ = ["bar_charts", "save_plot"]
 
 _COLOURS = {
     "mixedkv": "#1b6ca8",
@@ -24,6 +26,19 @@ def _bars(table: Table) -> list[Row]:
     return sorted(rows, key=lambda row: (row.against or "", row.ratio or 0.0))
 
 
+def bar_charts(bars: Sequence[int]) -> tuple[Any, list[Any]]:
+    """Return a figure of matplotlib's and its charts, each with room for that many bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, max(1, len(bars)))
+    lines = max(1, -(-len(bars) // columns))
+    tallest = max(bars, default=1)
+    figure = Figure(figsize=(8 * columns, lines * (1.4 + 0.26 * tallest)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(lines, columns, i + 1) for i in range(len(bars))]
+
+
 def save_plot(report: Report, path: Path) -> None:
     """Draw every cell as bars of the ratio to mixedkv, on a logarithmic axis, into a file.
 
@@ -34,17 +49,9 @@ def save_plot(report: Report, path: Path) -> None:
     ValueError
         For a kind of file that matplotlib does not write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tables = [table for table in report.tables if _bars(table)]
-    columns = min(2, max(1, len(tables)))
-    lines = max(1, -(-len(tables) // columns))
-    tallest = max((len(_bars(table)) for table in tables), default=1)
-    figure = Figure(figsize=(8 * columns, lines * (1.4 + 0.26 * tallest)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for i, table in enumerate(tables):
-        axes = figure.add_subplot(lines, columns, i + 1)
+    figure, charts = bar_charts([len(_bars(table)) for table in tables])
+    for axes, table in zip(charts, tables, strict=True):
         rows = _bars(table)
         names = [f"{row.role}  {row.name}" if table.task == "convert" else row.name for row in rows]
         ratios = [row.ratio or 0.0 for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -11,7 +12,16 @@ from rich.text import Text
 
 from .plan import Report, Row, Table
 
-__all__ = ["duration", "print_report", "render_table"]
+__all__ = [
+    "duration",
+    "narrow_table",
+    "number",
+    "print_absent",
+    "print_machine",
+    "print_report",
+    "render_load",
+    "render_table",
+]
 
 #: CPUs busy with other things from which on a table says so.
 _BUSY = 0.15
@@ -31,7 +41,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.2f} s"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """Return a figure in a format, nothing for None."""
     return "" if value is None else format(value, form)
 
 
@@ -68,18 +79,30 @@ def _groups(table: Table) -> Iterator[list[Row]]:
     yield [row for row in table.rows if row.role == "race" and not row.against]
 
 
+def narrow_table(title: str) -> RichTable:
+    """Return an empty table that makes do with 80 columns."""
+    return RichTable(
+        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0), pad_edge=False
+    )
+
+
+def render_load(others_load: float | None) -> list[RenderableType]:
+    """Return the line that says that other processes were busy, where they were."""
+    if others_load is None or others_load <= _BUSY:
+        return []
+    return [
+        Text(
+            f"other processes kept {others_load:.1f} CPUs busy meanwhile: not to be relied on",
+            style="yellow",
+        )
+    ]
+
+
 def render_table(table: Table) -> RenderableType:
     """Return a table for the terminal."""
     if table.skipped:
         return Text(f"{_title(table)}: skipped, {table.skipped}", style="yellow")
-    # Narrow enough for 80 columns.
-    rich = RichTable(
-        title=f"{_title(table)} ({table.rounds} rounds)",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 0),
-        pad_edge=False,
-    )
+    rich = narrow_table(f"{_title(table)} ({table.rounds} rounds)")
     rich.add_column("contender", no_wrap=True)
     for name in ("best", "median", "ratio"):
         rich.add_column(name, justify="right", no_wrap=True)
@@ -100,36 +123,40 @@ def render_table(table: Table) -> RenderableType:
                 continue
             speed = row.flops if table.task == "prefill" else row.bytes_per_second
             cells = [name, duration(row.best), duration(row.median)]
-            cells += [_number(row.ratio, ".2f"), _number(speed and speed / 1e9, ".1f")]
+            cells += [number(row.ratio, ".2f"), number(speed and speed / 1e9, ".1f")]
             if table.task == "decode":
                 share = row.share_of_read
                 cells.append("" if share is None else f"{100 * share:.0f}%")
-            cells.append(_number(row.error, ".1e") if row.error else "0" if row.error == 0 else "")
+            cells.append(number(row.error, ".1e") if row.error else "0" if row.error == 0 else "")
             rich.add_row(*cells, style=_style(row))
         rich.add_section()
     below: list[RenderableType] = []
     if table.mixed_over_parts is not None:
         change = 100 * (table.mixed_over_parts - 1)
         below.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
-    if table.others_load is not None and table.others_load > _BUSY:
-        below.append(
-            Text(
-                f"other processes kept {table.others_load:.1f} CPUs busy meanwhile: "
-                "not to be relied on",
-                style="yellow",
-            )
-        )
-    return Group(rich, *below)
+    return Group(rich, *below, *render_load(table.others_load))
+
+
+def print_machine(machine: dict[str, Any], peers: dict[str, str], console: Console) -> None:
+    """Print where a run took place and who took part."""
+    console.print(
+        f"mixedkv {machine['mixedkv']} ({machine['isa']}) on {machine['cpu']}, "
+        f"{machine['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in peers.items())
+    )
+
+
+def print_absent(absent: dict[str, str], wrong: list[str], console: Console) -> None:
+    """Print who was not there and why, and what mixedkv got wrong."""
+    for name, reason in absent.items():
+        console.print(f"absent: {name}: {reason}", style="yellow", soft_wrap=True, markup=False)
+    for line in wrong:
+        console.print(f"WRONG: {line}", style="bold red", soft_wrap=True, markup=False)
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print everything: machine, tables, notes, and who was not there."""
-    machine = report.machine
-    console.print(
-        f"mixedkv {machine['mixedkv']} ({machine['isa']}) on {machine['cpu']}, "
-        f"{machine['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in report.peers.items())
-    )
+    print_machine(report.machine, report.peers, console)
     console.print(
         "ratio: the contender's time by that of mixedkv's cache on keys of its kind, median over "
         "the rounds; above 1, mixedkv is faster."
@@ -140,7 +167,4 @@ def print_report(report: Report, console: Console) -> None:
     console.print()
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    for name, reason in report.absent.items():
-        console.print(f"absent: {name}: {reason}", style="yellow", soft_wrap=True)
-    for line in report.wrong:
-        console.print(f"WRONG: {line}", style="bold red", soft_wrap=True)
+    print_absent(report.absent, report.wrong, console)

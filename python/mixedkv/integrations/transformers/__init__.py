@@ -9,7 +9,8 @@
 Three parts work together:
 
 - `cache.MixedCache` takes each layer's new keys and values. What it hands back to the model are
-  not tensors to compute with but *handles* (`cache.CachedRows`): the rows stay in mixedkv.
+  not tensors to compute with but *handles* (`rows.CachedRows`): the rows stay in mixedkv. The
+  native caches are in `groups`, a forward and its padding in `steps`.
 - `masks.describe_mask`, registered as the mask function, says in a few words what the model
   masks: causal, a sliding window, padded columns; no [queries, keys] array is made.
 - `attention.attention_forward`, registered as the attention function, finds the cache by the
@@ -32,8 +33,9 @@ Tried with transformers 5.20.0, 5.22.0 and 5.23.0, and torch 2.13.0.
 """
 
 from .attention import attention_forward
-from .cache import MixedCache, Observation, Occupancy
+from .cache import MixedCache
 from .masks import describe_mask
+from .records import Observation, Occupancy
 from .registry import NAME, register
 from .rows import CachedRows
 

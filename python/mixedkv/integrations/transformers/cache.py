@@ -25,178 +25,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache
 
 import mixedkv as mkv
 
 from .config import read_config
+from .groups import Group
+from .layers import MixedLayer
 from .masks import MaskPlan
+from .records import Observation, Occupancy
 from .rows import CachedRows, Handle
+from .steps import Step
 
 logger = logging.getLogger("mixedkv.transformers")
 
-
-class Occupancy(NamedTuple):
-    """One point of a cache's history, taken when a step is committed."""
-
-    tokens_seen: int
-    hot: int
-    cold: int
-    moved: int
-
-
-class Observation(NamedTuple):
-    """One attention of one layer, as it was computed; for `MixedCache.observer`.
-
-    The tensors are the model's own: copy what is to be kept. `native` is in the midst of the step,
-    so that ``native.export_rows(place, row)`` gives the very keys and values that were attended.
-
-    Attributes
-    ----------
-    layer
-        The model's layer.
-    first, width, rows
-        The step's columns are [first, first + width) of each of `rows` rows.
-    query
-        [rows, query heads, queries, head_dim]: the last `queries` columns.
-    out
-        [rows, queries, query heads, head_dim of V].
-    native, place
-        The native cache, and the index that the keys' layer has there.
-    kept
-        Which of the rows * width columns are stored (the others are padding); None for all.
-    options
-        Of `mixedkv.MixedKVCache.attend`.
-    """
-
-    layer: int
-    first: int
-    width: int
-    rows: int
-    query: torch.Tensor
-    out: torch.Tensor
-    native: mkv.MixedKVCache
-    place: int
-    kept: torch.Tensor | None
-    options: dict[str, Any]
-
-
-class Placement(NamedTuple):
-    """Where a step's columns go.
-
-    Attributes
-    ----------
-    kept
-        Which of the rows * width columns (row-major) are stored, in order; None for all.
-    num_tokens
-        How many that are.
-    """
-
-    kept: torch.Tensor | None
-    num_tokens: int
-
-
-@dataclasses.dataclass(eq=False)
-class Step:
-    """One forward of the model, from its first `update` to its commit.
-
-    Attributes
-    ----------
-    first, width, rows
-        The new columns are [first, first + width) of each of `rows` rows.
-    updated, attended
-        Model layers whose rows came in, and those whose attention ran.
-    validity
-        Padding of the columns [0, first + width), None where nothing is padded.
-    placement
-        None until the first layer attends.
-    """
-
-    first: int
-    width: int
-    rows: int
-    updated: set[int] = dataclasses.field(default_factory=set)
-    attended: set[int] = dataclasses.field(default_factory=set)
-    validity: torch.Tensor | None = None
-    bases: list[int | None] = dataclasses.field(default_factory=list)
-    placement: Placement | None = None
-
-
-class Group:
-    """Layers of one geometry, which share a native cache.
-
-    Attributes
-    ----------
-    layers
-        Their indices in the model; a layer's index in the native cache is its place here.
-    shape
-        (kv heads, head_dim of K, head_dim of V), known from the first rows on.
-    slot
-        What the step under way has reserved in the native cache.
-    in_scratch
-        The layer that stored last in this step: where tokens go straight to the cold tier, they
-        can be attended in the hot type until another layer stores.
-    """
-
-    def __init__(self, layers: list[int]) -> None:
-        self.layers = layers
-        self.place = {layer: place for place, layer in enumerate(layers)}
-        self.shape: tuple[int, int, int] | None = None
-        self.native: mkv.MixedKVCache | None = None
-        self.slot: mkv.Slot | None = None
-        self.in_scratch: int | None = None
-
-
-class MixedLayer(CacheLayerMixin):
-    """One layer of a MixedCache: a name for it; the cache itself does the work.
-
-    Layers without keys of their own have one too: they hold nothing, and their `update` refuses.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False  # columns are counted from the start; the kernel applies the window
-    supports_early_init = False
-
-    def __init__(self, owner: MixedCache, index: int, window: int | None) -> None:
-        super().__init__()
-        self.owner = owner
-        self.index = index
-        self.window = window
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the native cache is made when the first rows come."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `MixedCache.update`."""
-        return self.owner.update(key_states, value_states, self.index)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See `MixedCache.get_mask_sizes`."""
-        return self.owner.get_mask_sizes(query_length, self.index)
-
-    def get_seq_length(self) -> int:
-        """See `MixedCache.get_seq_length`."""
-        return self.owner.get_seq_length(self.index)
-
-    def get_max_length(self) -> int:
-        """Give -1: what fits depends on padding and shared rows; `CacheFull` tells."""
-        return -1
-
-    def _whole_cache_only(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            "the layers of a MixedCache change together: call the method of the cache"
-        )
-
-    offload = prefetch = reset = reorder_cache = crop = _whole_cache_only
-    batch_repeat_interleave = batch_select_indices = _whole_cache_only
+_SERIAL_WORK = 5_000_000
+"""Calls with fewer multiply-adds run on the caller's thread alone, unless the user says otherwise.
+Between two layers, mixedkv's workers fall asleep and torch's poll for work on every core: to wake
+one, wait until it has got a core, and give that back costs more than it can save in such a call."""
 
 
 class MixedCache(Cache):
@@ -221,7 +72,8 @@ class MixedCache(Cache):
         Rows to make room for, where the batch grows after the first rows have come
         (`batch_repeat_interleave`). Default: the first batch.
     threads
-        Threads of attention; default: `mixedkv.get_num_threads()`.
+        Threads of attention; default: `mixedkv.get_num_threads()`, and one where a step has so
+        little to attend that waking others does not pay. The result has the same bits.
     record_history
         Keep the occupancy after each step in `history`.
 
@@ -299,7 +151,8 @@ class MixedCache(Cache):
         )
         self._order = [index for index, (has_keys, _) in enumerate(plan.layers) if has_keys]
         self._keys_are_reused = plan.keys_are_reused
-        self._groups = [Group(layers) for layers in plan.geometries]
+        self._groups = [Group(layers, self._sizes, self._options) for layers in plan.geometries]
+        self._windows = [layer.window for layer in plan.layers]
         self._group_of = {layer: group for group in self._groups for layer in group.layers}
 
         self._room_for = 0  # rows that the native caches were made for
@@ -497,7 +350,7 @@ class MixedCache(Cache):
         for_layer: int,
     ) -> torch.Tensor:
         layer = handle.layer
-        self._check_mask(step, layer, plan)
+        step.check_mask(layer, self._windows[layer], plan)
         rows, heads, queries, _ = query.shape
         # Layers that reuse keys may ask for the last tokens alone: those are the ones that count.
         width = step.width
@@ -508,41 +361,32 @@ class MixedCache(Cache):
             )
         if queries < width:
             query = torch.nn.functional.pad(query, (0, 0, width - queries, 0))
-        if step.placement is None:
-            step.placement = self._place(step, plan)
         placement = step.placement
+        if placement is None:
+            placement = step.place(plan, self._validity, self._bases)
         group = self._group_of[layer]
-        native = self._find_slot(group, handle, placement)
+        native = self._store(step, handle, group)
         assert group.shape is not None
-        place = group.place[layer]
-        if handle.k is not None and handle.v is not None:
-            if placement.num_tokens:
-                native.store(
-                    place, _slot_rows(handle.k, placement), _slot_rows(handle.v, placement)
-                )
-            handle.k = handle.v = None
-            group.in_scratch = layer
-            step.attended.add(layer)
-        elif group.slot is not None and group.slot.num_cold and group.in_scratch != layer:
-            raise NotImplementedError(
-                f"the keys of layer {layer} are used again after layer {group.in_scratch} stored "
-                f"its own, and {width} new columns are more than the hot tier takes: prefill in "
-                "smaller chunks (generate(prefill_chunk_size=...)) or make hot_size larger"
-            )
         if not placement.num_tokens:
             return query.new_zeros(rows, queries, heads, group.shape[2])
 
-        window = self.layers[layer].window
+        window = self._windows[layer]
         options["window_left"] = None if window is None else window - 1
-        options["threads"] = self._threads
-        out = query.new_empty(rows * width, heads, group.shape[2])
-        tokens = _slot_rows(query, placement)
+        options["threads"] = self._threads_for(step, heads, group.shape, window)
+        place = group.place[layer]
+        tokens = placement.cut(_numpy(query))
+        # Cut as arrays, made a tensor at the end: torch takes microseconds for each of these.
+        out = np.empty((rows * width, heads, group.shape[2]), np.float32)
         if placement.kept is None:
-            native.attend(place, tokens, out=out.transpose(0, 1), **options)
+            native.attend(place, tokens, out=out.transpose(1, 0, 2), **options)
         else:
-            out.zero_()
-            out[placement.kept] = native.attend(place, tokens, **options).transpose(0, 1)
-        out = out.view(rows, width, heads, -1)[:, width - queries :].contiguous()
+            out.fill(0.0)
+            out[placement.kept.numpy()] = native.attend(place, tokens, **options).transpose(1, 0, 2)
+        result = torch.from_numpy(out.reshape(rows, width, heads, group.shape[2]))
+        if queries < width:
+            result = result[:, width - queries :].contiguous()
+        if result.dtype != query.dtype:
+            result = result.to(query.dtype)
         if self.observer is not None:
             self.observer(
                 Observation(
@@ -551,14 +395,52 @@ class MixedCache(Cache):
                     width=width,
                     rows=rows,
                     query=query[:, :, width - queries :],
-                    out=out,
+                    out=result,
                     native=native,
                     place=place,
                     kept=placement.kept,
                     options=options,
                 )
             )
-        return out
+        return result
+
+    def _store(self, step: Step, handle: Handle, group: Group) -> mkv.MixedKVCache:
+        """Store the handle's rows, if they are not yet, and give the cache that has them."""
+        layer = handle.layer
+        if handle.k is None or handle.v is None:
+            if group.slot is not None and group.slot.num_cold and group.in_scratch != layer:
+                raise NotImplementedError(
+                    f"the keys of layer {layer} are used again after layer {group.in_scratch} "
+                    f"stored its own, and {step.width} new columns are more than the hot tier "
+                    "takes: prefill in smaller chunks (generate(prefill_chunk_size=...)) or make "
+                    "hot_size larger"
+                )
+            assert group.native is not None
+            return group.native
+        k, v = _numpy(handle.k), _numpy(handle.v)
+        native = group.fit(layer, k, v, self._room_for)
+        if group.slot is None:
+            group.find_slot(step, self._room_for)
+        placement = step.placement
+        assert placement is not None
+        if placement.num_tokens:
+            native.store(group.place[layer], placement.cut(k), placement.cut(v))
+        handle.k = handle.v = None
+        group.in_scratch = layer
+        step.attended.add(layer)
+        return native
+
+    def _threads_for(
+        self, step: Step, heads: int, shape: tuple[int, int, int], window: int | None
+    ) -> int | None:
+        """Give the threads of a layer's attention, None for the default."""
+        if self._threads is not None:
+            return self._threads
+        keys = step.first + step.width
+        if window is not None:
+            keys = min(keys, window + step.width)
+        work = step.rows * step.width * keys * heads * (shape[1] + shape[2])
+        return 1 if work < _SERIAL_WORK else None
 
     # Steps
 
@@ -603,126 +485,9 @@ class MixedCache(Cache):
             )
         return step
 
-    def _check_mask(self, step: Step, layer: int, plan: MaskPlan | None) -> None:
-        """Raise unless this layer's mask is one that the native cache applies by itself."""
-        columns = step.first + step.width
-        window: int | None = self.layers[layer].window
-        if plan is not None and not plan.causal:
-            raise NotImplementedError(
-                f"layer {layer} has a mask that a MixedCache can't serve: causal and sliding-"
-                "window masks are, bidirectional, chunked, block-wise and packed ones and masks "
-                "with a function of one's own are not"
-            )
-        if plan is not None and (plan.columns != columns or not plan.aligned):
-            raise ValueError(
-                f"layer {layer}: the mask is for {plan.columns} columns, the cache has "
-                f"{step.first} and {step.width} new ones"
-            )
-        masked = plan.window if plan is not None and plan.window_matters() else None
-        hides = window if window is not None and columns > window else None
-        if masked != hides:
-            raise NotImplementedError(
-                f"layer {layer} has a window of {window} tokens in the model's config, and "
-                f"of {masked} in its mask"
-            )
-        validity = plan.validity if plan is not None else None
-        if validity is not None and tuple(validity.shape) != (step.rows, columns):
-            raise ValueError(
-                f"attention_mask has the shape {tuple(validity.shape)}, expected [rows, columns "
-                f"so far and new] = ({step.rows}, {columns})"
-            )
-        if step.placement is not None and not _same(validity, step.validity):
-            raise ValueError(f"layer {layer} has another padding than the layers before it")
-
-    def _place(self, step: Step, plan: MaskPlan | None) -> Placement:
-        """Decide which of the step's columns are stored, and remember their padding."""
-        step.validity = plan.validity if plan is not None else None
-        bases = self._bases or [None] * step.rows
-        if step.validity is None:
-            if self._validity is not None:
-                raise ValueError(
-                    "no attention_mask was given for a cache that has padded columns: give one "
-                    "of all columns, those in the cache and the new ones"
-                )
-            step.bases = [step.first if base is None else base for base in bases]
-            return Placement(None, step.rows * step.width)
-
-        before, new = step.validity[:, : step.first], step.validity[:, step.first :]
-        if not _same(before if not bool(before.all()) else None, self._validity):
-            raise ValueError(
-                "attention_mask pads columns that are in the cache unpadded, or the other way "
-                "round: what is padded is decided when a column comes"
-            )
-        step.bases = [
-            step.first + int(first) if base is None and bool(some) else base
-            for base, first, some in zip(bases, new.int().argmax(1), new.any(1), strict=True)
-        ]
-        index = new.reshape(-1).nonzero().squeeze(1)
-        count = len(index)
-        return Placement(None if count == step.rows * step.width else index, count)
-
-    def _find_slot(self, group: Group, handle: Handle, placement: Placement) -> mkv.MixedKVCache:
-        """Reserve cells for the step's tokens in a group's native cache, made here if need be."""
-        step = handle.step
-        native = self._native_for(group, handle)
-        if group.slot is not None or not placement.num_tokens:
-            return native
-        bases = np.array([base or 0 for base in step.bases], np.int32)
-        columns = np.arange(step.first, step.first + step.width, dtype=np.int32)
-        pos = (columns[None, :] - bases[:, None]).reshape(-1)
-        seq = np.repeat(np.arange(step.rows, dtype=np.int32), step.width)
-        if placement.kept is not None:
-            index = placement.kept.numpy()
-            pos, seq = pos[index], seq[index]
-        group.slot = native.find_slot(pos=pos, seq_id=seq)
-        if group.slot is None:
-            self._raise_full(native.stats(), placement.num_tokens)
-        return native
-
-    def _native_for(self, group: Group, handle: Handle) -> mkv.MixedKVCache:
-        """Give the group's native cache, after a look at the shape of the handle's rows."""
-        if handle.k is None or handle.v is None:
-            assert group.native is not None
-            return group.native
-        shape = (handle.k.shape[1], handle.k.shape[3], handle.v.shape[3])
-        if group.native is None:
-            group.shape = shape
-            group.native = mkv.MixedKVCache(
-                num_layers=len(group.layers),
-                num_kv_heads=shape[0],
-                head_dim=shape[1],
-                head_dim_v=shape[2],
-                n_seq_max=self._room_for,
-                **{name: size * self._room_for for name, size in self._sizes.items()},
-                **self._options,
-            )
-        elif shape != group.shape:
-            raise ValueError(
-                f"layer {handle.layer} has (kv heads, head_dim of K, of V) = {shape}, layer "
-                f"{group.layers[0]} has {group.shape}, which the model's config does not tell: "
-                "this model can't be served"
-            )
-        return group.native
-
-    def _raise_full(self, stats: mkv.CacheStats, wanted: int) -> NoReturn:
-        rows = f"for {self._room_for} {'row' if self._room_for == 1 else 'rows together'}"
-        if self._options["quantize"]:
-            raise mkv.CacheFull(
-                f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} hot "
-                f"cells and {stats.cold_tokens} of {stats.cold_size} cold ones are in use, "
-                f"{rows}; make the MixedCache with a larger cold_size"
-            )
-        raise mkv.CacheFull(
-            f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} cells are "
-            f"in use, {rows}; make the MixedCache with a larger hot_size"
-        )
-
     def _commit(self, step: Step) -> None:
         for group in self._groups:
-            if group.slot is not None:
-                assert group.native is not None
-                group.native.commit()
-                group.slot = None
+            group.commit()
         self._step = None
         self._rows = step.rows
         self._columns = step.first + step.width
@@ -751,10 +516,7 @@ class MixedCache(Cache):
 
     def _drop_step(self) -> None:
         for group in self._groups:
-            if group.slot is not None:
-                assert group.native is not None
-                group.slot = None
-                group.native.restore()
+            group.drop()
         self._step = None
 
     # Rows and native caches
@@ -804,13 +566,9 @@ class MixedCache(Cache):
             self.history.clear()
 
 
-def _slot_rows(rows: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """Bring [batch, heads, width, dim] to the rows of the slot, [heads, tokens, dim]."""
-    flat = rows[0] if rows.shape[0] == 1 else rows.transpose(0, 1).flatten(1, 2)
-    return flat if placement.kept is None else flat[:, placement.kept]
-
-
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or torch.equal(a, b)
+def _numpy(rows: torch.Tensor) -> NDArray[Any]:
+    """View a tensor as an array; a copy in f32 of bf16, which numpy does not know."""
+    if rows.requires_grad:
+        rows = rows.detach()
+    array: NDArray[Any] = (rows.float() if rows.dtype is torch.bfloat16 else rows).numpy()
+    return array

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from .rows import QUESTIONS
+from .questions import QUESTIONS
 
 # What transformers builds for a sliding window is recognised by the code of its functions, taken
 # from an example made by the installed version: another way of building it is simply not

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .cache import MixedCache, Step
+from .masks import MaskPlan
+from .questions import QUESTIONS
+from .steps import Step
+
+
+class RowStore(Protocol):
+    """What the attention function needs of the cache behind a handle: `MixedCache`."""
+
+    def attend(
+        self,
+        handle: Handle,
+        query: torch.Tensor,
+        plan: MaskPlan | None,
+        *,
+        for_layer: int | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Store the handle's rows, if they are not yet, and attend over the whole cache."""
+        ...
 
 
 class Handle:
@@ -25,7 +42,7 @@ class Handle:
     __slots__ = ("cache", "k", "layer", "step", "v")
 
     def __init__(
-        self, cache: MixedCache, step: Step, layer: int, k: torch.Tensor, v: torch.Tensor
+        self, cache: RowStore, step: Step, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         self.cache = cache
         self.step = step
@@ -85,36 +102,6 @@ class CachedRows(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CachedRows(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-
-QUESTIONS: frozenset[Any] = frozenset(
-    {
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.stride,
-        torch.Tensor.numel,
-        torch.Tensor.__len__,
-        torch.Tensor.is_floating_point,
-        torch.Tensor.is_contiguous,
-        *(
-            getattr(torch.Tensor, name).__get__
-            for name in (
-                "shape",
-                "dtype",
-                "device",
-                "layout",
-                "ndim",
-                "requires_grad",
-                "is_cpu",
-                "is_cuda",
-                "is_meta",
-                "is_sparse",
-                "is_quantized",
-                "grad_fn",
-                "is_leaf",
-            )
-        ),
-    }
-)
 
 # Conversions that models write out of habit: fine where there is nothing to convert.
 _UNCHANGED: frozenset[Any] = frozenset({torch.Tensor.to, torch.Tensor.contiguous})

@@ -1,0 +1,127 @@
+"""Groups of layers that share a native cache."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from numpy.typing import NDArray
+
+import mixedkv as mkv
+
+from .steps import Step
+
+
+class Group:
+    """Layers of one geometry, and the native cache that holds their rows.
+
+    Parameters
+    ----------
+    layers
+        Their indices in the model; a layer's index in the native cache is its place here.
+    sizes
+        Cells for each row of the batch: `hot_size`, `cold_size`, `group_size`.
+    options
+        Other arguments of `mixedkv.MixedKVCache`.
+
+    Attributes
+    ----------
+    place
+        A layer's index in the native cache, by its index in the model.
+    shape
+        (kv heads, head_dim of K, head_dim of V), known from the first rows on.
+    native
+        Made when the first rows come.
+    slot
+        What the step under way has reserved in the native cache.
+    in_scratch
+        The layer that stored last in this step: where tokens go straight to the cold tier, they
+        can be attended in the hot type until another layer stores.
+    """
+
+    def __init__(self, layers: list[int], sizes: dict[str, Any], options: dict[str, Any]) -> None:
+        self.layers = layers
+        self.place = {layer: place for place, layer in enumerate(layers)}
+        self.shape: tuple[int, int, int] | None = None
+        self.native: mkv.MixedKVCache | None = None
+        self.slot: mkv.Slot | None = None
+        self.in_scratch: int | None = None
+        self._sizes = sizes
+        self._options = options
+
+    def fit(self, layer: int, k: NDArray[Any], v: NDArray[Any], room_for: int) -> mkv.MixedKVCache:
+        """Give the native cache, made here if need be, after a look at a layer's new rows.
+
+        Parameters
+        ----------
+        layer
+            The model's layer.
+        k, v
+            Its rows, [batch, kv heads, width, head_dim].
+        room_for
+            Rows of the batch to make the native cache for.
+        """
+        shape = (k.shape[1], k.shape[3], v.shape[3])
+        if self.native is None:
+            self.shape = shape
+            self.native = mkv.MixedKVCache(
+                num_layers=len(self.layers),
+                num_kv_heads=shape[0],
+                head_dim=shape[1],
+                head_dim_v=shape[2],
+                n_seq_max=room_for,
+                **{name: size * room_for for name, size in self._sizes.items()},
+                **self._options,
+            )
+        elif shape != self.shape:
+            raise ValueError(
+                f"layer {layer} has (kv heads, head_dim of K, of V) = {shape}, layer "
+                f"{self.layers[0]} has {self.shape}, which the model's config does not tell: "
+                "this model can't be served"
+            )
+        return self.native
+
+    def find_slot(self, step: Step, room_for: int) -> None:
+        """Reserve cells for a step's tokens, if they are not yet.
+
+        Raises
+        ------
+        CacheFull
+            There is no room.
+        """
+        assert self.native is not None
+        assert step.placement is not None
+        if self.slot is not None or not step.placement.num_tokens:
+            return
+        pos, seq = step.positions()
+        self.slot = self.native.find_slot(pos=pos, seq_id=seq)
+        if self.slot is None:
+            self._raise_full(step.placement.num_tokens, room_for)
+
+    def commit(self) -> None:
+        """Make the step's tokens final."""
+        if self.slot is not None:
+            assert self.native is not None
+            self.native.commit()
+            self.slot = None
+
+    def drop(self) -> None:
+        """Leave the native cache as it was before the step."""
+        if self.slot is not None:
+            assert self.native is not None
+            self.slot = None
+            self.native.restore()
+
+    def _raise_full(self, wanted: int, room_for: int) -> NoReturn:
+        assert self.native is not None
+        stats = self.native.stats()
+        rows = f"for {room_for} {'row' if room_for == 1 else 'rows together'}"
+        if self._options["quantize"]:
+            raise mkv.CacheFull(
+                f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} hot "
+                f"cells and {stats.cold_tokens} of {stats.cold_size} cold ones are in use, "
+                f"{rows}; make the MixedCache with a larger cold_size"
+            )
+        raise mkv.CacheFull(
+            f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} cells are "
+            f"in use, {rows}; make the MixedCache with a larger hot_size"
+        )
