@@ -1,11 +1,12 @@
 // Decode and prefill, through a cache and on plain rows.
 #include "../attention.h"
-#include "benchmark.h"
 #include "filled_cache.h"
+#include "registry.h"
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
+#include <string>
+#include <vector>
 
 namespace mixedkv::bench {
 namespace {
@@ -108,31 +109,24 @@ private:
   Memory v_;
 };
 
-/// Bytes of K and V of a number of tokens.
-std::size_t kv_bytes(const Shape &shape, std::int64_t tokens, KvType type) {
-  return 2 * row_bytes(type, static_cast<std::size_t>(shape.head_dim)) *
-         static_cast<std::size_t>(tokens * shape.num_kv_heads);
-}
-
 /// len queries, the last of which stands at the last of kv keys.
-Group attention_group(const Options &options, const std::string &kind, const Shape &shape,
-                      std::int64_t len, std::int64_t kv) {
+void add_contexts(const Options &options, const std::string &kind, const Shape &shape,
+                  std::int64_t len, std::int64_t kv) {
   const std::string where = "/" + name_of(shape) + "/" +
                             (len > 1 ? std::to_string(len) + "x" : "") + "kv=" + std::to_string(kv);
-  GroupBuilder builder(options, kind + where);
   // Query i sees all keys but the len - 1 - i last.
   const double pairs = static_cast<double>(len) * static_cast<double>(kv) -
                        static_cast<double>(len) * static_cast<double>(len - 1) / 2;
-  const double flops = 4.0 * shape.num_qo_heads * shape.head_dim * pairs;
+  const double ops = 4.0 * shape.num_qo_heads * shape.head_dim * pairs;
   const auto add_cache = [&](const std::string &name, const Fill &fill) {
     const std::size_t bytes = kv_bytes(shape, fill.hot + fill.slot, fill.hot_type) +
                               kv_bytes(shape, fill.cold, KvType::q4_0);
-    builder.add(kind + "/" + name + where, bytes, flops,
-                [=] { return std::make_shared<CacheAttention>(shape, fill); });
+    add_benchmarks(options, kind + "/" + name + where, {bytes, ops},
+                   [=] { return std::make_unique<CacheAttention>(shape, fill); });
   };
   const auto add_rows = [&](const std::string &name, KvType type) {
-    builder.add(kind + "/" + name + where, kv_bytes(shape, kv, type), flops,
-                [=] { return std::make_shared<RowAttention>(shape, len, kv, type); });
+    add_benchmarks(options, kind + "/" + name + where, {kv_bytes(shape, kv, type), ops},
+                   [=] { return std::make_unique<RowAttention>(shape, len, kv, type); });
   };
 
   Fill hot;
@@ -158,22 +152,20 @@ Group attention_group(const Options &options, const std::string &kind, const Sha
   }
   add_rows("rows_f16", KvType::f16);
   add_rows("rows_q4_0", KvType::q4_0);
-  return builder.take();
 }
 
 } // namespace
 
-void add_attention_groups(const Options &options, std::vector<Group> &groups) {
+void add_attention_benchmarks(const Options &options) {
   const std::vector<Shape> models = {{32, 8, 128}, {9, 3, 64}, {32, 32, 128}};
   for (const Shape &shape : chosen(options.shapes, models)) {
     for (const std::int64_t kv : chosen(options.kv, {512, 4096, 32768})) {
-      groups.push_back(attention_group(options, "decode", shape, 1, kv));
+      add_contexts(options, "decode", shape, 1, kv);
     }
   }
   for (const Shape &shape : chosen(options.shapes, {models[0]})) {
     for (const std::int64_t kv : chosen(options.kv, {512, 4096})) {
-      groups.push_back(
-          attention_group(options, "prefill", shape, std::min(kPrefillQueries, kv), kv));
+      add_contexts(options, "prefill", shape, std::min(kPrefillQueries, kv), kv);
     }
   }
 }

@@ -2,10 +2,20 @@
 
 #include "../kernels/cpu_features.h"
 #include "../parallel.h"
-#include "timing.h"
+#include "data.h"
+#include "registry.h"
+
+#include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <utility>
 
 #if defined(__GNUC__)
 #define MIXEDKV_ALWAYS_INLINE inline __attribute__((always_inline))
@@ -74,7 +84,7 @@ constexpr int kNumWays = 3;
 struct Ways {
   Read *read[kNumWays];
 };
-const char *const kWayNames[kNumWays] = {"1 stream", "1 stream, prefetched", "4 streams"};
+const char *const kWayNames[kNumWays] = {"1_stream", "1_stream_prefetched", "4_streams"};
 
 // The same loops, for registers of several widths: the compiler cuts a Line as it must.
 #define MIXEDKV_WAYS(name, attributes)                                                             \
@@ -109,44 +119,92 @@ const Ways &ways() {
 
 std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
-} // namespace
-
-ReadLoop::ReadLoop(std::size_t bytes)
-    : memory_(round_up(bytes, kPage)),
-      piece_(round_up((memory_.size() + kPieces - 1) / kPieces, kPage)),
-      num_pieces_(static_cast<std::int64_t>((memory_.size() + piece_ - 1) / piece_)),
-      sums_(static_cast<std::size_t>(num_pieces_)) {}
-
-const char *ReadLoop::way() const { return kWayNames[std::max(way_, 0)]; }
-
-void ReadLoop::prepare(const Context &context) {
-  if (way_ >= 0) {
-    return;
+/// The first `bytes` bytes of the one buffer that all read.
+const char *buffer(std::size_t bytes) {
+  static std::unique_ptr<Memory> memory;
+  if (memory == nullptr || memory->size() < bytes) {
+    memory.reset();
+    memory = std::make_unique<Memory>(bytes);
   }
-  double best[kNumWays] = {};
-  read(0, context.threads);
+  return memory->as<char>();
+}
+
+/// Sums the buffer. Workers draw pieces as they do in attention. bytes: a multiple of kPage.
+std::uint64_t read(int way, std::size_t bytes, int threads) {
+  Read *const read_piece = ways().read[way];
+  const char *const data = buffer(bytes);
+  const std::size_t piece = round_up((bytes + kPieces - 1) / kPieces, kPage);
+  std::array<std::uint64_t, kPieces> sums{};
+  parallel_for(static_cast<std::int64_t>((bytes + piece - 1) / piece), threads,
+               [&](std::int64_t unit) {
+                 const std::size_t begin = static_cast<std::size_t>(unit) * piece;
+                 sums[static_cast<std::size_t>(unit)] =
+                     read_piece(data + begin, std::min(piece, bytes - begin));
+               });
+  benchmark::DoNotOptimize(sums);
+  return std::accumulate(sums.begin(), sums.end(), std::uint64_t{0});
+}
+
+int find_fastest_way(std::size_t bytes, int threads) {
+  std::array<double, kNumWays> best{};
+  read(0, bytes, threads);
   for (int round = 0; round < 6; ++round) {
     for (int way = 0; way < kNumWays; ++way) {
       const double begin = now();
-      read(way, context.threads);
-      const double seconds = now() - begin;
-      best[way] = round == 0 ? seconds : std::min(best[way], seconds);
+      read(way, bytes, threads);
+      double &of_way = best[static_cast<std::size_t>(way)];
+      of_way = round == 0 ? now() - begin : std::min(of_way, now() - begin);
     }
   }
-  way_ = static_cast<int>(std::min_element(best, best + kNumWays) - best);
+  return static_cast<int>(std::min_element(best.begin(), best.end()) - best.begin());
 }
 
-void ReadLoop::run(const Context &context) { read(way_, context.threads); }
+class ReadLoop : public Subject {
+public:
+  ReadLoop(int way, std::size_t bytes) : way_(way), bytes_(bytes) {}
+  void run(const Context &context) override { sum_ = read(way_, bytes_, context.threads); }
+  float result() const override { return static_cast<float>(sum_); }
 
-void ReadLoop::read(int way, int threads) {
-  Read *const read_piece = ways().read[way];
-  parallel_for(num_pieces_, threads, [&](std::int64_t unit) {
-    const std::size_t begin = static_cast<std::size_t>(unit) * piece_;
-    sums_[static_cast<std::size_t>(unit)] =
-        read_piece(memory_.as<char>() + begin, std::min(piece_, memory_.size() - begin));
-  });
+private:
+  int way_;
+  std::size_t bytes_;
+  std::uint64_t sum_ = 0;
+};
+
+} // namespace
+
+double read_speed(std::size_t bytes, int threads) {
+  constexpr double kSeconds = 0.01;
+  static std::map<std::pair<std::size_t, int>, int> fastest;
+  bytes = round_up(bytes, kPage);
+  const auto key = std::make_pair(bytes, threads);
+  if (fastest.find(key) == fastest.end()) {
+    fastest[key] = find_fastest_way(bytes, threads);
+  }
+  const int way = fastest[key];
+  read(way, bytes, threads);
+  int passes = 0;
+  double seconds = 0;
+  for (const double begin = now(); seconds < kSeconds; seconds = now() - begin) {
+    read(way, bytes, threads);
+    ++passes;
+  }
+  return static_cast<double>(bytes) * passes / seconds;
 }
 
-float ReadLoop::result() const { return static_cast<float>(sums_[0]); }
+void add_read_benchmarks(const Options &options) {
+  for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
+    for (const std::int64_t kv : chosen(options.kv, {512, 4096, 32768})) {
+      const std::size_t bytes = round_up(kv_bytes(shape, kv, KvType::f16), kPage);
+      for (int way = 0; way < kNumWays; ++way) {
+        add_foreign_benchmarks(options,
+                               std::string("read/") + kWayNames[way] + "/" + name_of(shape) +
+                                   "/kv=" + std::to_string(kv),
+                               {bytes, static_cast<double>(bytes) / sizeof(std::uint64_t)},
+                               [=] { return std::make_unique<ReadLoop>(way, bytes); });
+      }
+    }
+  }
+}
 
 } // namespace mixedkv::bench

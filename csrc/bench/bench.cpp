@@ -1,10 +1,18 @@
 // mixedkv-bench: how fast the parts are, beside the read bandwidth of the same run.
-#include "benchmark.h"
-#include "report.h"
-#include "timing.h"
+#include "median_table.h"
+#include "options.h"
+#include "registry.h"
+
+#include "../kernels/dispatch.h"
+
+#include <benchmark/benchmark.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
+#include <memory>
+#include <string>
 #include <vector>
 
 namespace {
@@ -13,73 +21,75 @@ using namespace mixedkv::bench;
 
 enum : int { kSuccess = 0, kFailure = 1, kWrongUse = 2 };
 
-int run(const Options &options) {
-  std::vector<Group> groups;
-  add_attention_groups(options, groups);
-  add_conversion_groups(options, groups);
-  add_kernel_groups(options, groups);
-  bool any = false;
-  for (const Group &group : groups) {
-    any |= !group.benchmarks.empty();
-  }
-  if (!any) {
-    std::fprintf(stderr, "mixedkv-bench: no benchmark of that name; --list shows them\n");
-    return kWrongUse;
-  }
-  if (options.list) {
-    for (const Group &group : groups) {
-      for (const Benchmark &benchmark : group.benchmarks) {
-        std::printf("%s\n", benchmark.name().c_str());
-      }
-    }
-    return kSuccess;
-  }
+/// Before the user's, whose word is the last: repetitions that take turns, and their median.
+const char *const kDefaults[] = {"--benchmark_enable_random_interleaving=true",
+                                 "--benchmark_repetitions=10", "--benchmark_min_time=0.02",
+                                 "--benchmark_display_aggregates_only=true",
+                                 "--benchmark_counters_tabular=true"};
 
-  if (!options.json) {
-    print_header(stdout);
+bool asked_for_help = false;
+
+/// google-benchmark calls this for --help, but for values that it can't read as well.
+void print_help() {
+  std::fputs(kUsage, stdout);
+  benchmark::PrintDefaultHelp();
+  std::exit(asked_for_help ? kSuccess : kWrongUse);
+}
+
+void describe_build() {
+#if defined(__clang__)
+  benchmark::AddCustomContext("compiler", __VERSION__);
+#elif defined(__GNUC__)
+  benchmark::AddCustomContext("compiler", "gcc " __VERSION__);
+#endif
+  std::string isas;
+  for (const std::string &isa : mixedkv::available_isas()) {
+    isas += (isas.empty() ? "" : " ") + isa;
   }
-  bool finite = true;
-  std::vector<GroupResults> all;
-  for (const Group &group : groups) {
-    if (group.benchmarks.empty()) {
-      continue;
-    }
-    all.push_back(measure(group, options));
-    for (const Result &result : all.back().benchmarks) {
-      finite &= result.finite;
-    }
-    if (!options.json) {
-      print_table(stdout, all.back());
-    }
+  benchmark::AddCustomContext("instruction sets here", isas);
+}
+
+/// How many benchmarks there were to run or list.
+std::size_t run() {
+  std::unique_ptr<benchmark::BenchmarkReporter> display(benchmark::CreateDefaultDisplayReporter());
+  if (dynamic_cast<benchmark::ConsoleReporter *>(display.get()) != nullptr) {
+    display = std::make_unique<MedianTable>(std::move(display));
   }
-  if (options.json) {
-    print_json(stdout, options, all);
-  }
-  if (!finite) {
-    std::fprintf(stderr, "mixedkv-bench: a result is not a number\n");
-    return kFailure;
-  }
-  return kSuccess;
+  return benchmark::RunSpecifiedBenchmarks(display.get());
 }
 
 } // namespace
 
 int main(int argc, char **argv) {
+  std::vector<std::string> defaults(std::begin(kDefaults), std::end(kDefaults));
+  std::vector<char *> arguments = {argv[0]};
+  for (std::string &option : defaults) {
+    arguments.push_back(option.data());
+  }
+  for (int i = 1; i < argc; ++i) {
+    asked_for_help |= std::strcmp(argv[i], "--help") == 0;
+    arguments.push_back(argv[i]);
+  }
   Options options;
   try {
-    options = parse_options(argc, argv);
+    options = take_options(arguments);
   } catch (const std::exception &error) {
     std::fprintf(stderr, "mixedkv-bench: %s\n\n%s", error.what(), kUsage);
     return kWrongUse;
   }
-  if (options.help) {
-    std::fputs(kUsage, stdout);
-    return kSuccess;
+  int count = static_cast<int>(arguments.size());
+  arguments.push_back(nullptr);
+  benchmark::Initialize(&count, arguments.data(), print_help);
+  if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) {
+    return kWrongUse;
   }
-  try {
-    return run(options);
-  } catch (const std::exception &error) {
-    std::fprintf(stderr, "mixedkv-bench: %s\n", error.what());
-    return kFailure;
+  describe_build();
+  add_read_benchmarks(options);
+  add_attention_benchmarks(options);
+  add_conversion_benchmarks(options);
+  add_kernel_benchmarks(options);
+  if (run() == 0) {
+    return kWrongUse;
   }
+  return any_failed() ? kFailure : kSuccess;
 }

@@ -1,12 +1,14 @@
 // Conversions of whole arrays, and the move of a batch of tokens from hot to cold.
 #include "../parallel.h"
 #include "../quantize.h"
-#include "benchmark.h"
 #include "filled_cache.h"
+#include "registry.h"
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 namespace mixedkv::bench {
 namespace {
@@ -74,7 +76,6 @@ public:
 
   explicit Move(const Shape &shape) : cache_(shape, fill()) {}
 
-  bool resets() const override { return true; }
   void reset() override {
     if (moved_) {
       // What moved goes, and as many take its place in hot.
@@ -113,11 +114,11 @@ private:
   bool moved_ = false;
 };
 
-Group conversion_group(const Options &options, const Shape &shape, std::int64_t kv) {
+void add_conversions(const Options &options, const Shape &shape, std::int64_t kv) {
   const std::string where = "/" + name_of(shape) + "/kv=" + std::to_string(kv);
   const std::size_t n = static_cast<std::size_t>(shape.head_dim);
   const std::int64_t num_rows = kv * shape.num_kv_heads;
-  GroupBuilder builder(options, "convert" + where);
+  const double values = static_cast<double>(num_rows) * shape.head_dim;
   const auto bytes = [&](KvType type) {
     return row_bytes(type, n) * static_cast<std::size_t>(num_rows);
   };
@@ -127,35 +128,34 @@ Group conversion_group(const Options &options, const Shape &shape, std::int64_t 
   for (const auto &[source, target] : pairs) {
     const KvType from = source;
     const KvType to = target;
-    builder.add(std::string("convert/") + kv_type_name(from) + "_to_" + kv_type_name(to) + where,
-                std::max(bytes(from), bytes(to)), 0,
-                [=] { return std::make_shared<Conversion>(from, to, num_rows, n); });
+    add_benchmarks(options,
+                   std::string("convert/") + kv_type_name(from) + "_to_" + kv_type_name(to) + where,
+                   {std::max(bytes(from), bytes(to)), values},
+                   [=] { return std::make_unique<Conversion>(from, to, num_rows, n); });
   }
-  builder.add_foreign("convert/memcpy_of_f32" + where, bytes(KvType::f32),
-                      [=] { return std::make_shared<Copy>(num_rows, n); });
-  return builder.take();
+  add_foreign_benchmarks(options, "convert/memcpy_of_f32" + where, {bytes(KvType::f32), values},
+                         [=] { return std::make_unique<Copy>(num_rows, n); });
 }
 
-Group move_group(const Options &options, const Shape &shape) {
-  const std::string where = "/" + name_of(shape) + "/tokens=" + std::to_string(Move::kBatch);
-  GroupBuilder builder(options, "move" + where);
-  builder.add("move/hot_f16_to_cold_q4_0" + where,
-              2 * row_bytes(KvType::f16, static_cast<std::size_t>(shape.head_dim)) *
-                  static_cast<std::size_t>(Move::kBatch * shape.num_kv_heads),
-              0, [=] { return std::make_shared<Move>(shape); });
-  return builder.take();
+void add_move(const Options &options, const Shape &shape) {
+  Work work;
+  work.bytes = kv_bytes(shape, Move::kBatch, KvType::f16);
+  work.ops = 2.0 * Move::kBatch * shape.num_kv_heads * shape.head_dim;
+  work.resets = true;
+  add_benchmarks(options,
+                 "move/hot_f16_to_cold_q4_0/" + name_of(shape) +
+                     "/tokens=" + std::to_string(Move::kBatch),
+                 work, [=] { return std::make_unique<Move>(shape); });
 }
 
 } // namespace
 
-void add_conversion_groups(const Options &options, std::vector<Group> &groups) {
+void add_conversion_benchmarks(const Options &options) {
   for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
     for (const std::int64_t kv : chosen(options.kv, {256, 16384})) {
-      groups.push_back(conversion_group(options, shape, kv));
+      add_conversions(options, shape, kv);
     }
-  }
-  for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
-    groups.push_back(move_group(options, shape));
+    add_move(options, shape);
   }
 }
 

@@ -75,6 +75,11 @@ void fill_random(float *x, std::size_t n, std::uint64_t seed) {
   }
 }
 
+std::size_t kv_bytes(const Shape &shape, std::int64_t tokens, KvType type) {
+  return 2 * row_bytes(type, static_cast<std::size_t>(shape.head_dim)) *
+         static_cast<std::size_t>(tokens * shape.num_kv_heads);
+}
+
 Memory random_rows(KvType type, std::int64_t num_rows, std::size_t n, std::uint64_t seed) {
   const std::size_t stride = row_bytes(type, n);
   Memory memory(stride * static_cast<std::size_t>(num_rows));

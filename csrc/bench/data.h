@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../types.h"
+#include "options.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +29,9 @@ private:
 
 /// About normal, of variance 1, the same ones for the same seed.
 void fill_random(float *x, std::size_t n, std::uint64_t seed);
+
+/// Bytes of K and V of a number of tokens.
+std::size_t kv_bytes(const Shape &shape, std::int64_t tokens, KvType type);
 
 /// Random rows of n values that lie one after another.
 Memory random_rows(KvType type, std::int64_t num_rows, std::size_t n, std::uint64_t seed);

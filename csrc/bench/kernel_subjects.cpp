@@ -3,12 +3,14 @@
 #include "../packed.h"
 #include "../parallel.h"
 #include "../tile.h"
-#include "benchmark.h"
 #include "data.h"
+#include "registry.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <utility>
 
 namespace mixedkv::bench {
 namespace {
@@ -209,7 +211,6 @@ public:
       : num_rows_(std::int64_t{shape.num_kv_heads} * kRowsFullTile),
         logits_(random_rows(KvType::f32, num_rows_, kKeysFullTile, 15)), x_(logits_.size()),
         sums_(static_cast<std::size_t>(num_rows_) * sizeof(float)) {}
-  bool resets() const override { return true; }
   void reset() override { std::memcpy(x_.as<char>(), logits_.as<char>(), x_.size()); }
   void run(const Context &context) override {
     parallel_for(num_rows_ / kRowsFullTile, context.threads, [&](std::int64_t unit) {
@@ -231,55 +232,53 @@ private:
   Memory sums_;
 };
 
-Group keys_group(const Options &options, const Shape &shape, std::int64_t kv) {
+void add_products(const Options &options, const Shape &shape, std::int64_t kv) {
   const std::string where = "/" + name_of(shape) + "/kv=" + std::to_string(kv);
-  GroupBuilder builder(options, "kernel" + where);
   const int max_threads = *std::max_element(options.threads.begin(), options.threads.end());
-  const double flops = 2.0 * shape.num_qo_heads * shape.head_dim * static_cast<double>(kv);
-  const auto bytes = [&](KvType type) {
-    return row_bytes(type, static_cast<std::size_t>(shape.head_dim)) *
-           static_cast<std::size_t>(kv * shape.num_kv_heads);
-  };
-  for (const KvType each : {KvType::f32, KvType::f16, KvType::q4_0}) {
-    const KvType type = each;
-    builder.add(std::string("kernel/qk_") + kv_type_name(type) + where, bytes(type), flops,
-                [=] { return std::make_shared<Qk>(shape, kv, max_threads, type); });
+  const double ops = 2.0 * shape.num_qo_heads * shape.head_dim * static_cast<double>(kv);
+  const auto work = [&](KvType type) { return Work{kv_bytes(shape, kv, type) / 2, ops}; };
+  const KvType types[] = {KvType::f32, KvType::f16, KvType::q4_0};
+  for (const KvType type : types) {
+    add_benchmarks(options, std::string("kernel/qk_") + kv_type_name(type) + where, work(type),
+                   [=] { return std::make_unique<Qk>(shape, kv, max_threads, type); });
   }
-  builder.add("kernel/qk_packed" + where, bytes(KvType::q4_0), flops,
-              [=] { return std::make_shared<QkPacked>(shape, kv, max_threads); });
-  for (const KvType each : {KvType::f32, KvType::f16, KvType::q4_0}) {
-    const KvType type = each;
-    builder.add(std::string("kernel/pv_") + kv_type_name(type) + where, bytes(type), flops,
-                [=] { return std::make_shared<Pv>(shape, kv, max_threads, type); });
+  add_benchmarks(options, "kernel/qk_packed" + where, work(KvType::q4_0),
+                 [=] { return std::make_unique<QkPacked>(shape, kv, max_threads); });
+  for (const KvType type : types) {
+    add_benchmarks(options, std::string("kernel/pv_") + kv_type_name(type) + where, work(type),
+                   [=] { return std::make_unique<Pv>(shape, kv, max_threads, type); });
   }
-  builder.add("kernel/pv_packed" + where, bytes(KvType::q4_0), flops,
-              [=] { return std::make_shared<PvPacked>(shape, kv, max_threads); });
-  return builder.take();
+  add_benchmarks(options, "kernel/pv_packed" + where, work(KvType::q4_0),
+                 [=] { return std::make_unique<PvPacked>(shape, kv, max_threads); });
 }
 
-Group tile_group(const Options &options, const Shape &shape) {
+void add_tiles(const Options &options, const Shape &shape) {
   const std::string where = "/" + name_of(shape) + "/tile=" + std::to_string(kRowsFullTile) + "x" +
                             std::to_string(kKeysFullTile);
-  GroupBuilder builder(options, "kernel" + where);
   const std::size_t heads = static_cast<std::size_t>(shape.num_kv_heads);
   const std::size_t dim = static_cast<std::size_t>(shape.head_dim);
-  builder.add("kernel/qk_transposed" + where, heads * kKeysFullTile * dim * sizeof(float),
-              2.0 * shape.num_kv_heads * kRowsFullTile * kKeysFullTile * shape.head_dim,
-              [=] { return std::make_shared<QkTransposed>(shape); });
-  builder.add("kernel/exp_sum" + where, heads * kRowsFullTile * kKeysFullTile * sizeof(float), 0,
-              [=] { return std::make_shared<ExpSum>(shape); });
-  return builder.take();
+  Work product;
+  product.bytes = heads * kKeysFullTile * dim * sizeof(float);
+  product.ops = 2.0 * shape.num_kv_heads * kRowsFullTile * kKeysFullTile * shape.head_dim;
+  add_benchmarks(options, "kernel/qk_transposed" + where, product,
+                 [=] { return std::make_unique<QkTransposed>(shape); });
+  const std::size_t scores = heads * kRowsFullTile * kKeysFullTile;
+  Work sum;
+  sum.bytes = scores * sizeof(float);
+  sum.ops = static_cast<double>(scores);
+  sum.resets = true;
+  add_benchmarks(options, "kernel/exp_sum" + where, sum,
+                 [=] { return std::make_unique<ExpSum>(shape); });
 }
 
 } // namespace
 
-void add_kernel_groups(const Options &options, std::vector<Group> &groups) {
-  const std::vector<Shape> shapes = {{32, 8, 128}};
-  for (const Shape &shape : chosen(options.shapes, shapes)) {
+void add_kernel_benchmarks(const Options &options) {
+  for (const Shape &shape : chosen(options.shapes, {{32, 8, 128}})) {
     for (const std::int64_t kv : chosen(options.kv, {512, 32768})) {
-      groups.push_back(keys_group(options, shape, kv));
+      add_products(options, shape, kv);
     }
-    groups.push_back(tile_group(options, shape));
+    add_tiles(options, shape);
   }
 }
 

@@ -5,17 +5,16 @@
 #include "../types.h"
 
 #include <algorithm>
-#include <cerrno>
-#include <cmath>
 #include <cstdlib>
-#include <limits>
+#include <stdexcept>
+#include <utility>
 
 namespace mixedkv::bench {
 namespace {
 
 [[noreturn]] void refuse(const std::string &option, const std::string &what,
                          const std::string &value) {
-  throw UsageError(option + " must be " + what + ", got '" + value + "'");
+  throw std::invalid_argument(option + " must be " + what + ", got '" + value + "'");
 }
 
 std::vector<std::string> split(const std::string &text, char separator) {
@@ -82,11 +81,7 @@ std::vector<std::string> parse_isas(const std::string &value) {
   }
   std::vector<std::string> isas;
   for (const std::string &name : split(value, ',')) {
-    try {
-      kernels_for(name);
-    } catch (const std::invalid_argument &error) {
-      throw UsageError(std::string("--isa: ") + error.what());
-    }
+    kernels_for(name); // throws where there is none
     if (std::find(isas.begin(), isas.end(), name) == isas.end()) {
       isas.push_back(name);
     }
@@ -94,38 +89,19 @@ std::vector<std::string> parse_isas(const std::string &value) {
   return isas;
 }
 
-double parse_seconds(const std::string &option, const std::string &value) {
-  char *end = nullptr;
-  const double seconds = std::strtod(value.c_str(), &end);
-  if (value.empty() || *end != '\0' || !std::isfinite(seconds) || seconds <= 0) {
-    refuse(option, "a positive number of seconds", value);
-  }
-  return seconds;
-}
-
-std::regex parse_regex(const std::string &option, const std::string &value) {
-  try {
-    return std::regex(value);
-  } catch (const std::regex_error &) {
-    refuse(option, "a regular expression", value);
-  }
-}
-
 } // namespace
 
 const char *const kUsage =
     R"(mixedkv-bench [option...]: times mixedkv's parts beside this machine's read bandwidth
 
-  --list               names, one a line; nothing is timed
-  --filter=REGEX       only benchmarks whose name contains a match (ECMAScript)
   --isa=NAME,...|all   instruction sets; default: the one that mixedkv takes by itself
   --threads=N,...      default: 1 and as many as mixedkv takes by itself
   --kv=N,...           tokens in context; default: each subject's own
   --shapes=HqxHkvxD,.. query heads, kv heads, head dim; default: each subject's own
-  --min-time=SECONDS   timed in all for each benchmark, default 0.2
-  --json               one JSON object instead of tables
 
 Exit status: 0; 1 where a result was not a number or something failed; 2 on wrong use.
+The rest is google-benchmark's:
+
 )";
 
 std::string name_of(const Shape &shape) {
@@ -133,25 +109,15 @@ std::string name_of(const Shape &shape) {
          std::to_string(shape.head_dim);
 }
 
-Options parse_options(int argc, const char *const *argv) {
+Options take_options(std::vector<char *> &arguments) {
   Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
+  std::vector<char *> rest;
+  for (char *const text : arguments) {
+    const std::string argument = text;
     const std::size_t equals = argument.find('=');
     const std::string option = argument.substr(0, equals);
     const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
-    bool *flag = option == "--help" || option == "-h" ? &options.help
-                 : option == "--list"                 ? &options.list
-                 : option == "--json"                 ? &options.json
-                                                      : nullptr;
-    if (flag != nullptr) {
-      if (equals != std::string::npos) {
-        throw UsageError(option + " takes no value");
-      }
-      *flag = true;
-    } else if (option == "--filter") {
-      options.filter = parse_regex(option, value);
-    } else if (option == "--isa") {
+    if (option == "--isa") {
       options.isas = parse_isas(value);
     } else if (option == "--threads") {
       options.threads = parse_numbers<int>(option, value, 1024);
@@ -159,10 +125,8 @@ Options parse_options(int argc, const char *const *argv) {
       options.kv = parse_numbers<std::int64_t>(option, value, std::int64_t{1} << 24);
     } else if (option == "--shapes") {
       options.shapes = parse_shapes(value);
-    } else if (option == "--min-time") {
-      options.min_time = parse_seconds(option, value);
     } else {
-      throw UsageError("unknown option '" + argument + "'");
+      rest.push_back(text);
     }
   }
   if (options.isas.empty()) {
@@ -174,6 +138,7 @@ Options parse_options(int argc, const char *const *argv) {
       options.threads.push_back(get_num_threads());
     }
   }
+  arguments = std::move(rest);
   return options;
 }
 

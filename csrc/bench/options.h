@@ -1,9 +1,7 @@
-// The command line of mixedkv-bench.
+// What mixedkv-bench asks beyond google-benchmark's own options.
 #pragma once
 
 #include <cstdint>
-#include <regex>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,25 +17,23 @@ struct Shape {
 std::string name_of(const Shape &shape);
 
 struct Options {
-  bool help = false;
-  bool list = false;
-  bool json = false;
-  double min_time = 0.2;         ///< seconds that each benchmark is timed in all
-  std::regex filter{""};         ///< of names; the default finds every one
   std::vector<std::string> isas; ///< available ones
   std::vector<int> threads;
   std::vector<std::int64_t> kv; ///< empty: each subject's own
   std::vector<Shape> shapes;    ///< likewise
 };
 
-/// Wrong use, in words for the user.
-struct UsageError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
+/// Takes our own options out of a program's arguments and leaves the rest, which are
+/// google-benchmark's. Throws std::invalid_argument where one of them, or MIXEDKV_ISA, is wrong.
+Options take_options(std::vector<char *> &arguments);
 
-/// Throws UsageError; std::invalid_argument where the environment names what this machine lacks.
-Options parse_options(int argc, const char *const *argv);
-
+/// What our own options mean.
 extern const char *const kUsage;
+
+/// The numbers or shapes that the user named, else a subject's own.
+template <typename T>
+std::vector<T> chosen(const std::vector<T> &named, const std::vector<T> &own) {
+  return named.empty() ? own : named;
+}
 
 } // namespace mixedkv::bench
