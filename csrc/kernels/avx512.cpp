@@ -37,6 +37,8 @@ namespace {
 
 #include "packed.inl"
 
+#include "packed_values.inl"
+
 #include "transposed.inl"
 
 } // namespace

@@ -3,11 +3,15 @@
 
 using i32v = __m512i;
 constexpr int kPackedVectors = 2;
+constexpr int kValueVectors = 2;
+constexpr int kWeightBlocks = 4;
 
 MIXEDKV_INLINE i32v load_i32(const void *p) { return _mm512_loadu_si512(p); }
 MIXEDKV_INLINE i32v set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
 MIXEDKV_INLINE i32v zero_i32() { return _mm512_setzero_si512(); }
 MIXEDKV_INLINE i32v add_i32(i32v a, i32v b) { return _mm512_add_epi32(a, b); }
+MIXEDKV_INLINE i32v sub_i32(i32v a, i32v b) { return _mm512_sub_epi32(a, b); }
+MIXEDKV_INLINE i32v and_i32(i32v a, i32v b) { return _mm512_and_si512(a, b); }
 MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return _mm512_xor_si512(a, b); }
 template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) { return _mm512_slli_epi32(x, N); }
 template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return _mm512_srai_epi32(x, N); }
@@ -17,33 +21,35 @@ MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm512_and_si512(x, _mm512_set1
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
 using Dot = __m512i;
-MIXEDKV_INLINE Dot dot_zero() { return _mm512_setzero_si512(); }
 #if defined(MIXEDKV_VNNI)
+MIXEDKV_INLINE Dot dot_from(i32v start) { return start; }
 MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) { return _mm512_dpbusd_epi32(acc, u, s); }
-MIXEDKV_INLINE i32v dot_total(Dot acc) { return acc; }
+MIXEDKV_INLINE i32v dot_total(Dot acc, i32v) { return acc; }
 MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) { return _mm512_dpwssd_epi32(acc, a, b); }
 #else
 // 16-bit sums: 8 words of 2 products of 15 and 127 at most stay below 2^15.
+MIXEDKV_INLINE Dot dot_from(i32v) { return zero_i32(); }
 MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
   return _mm512_add_epi16(acc, _mm512_maddubs_epi16(u, s));
 }
-MIXEDKV_INLINE i32v dot_total(Dot acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
+MIXEDKV_INLINE i32v dot_total(Dot acc, i32v start) {
+  return add_i32(start, _mm512_madd_epi16(acc, _mm512_set1_epi16(1)));
+}
 MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 }
 #endif
 
-template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
-  if constexpr (K == 3)
-    return _mm512_srai_epi16(x, 12);
-  else
-    return _mm512_srai_epi16(_mm512_slli_epi16(x, 12 - 4 * K), 12);
-}
+MIXEDKV_INLINE i32v high_bytes(i32v x) { return _mm512_srli_epi16(x, 8); }
 
-MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
-                      _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+MIXEDKV_INLINE i32v to_i32(f32v x) { return _mm512_cvtps_epi32(x); }
+MIXEDKV_INLINE void store_halves(int16_t *p, i32v x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtsepi32_epi16(x));
 }
+MIXEDKV_INLINE void store_bytes(int8_t *p, i32v x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtsepi32_epi8(x));
+}
+MIXEDKV_INLINE int32_t sum_lanes(i32v x) { return _mm512_reduce_add_epi32(x); }
 
 MIXEDKV_INLINE void prefetch(const void *p) {
   _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);

@@ -3,6 +3,8 @@
 
 using i32v = int32x4_t;
 constexpr int kPackedVectors = 2;
+constexpr int kValueVectors = 2;
+constexpr int kWeightBlocks = 4;
 
 MIXEDKV_INLINE i32v load_i32(const void *p) {
   return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t *>(p)));
@@ -10,6 +12,8 @@ MIXEDKV_INLINE i32v load_i32(const void *p) {
 MIXEDKV_INLINE i32v set1_i32(int32_t x) { return vdupq_n_s32(x); }
 MIXEDKV_INLINE i32v zero_i32() { return vdupq_n_s32(0); }
 MIXEDKV_INLINE i32v add_i32(i32v a, i32v b) { return vaddq_s32(a, b); }
+MIXEDKV_INLINE i32v sub_i32(i32v a, i32v b) { return vsubq_s32(a, b); }
+MIXEDKV_INLINE i32v and_i32(i32v a, i32v b) { return vandq_s32(a, b); }
 MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return veorq_s32(a, b); }
 template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) {
   return vshlq_s32(x, vdupq_n_s32(N)); // N = 0 has no immediate form on every compiler
@@ -26,24 +30,24 @@ MIXEDKV_INLINE i32v high_nibbles(i32v x) {
 
 #if defined(MIXEDKV_DOTPROD)
 using Dot = int32x4_t;
-MIXEDKV_INLINE Dot dot_zero() { return vdupq_n_s32(0); }
+MIXEDKV_INLINE Dot dot_from(i32v start) { return start; }
 MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
   return vdotq_s32(acc, vreinterpretq_s8_s32(u), vreinterpretq_s8_s32(s));
 }
-MIXEDKV_INLINE i32v dot_total(Dot acc) { return acc; }
+MIXEDKV_INLINE i32v dot_total(Dot acc, i32v) { return acc; }
 #else
 /// 16-bit sums, of the first two tokens and of the last two: 8 products of 15 and 127 each.
 struct Dot {
   int16x8_t low, high;
 };
-MIXEDKV_INLINE Dot dot_zero() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+MIXEDKV_INLINE Dot dot_from(i32v) { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
 MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
   const int8x16_t a = vreinterpretq_s8_s32(u);
   const int8x16_t b = vreinterpretq_s8_s32(s);
   return {vmlal_s8(acc.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(acc.high, a, b)};
 }
-MIXEDKV_INLINE i32v dot_total(Dot acc) {
-  return vpaddq_s32(vpaddlq_s16(acc.low), vpaddlq_s16(acc.high));
+MIXEDKV_INLINE i32v dot_total(Dot acc, i32v start) {
+  return vaddq_s32(start, vpaddq_s32(vpaddlq_s16(acc.low), vpaddlq_s16(acc.high)));
 }
 #endif
 
@@ -54,14 +58,17 @@ MIXEDKV_INLINE i32v madd16(i32v acc, i32v a, i32v b) {
                    vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
 }
 
-template <int K> MIXEDKV_INLINE i32v nibble16(i32v x) {
-  const int16x8_t halves = vreinterpretq_s16_s32(x);
-  return vreinterpretq_s32_s16(
-      vshrq_n_s16(K == 3 ? halves : vshlq_s16(halves, vdupq_n_s16(12 - 4 * K)), 12));
+MIXEDKV_INLINE i32v high_bytes(i32v x) {
+  return vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(x), 8));
 }
 
-MIXEDKV_INLINE void store_rounded(int16_t *p, f32v x) {
-  vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x)));
+MIXEDKV_INLINE i32v to_i32(f32v x) { return vcvtnq_s32_f32(x); }
+MIXEDKV_INLINE void store_halves(int16_t *p, i32v x) { vst1_s16(p, vqmovn_s32(x)); }
+MIXEDKV_INLINE void store_bytes(int8_t *p, i32v x) {
+  const int16x4_t halves = vqmovn_s32(x);
+  const int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));
+  vst1_lane_s32(reinterpret_cast<int32_t *>(p), vreinterpret_s32_s8(bytes), 0);
 }
+MIXEDKV_INLINE int32_t sum_lanes(i32v x) { return vaddvq_s32(x); }
 
 MIXEDKV_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }

@@ -34,6 +34,8 @@ namespace {
 
 #include "packed.inl"
 
+#include "packed_values.inl"
+
 #include "transposed.inl"
 
 enum : int { kGroupRows = 4, kGroupBlocks = 16 };

@@ -49,6 +49,9 @@ MIXEDKV_INLINE f32v scale_by_power(f32v x, f32v n) {
 }
 MIXEDKV_INLINE f32v max_or_second(f32v a, f32v b) { return _mm256_max_ps(a, b); }
 MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return _mm256_min_ps(a, b); }
+MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
 }

@@ -43,6 +43,9 @@ MIXEDKV_INLINE f32v rint(f32v x) {
 MIXEDKV_INLINE f32v scale_by_power(f32v x, f32v n) { return _mm512_scalef_ps(x, n); }
 MIXEDKV_INLINE f32v max_or_second(f32v a, f32v b) { return _mm512_max_ps(a, b); }
 MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return _mm512_min_ps(a, b); }
+MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
+  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
 }

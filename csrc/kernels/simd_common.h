@@ -7,6 +7,7 @@
 //   store, store_n          the same way back, f16 rounded to nearest even
 //   zero set1 add sub mul div fma(a, b, c) = a * b + c, rint, scale_by_power(x, n) = x * 2^n
 //   max_or_second(a, b)     the larger; b where either is NaN. min_or_second likewise
+//   max_bits(a, b)          the larger of numbers >= 0, infinity above them, NaN above all
 //   select_below(x, y, a, b)  x < y ? a : b, lane by lane; b where x or y is NaN
 //   copy_sign(a, s)         |a| with the sign of s;  abs_of(x)
 //   sum_lanes, max_lanes    one float from a vector
@@ -26,16 +27,18 @@
 // For packed.inl and transposed.inl, integers_<isa>.h adds these:
 //
 //   i32v                    a vector of kLanes 32-bit numbers, seen as bytes or halves too
-//   load_i32 set1_i32 zero_i32 add_i32 xor_i32, shift_left<N>, shift_right_signed<N>, to_f32
-//   low_nibbles, high_nibbles   of every byte, as a byte
-//   Dot, dot_zero, dot(acc, u, s), dot_total(acc)   acc gains, lane by lane, the four products of
-//                           bytes 0 to 15 in u and signed bytes in s, eight times at most between
-//                           dot_zero and dot_total
-//   nibble16<K>(x)          nibble K of every half, as a signed half
+//   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32 sum_lanes, shift_left<N>,
+//   shift_right_signed<N>, to_f32 low_nibbles, high_nibbles   of every byte, as a byte Dot,
+//   dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
+//                           four products of bytes 0 to 15 in u and signed bytes in s, eight times
+//                           at most from dot_from to dot_total, which take the same start
+//   high_bytes(x)           of every half, as a half
 //   madd16(acc, a, b)       acc gains, lane by lane, the two products of signed halves
-//   store_rounded(p, x)     kLanes halves, rounded to nearest even and saturated
+//   to_i32(x)               rounded to nearest even
+//   store_halves, store_bytes(p, x)   kLanes halves or bytes, saturated
 //   prefetch(p)             a hint; p may lie anywhere
 //   kPackedVectors          vectors of tokens that qk_packed works on at a time
+//   kValueVectors           vectors of dims that pv_packed works on at a time
 #pragma once
 
 #include "../packed.h"

@@ -46,6 +46,9 @@ MIXEDKV_INLINE f32v scale_by_power(f32v x, f32v n) {
   const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n), 23);
   return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), exponent));
 }
+MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
+  return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return vbslq_f32(vcltq_f32(x, y), a, b);
 }
