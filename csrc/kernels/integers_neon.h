@@ -67,7 +67,8 @@ MIXEDKV_INLINE void store_halves(int16_t *p, i32v x) { vst1_s16(p, vqmovn_s32(x)
 MIXEDKV_INLINE void store_bytes(int8_t *p, i32v x) {
   const int16x4_t halves = vqmovn_s32(x);
   const int8x8_t bytes = vqmovn_s16(vcombine_s16(halves, halves));
-  vst1_lane_s32(reinterpret_cast<int32_t *>(p), vreinterpret_s32_s8(bytes), 0);
+  const int32_t word = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+  memcpy(p, &word, sizeof word);
 }
 MIXEDKV_INLINE int32_t sum_lanes(i32v x) { return vaddvq_s32(x); }
 

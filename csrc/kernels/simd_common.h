@@ -27,9 +27,10 @@
 // For packed.inl and transposed.inl, integers_<isa>.h adds these:
 //
 //   i32v                    a vector of kLanes 32-bit numbers, seen as bytes or halves too
-//   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32 sum_lanes, shift_left<N>,
-//   shift_right_signed<N>, to_f32 low_nibbles, high_nibbles   of every byte, as a byte Dot,
-//   dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
+//   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32
+//   shift_left<N>, shift_right_signed<N>, to_f32, sum_lanes
+//   low_nibbles, high_nibbles   of every byte, as a byte
+//   Dot, dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
 //                           four products of bytes 0 to 15 in u and signed bytes in s, eight times
 //                           at most from dot_from to dot_total, which take the same start
 //   high_bytes(x)           of every half, as a half
@@ -39,6 +40,7 @@
 //   prefetch(p)             a hint; p may lie anywhere
 //   kPackedVectors          vectors of tokens that qk_packed works on at a time
 //   kValueVectors           vectors of dims that pv_packed works on at a time
+//   kWeightBlocks           blocks whose weights pv_packed makes together: a power of two
 #pragma once
 
 #include "../packed.h"
