@@ -1,7 +1,8 @@
-// A job is opened and closed by its caller. Workers that are awake join an open job and draw units
-// from a shared counter; the caller draws too, closes the job when no unit is left, and waits only
-// for workers that joined. A worker that wakes up late finds the job closed and touches nothing,
-// so a sleeping worker never delays its caller.
+// A job is opened and closed by its caller. Its units are cut into as many runs as threads may take
+// part. Workers that are awake join an open job and draw units, each from a run of its own and then
+// from what is left of the others'; the caller draws too, closes the job when no unit is left, and
+// waits only for workers that joined. A worker that wakes up late finds the job closed and touches
+// nothing, so a sleeping worker never delays its caller.
 #include "parallel.h"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -50,8 +52,7 @@ public:
     ensure_workers(helpers);
     fn_ = fn;
     context_ = context;
-    num_units_ = num_units;
-    next_.store(0, std::memory_order_relaxed);
+    cut(num_units, helpers + 1);
     tickets_.store(helpers, std::memory_order_relaxed);
     epoch_.fetch_add(1); // odd: open
     if (sleepers_.load() > 0) {
@@ -74,13 +75,34 @@ public:
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 private:
+  /// Units of a job that one thread draws first. A cache line each: their threads write to them.
+  struct alignas(64) Run {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t end = 0;
+  };
+
+  /// Between jobs only: no worker looks at runs then.
+  void cut(std::int64_t num_units, int num_runs) {
+    if (num_runs > capacity_) {
+      runs_.reset(new Run[static_cast<std::size_t>(num_runs)]);
+      capacity_ = num_runs;
+    }
+    num_runs_ = num_runs;
+    for (int i = 0; i < num_runs; ++i) {
+      runs_[i].next.store(num_units * i / num_runs, std::memory_order_relaxed);
+      runs_[i].end = num_units * (i + 1) / num_runs;
+    }
+  }
+
   void draw(int worker) {
-    for (;;) {
-      const std::int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-      if (unit >= num_units_) {
-        return;
+    for (int i = 0; i < num_runs_; ++i) {
+      Run &run = runs_[(worker + i) % num_runs_];
+      while (run.next.load(std::memory_order_relaxed) < run.end) {
+        const std::int64_t unit = run.next.fetch_add(1, std::memory_order_relaxed);
+        if (unit < run.end) {
+          fn_(context_, unit, worker);
+        }
       }
-      fn_(context_, unit, worker);
     }
   }
 
@@ -128,10 +150,11 @@ private:
 
   void (*fn_)(void *, std::int64_t, int) = nullptr;
   void *context_ = nullptr;
-  std::int64_t num_units_ = 0;
+  std::unique_ptr<Run[]> runs_;
+  int capacity_ = 0;
+  int num_runs_ = 0;
   int num_workers_ = 0;
   alignas(64) std::atomic<std::uint64_t> epoch_{0};
-  alignas(64) std::atomic<std::int64_t> next_{0};
   alignas(64) std::atomic<int> in_flight_{0};
   std::atomic<int> tickets_{0};
   std::atomic<int> sleepers_{0};
