@@ -42,7 +42,8 @@ MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
   // What is too small to be inverted contributes nothing that f32 scores could show.
   const bool useful = !odd && largest > 1e-30f;
   const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
-  int8_t bytes[2 * QK4_0];
+  // Straight to where they go: a wide read of narrow stores would wait for all of them.
+  int8_t *bytes = reinterpret_cast<int8_t *>(out);
   i32v total = zero_i32();
   for (int i = 0; i < QK4_0; i += kLanes) {
     const i32v number = to_i32(useful ? mul(load(x + i), inverse) : zero());
@@ -51,7 +52,6 @@ MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
     store_bytes(bytes + QK4_0 + i, sub_i32(number, shift_left<7>(hi)));
     total = add_i32(total, number);
   }
-  memcpy(out, bytes, sizeof bytes);
   out[2 * kWordsOfBlock] = -8 * sum_lanes(total);
   const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
   memcpy(out + 2 * kWordsOfBlock + 1, &scale, sizeof scale);
