@@ -13,9 +13,9 @@ namespace mixedkv::bindings {
 
 void register_machine(py::module_ &m) {
   m.def("compiled_isas", [] {
-    std::vector<std::tuple<std::string, bool, std::string>> isas;
+    std::vector<std::tuple<std::string, bool, std::string, bool>> isas;
     for (const IsaInfo &isa : compiled_isas()) {
-      isas.emplace_back(isa.name, isa.available, isa.requires_);
+      isas.emplace_back(isa.name, isa.available, isa.requires_, isa.has_bf16);
     }
     return isas;
   });

@@ -41,6 +41,12 @@ namespace {
 
 #include "transposed.inl"
 
+#if defined(MIXEDKV_BF16)
+#include "bf16_avx512.h"
+
+#include "bf16.inl"
+#endif
+
 } // namespace
 
 #include "table.inl"

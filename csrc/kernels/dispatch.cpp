@@ -23,6 +23,11 @@ struct Variant {
 
 // Best first. The build defines MIXEDKV_HAVE_<ISA> for each file that it compiled.
 const Variant kVariants[] = {
+#if defined(MIXEDKV_HAVE_AVX512_BF16)
+    {&kernels_avx512_bf16,
+     "avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx2 fma f16c",
+     [](const CpuFeatures &cpu) { return has_avx512(cpu) && cpu.avx512_vnni && cpu.avx512_bf16; }},
+#endif
 #if defined(MIXEDKV_HAVE_AVX512_VNNI)
     {&kernels_avx512_vnni, "avx512f avx512bw avx512dq avx512vl avx512_vnni avx2 fma f16c",
      [](const CpuFeatures &cpu) { return has_avx512(cpu) && cpu.avx512_vnni; }},
@@ -36,6 +41,10 @@ const Variant kVariants[] = {
 #endif
 #if defined(MIXEDKV_HAVE_AVX2)
     {&kernels_avx2, "avx2 fma f16c", has_avx2},
+#endif
+#if defined(MIXEDKV_HAVE_NEON_BF16)
+    {&kernels_neon_bf16, "asimd fp16 dotprod bf16",
+     [](const CpuFeatures &cpu) { return cpu.asimd && cpu.fp16 && cpu.dotprod && cpu.bf16; }},
 #endif
 #if defined(MIXEDKV_HAVE_NEON_DOTPROD)
     {&kernels_neon_dotprod, "asimd dotprod",
@@ -89,7 +98,8 @@ std::atomic<const Kernels *> active{nullptr};
 std::vector<IsaInfo> compiled_isas() {
   std::vector<IsaInfo> isas;
   for (const Variant &variant : kVariants)
-    isas.push_back({variant.kernels->name, is_available(variant), variant.required});
+    isas.push_back({variant.kernels->name, is_available(variant), variant.required,
+                    variant.kernels->bf16 != nullptr});
   return isas;
 }
 

@@ -14,6 +14,7 @@ struct IsaInfo {
   const char *name;
   bool available;        ///< this machine can run it
   const char *requires_; ///< CPU features it needs, for messages: "avx2 fma f16c"
+  bool has_bf16;         ///< it has kernels for arithmetic in bf16
 };
 
 /// All variants of this build, best first; "scalar" is always the last.

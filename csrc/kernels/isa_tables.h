@@ -11,7 +11,9 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx2_vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_vnni;
+extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;
+extern const Kernels kernels_neon_bf16;
 
 } // namespace mixedkv

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../types.h"
+#include "bf16.h"
 
 namespace mixedkv {
 
@@ -91,6 +92,11 @@ struct Kernels {
   void (*scale)(float *x, std::size_t n, float f) noexcept;
   /// y_j += f * x_j.
   void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
+
+  // --- arithmetic in bf16 ----------------------------------------------------------------------
+
+  /// Null where the instruction set has none.
+  const Bf16Kernels *bf16;
 };
 
 } // namespace mixedkv

@@ -11,7 +11,9 @@
 // blocks, since each has a scale of its own. FEAT_I8MM's smmla would halve the dot products again,
 // with rows taken in pairs.
 #define MIXEDKV_DOTPROD 1
+#if !defined(MIXEDKV_ISA)
 #define MIXEDKV_ISA neon_dotprod
+#endif
 #define MIXEDKV_QK_Q4_0 qk_q4_0_split
 #include "simd_common.h"
 
@@ -37,6 +39,12 @@ namespace {
 #include "packed_values.inl"
 
 #include "transposed.inl"
+
+#if defined(MIXEDKV_BF16)
+#include "bf16_neon.h"
+
+#include "bf16.inl"
+#endif
 
 enum : int { kGroupRows = 4, kGroupBlocks = 16 };
 

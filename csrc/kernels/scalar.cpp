@@ -310,6 +310,8 @@ void axpy(float f, const float *x, float *y, size_t n) noexcept {
     y[i] += f * x[i];
 }
 
+#include "scalar_bf16.inl"
+
 } // namespace
 
 const Kernels kernels_scalar = {
@@ -336,6 +338,7 @@ const Kernels kernels_scalar = {
     soft_cap,
     scale,
     axpy,
+    &bf16_kernels,
 };
 
 } // namespace mixedkv

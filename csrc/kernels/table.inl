@@ -1,6 +1,6 @@
 // The one symbol of a vector ISA's file, made of what it has included so far. The file defines
 // MIXEDKV_ISA, the variant's name as an identifier, and may define MIXEDKV_QK_Q4_0, its own qk over
-// Q4_0 rows.
+// Q4_0 rows, and MIXEDKV_BF16 where it has included bf16.inl.
 
 #if !defined(MIXEDKV_QK_Q4_0)
 #define MIXEDKV_QK_Q4_0 qk_q4_0
@@ -34,4 +34,9 @@ const Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = {
     soft_cap,
     scale,
     axpy,
+#if defined(MIXEDKV_BF16)
+    &bf16_kernels,
+#else
+    nullptr,
+#endif
 };

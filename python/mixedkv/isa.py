@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from . import _core
 
-__all__ = ["active", "available", "compiled", "requires", "select"]
+__all__ = ["active", "available", "compiled", "compute_types", "requires", "select"]
 
 
 def compiled() -> list[str]:
     """Return every variant of this build, best first; "scalar" is the last."""
-    return [name for name, _, _ in _core.compiled_isas()]
+    return [name for name, *_ in _core.compiled_isas()]
 
 
 def available() -> list[str]:
     """Return the variants that this machine can run, best first."""
-    return [name for name, can_run, _ in _core.compiled_isas() if can_run]
+    return [name for name, can_run, *_ in _core.compiled_isas() if can_run]
 
 
 def requires(name: str) -> str:
@@ -29,9 +29,27 @@ def requires(name: str) -> str:
     ValueError
         Where this build has no such variant.
     """
-    for known, _, features in _core.compiled_isas():
+    for known, _, features, _ in _core.compiled_isas():
         if known == name:
             return features
+    raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+
+
+def compute_types(name: str | None = None) -> list[str]:
+    """Return the kinds of arithmetic that a variant (None: the one in use) has kernels for.
+
+    "f32" always; "bf16" where ``compute_type="bf16"`` of :func:`mixedkv.attention` makes a
+    difference.
+
+    Raises
+    ------
+    ValueError
+        Where this build has no such variant.
+    """
+    wanted = _core.active_isa() if name is None else name
+    for known, _, _, has_bf16 in _core.compiled_isas():
+        if known == wanted:
+            return ["f32", "bf16"] if has_bf16 else ["f32"]
     raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
 
 
