@@ -1,5 +1,7 @@
 #include "tile.h"
 
+#include "rows.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -10,29 +12,8 @@ namespace {
 /// side by side; below, the kernels unpack in registers.
 constexpr int kUnpackRows = 9;
 
-bool is_packed(KvType type) { return type == KvType::q4_0_packed; }
-
 std::int64_t key_position(const KeySegment &segment, std::int64_t j) {
   return segment.pos != nullptr ? segment.pos[j] : segment.pos_start + j;
-}
-
-Rows rows_from(const void *base, std::ptrdiff_t head_stride, std::ptrdiff_t row_stride,
-               const std::int32_t *index, int kv_head, std::int64_t begin, int n) {
-  const char *data = static_cast<const char *>(base) + kv_head * head_stride;
-  if (index == nullptr) {
-    return {data + begin * row_stride, row_stride, nullptr};
-  }
-  index += begin;
-  // Cells are listed in ascending order, so equal ends mean an unbroken run.
-  if (index[n - 1] - index[0] == n - 1) {
-    return {data + index[0] * row_stride, row_stride, nullptr};
-  }
-  return {data, row_stride, index};
-}
-
-const void *row_at(const Rows &rows, int j) {
-  return static_cast<const char *>(rows.base) +
-         rows.stride * (rows.index != nullptr ? rows.index[j] : j);
 }
 
 void unpack_row(const Kernels &kernels, KvType type, const void *x, float *y, std::size_t n) {
@@ -228,13 +209,13 @@ Rows Tile::tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_st
   return {data + first * tile_stride, tile_stride, nullptr};
 }
 
-Tile::Visible Tile::visible_by_position(const KeySegment &segment, std::int64_t begin,
-                                        int n) const {
+Tile::Sight Tile::look(const KeySegment &segment, std::int64_t begin, int n) const {
   if (!positional_) {
-    return Visible::all;
+    return {Visible::all, false, 0};
   }
   std::int64_t first = segment.pos_start + begin;
   std::int64_t last = first + n - 1;
+  bool consecutive = true;
   if (segment.pos != nullptr) {
     const std::int32_t *pos = segment.pos + begin;
     std::int32_t low = pos[0];
@@ -242,18 +223,19 @@ Tile::Visible Tile::visible_by_position(const KeySegment &segment, std::int64_t 
     for (int j = 1; j < n; ++j) {
       low = std::min(low, pos[j]);
       high = std::max(high, pos[j]);
+      consecutive &= pos[j] == pos[0] + j;
     }
     first = low;
     last = high;
   }
   const std::int64_t window = params_.window_left;
+  Visible visible = Visible::some;
   if (first > pos_max_ || (window >= 0 && last < pos_min_ - window)) {
-    return Visible::none;
+    visible = Visible::none;
+  } else if (last <= pos_min_ && (window < 0 || first >= pos_max_ - window)) {
+    visible = Visible::all;
   }
-  if (last <= pos_min_ && (window < 0 || first >= pos_max_ - window)) {
-    return Visible::all;
-  }
-  return Visible::some;
+  return {visible, consecutive, first};
 }
 
 void Tile::hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
@@ -314,8 +296,8 @@ void Tile::apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int
   }
 }
 
-/// Turns n logits into weights relative to the row's new maximum, and takes them into the state.
-void Tile::softmax_row(int row, float *x, int n) {
+/// Takes the largest of n logits into row's state; false where none of them is to be weighed.
+bool Tile::raise_maximum(int row, const float *x, int n) {
   RowState &state = states_[row];
   const float chunk_max = kernels_.row_max(x, n);
   const float m = state.m > chunk_max ? state.m : chunk_max;
@@ -328,8 +310,7 @@ void Tile::softmax_row(int row, float *x, int n) {
       state = {nan, nan};
       std::fill_n(acc(row), head_dim_v_, nan);
     }
-    std::fill_n(x, n, 0.0f);
-    return;
+    return false;
   }
   if (state.m == kMinusInfinity) {
     std::fill_n(acc(row), head_dim_v_, 0.0f); // the one place where an accumulator is reset
@@ -340,7 +321,16 @@ void Tile::softmax_row(int row, float *x, int n) {
     state.s *= weight;
   }
   state.m = m;
-  state.s += kernels_.exp_sum(x, n, m);
+  return true;
+}
+
+/// Turns n logits into weights relative to the row's new maximum, and takes them into the state.
+void Tile::softmax_row(int row, float *x, int n) {
+  if (!raise_maximum(row, x, n)) {
+    std::fill_n(x, n, 0.0f);
+    return;
+  }
+  states_[row].s += kernels_.exp_sum(x, n, states_[row].m);
 }
 
 void Tile::compute_scores(const Chunk &chunk) {
@@ -356,9 +346,7 @@ void Tile::compute_scores(const Chunk &chunk) {
     }
     int num_tiles = 0;
     for (int j = 0; j < chunk.n; j += kPackedTokens, ++num_tiles) {
-      const Rows part = k.index != nullptr ? Rows{k.base, k.stride, k.index + j}
-                                           : Rows{static_cast<const char *>(k.base) + j * k.stride,
-                                                  k.stride, nullptr};
+      const Rows part = rows_after(k, j);
       kernels_.transpose_keys[type](&part, std::min<int>(kPackedTokens, chunk.n - j), d,
                                     keys_ + j * head_dim_);
     }
@@ -378,13 +366,19 @@ void Tile::compute_scores(const Chunk &chunk) {
     }
     kernels_.qk_transposed(q_, head_dim_, num_rows_, keys_, chunk.num_tiles, d, scores_, ld_);
   }
-  if (chunk.scattered) {
-    for (int r = 0; r < num_rows_; ++r) {
-      const float *from = scores_ + r * ld_;
-      float *to = gathered_ + r * ld_;
-      for (int j = 0; j < chunk.n; ++j) {
-        to[j] = from[slots_[j]];
-      }
+  gather_scores(chunk);
+}
+
+/// Scores over packed keys lie as tiles do; those of scattered keys are brought into their order.
+void Tile::gather_scores(const Chunk &chunk) {
+  if (!chunk.scattered) {
+    return;
+  }
+  for (int r = 0; r < num_rows_; ++r) {
+    const float *from = scores_ + r * ld_;
+    float *to = gathered_ + r * ld_;
+    for (int j = 0; j < chunk.n; ++j) {
+      to[j] = from[slots_[j]];
     }
   }
 }
@@ -464,27 +458,47 @@ void Tile::weigh_values(const Chunk &chunk, bool some_hidden) {
 
 void Tile::attend_chunk(const Chunk &chunk, std::int64_t mask_begin) {
   const KeySegment &segment = chunk.segment;
-  const Visible visible = visible_by_position(segment, chunk.begin, chunk.n);
-  if (visible == Visible::none) {
+  const Sight sight = look(segment, chunk.begin, chunk.n);
+  if (sight.visible == Visible::none) {
     return;
   }
   compute_scores(chunk);
-  bool some_hidden = visible == Visible::some;
+  const bool partly = sight.visible == Visible::some;
+  bool some_hidden = partly;
   const bool masked = problem_.mask.type != MaskType::none;
   for (int r = 0; r < num_rows_; ++r) {
     float *x = chunk.x + r * ld_;
-    if (params_.logits_soft_cap > 0.0f) {
-      kernels_.soft_cap(x, chunk.n, params_.logits_soft_cap);
+    // Keys that the row sees by position; where these ascend, they are an unbroken run.
+    int from = 0;
+    int to = chunk.n;
+    if (partly && sight.consecutive) {
+      const std::int64_t n = chunk.n;
+      to = static_cast<int>(std::clamp<std::int64_t>(pos_[r] + 1 - sight.first, 0, n));
+      if (params_.window_left >= 0) {
+        from = static_cast<int>(
+            std::clamp<std::int64_t>(pos_[r] - params_.window_left - sight.first, 0, to));
+      }
     }
-    if (masked) {
-      some_hidden |= apply_mask(r, mask_begin + chunk.begin, chunk.n, x);
-    } else if (params_.alibi_slopes != nullptr) {
-      apply_alibi(segment, chunk.begin, chunk.n, r, x);
+    const int n = to - from;
+    const std::int64_t key = chunk.begin + from;
+    if (n > 0) {
+      if (params_.logits_soft_cap > 0.0f) {
+        kernels_.soft_cap(x + from, n, params_.logits_soft_cap);
+      }
+      if (masked) {
+        some_hidden |= apply_mask(r, mask_begin + key, n, x + from);
+      } else if (params_.alibi_slopes != nullptr) {
+        apply_alibi(segment, key, n, r, x + from);
+      }
+      if (partly && !sight.consecutive) {
+        hide_by_position(segment, key, n, r, x + from);
+      }
     }
-    if (visible == Visible::some) {
-      hide_by_position(segment, chunk.begin, chunk.n, r, x);
+    if (n > 0) {
+      softmax_row(r, x + from, n);
     }
-    softmax_row(r, x, chunk.n);
+    std::fill(x, x + from, 0.0f);
+    std::fill(x + to, x + chunk.n, 0.0f);
   }
   weigh_values(chunk, some_hidden);
 }

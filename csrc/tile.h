@@ -75,6 +75,12 @@ public:
 
 private:
   enum class Visible { none, some, all };
+  /// What the rows of the tile see of a run of keys, by position.
+  struct Sight {
+    Visible visible;
+    bool consecutive;   ///< positions ascend by one
+    std::int64_t first; ///< the smallest
+  };
 
   std::int64_t query(int row) const { return (row_begin_ + row) / group_; }
   int head(int row) const {
@@ -99,15 +105,18 @@ private:
                 std::ptrdiff_t tile_stride) const;
   void attend_chunk(const Chunk &chunk, std::int64_t mask_begin);
   void compute_scores(const Chunk &chunk);
+  void gather_scores(const Chunk &chunk);
   void weigh_values(const Chunk &chunk, bool some_hidden);
   void weigh_packed_values(const Chunk &chunk, bool some_hidden);
   void weigh_unpacked(float *values, int n, const float *weights, bool some_hidden);
-  Visible visible_by_position(const KeySegment &segment, std::int64_t begin, int n) const;
+  Sight look(const KeySegment &segment, std::int64_t begin, int n) const;
   void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
                         float *x) const;
   bool apply_mask(int row, std::int64_t mask_key, int n, float *x);
   void apply_alibi(const KeySegment &segment, std::int64_t begin, int n, int row, float *x) const;
+  bool raise_maximum(int row, const float *x, int n);
   void softmax_row(int row, float *x, int n);
+
 
   const Kernels &kernels_;
   const AttentionParams &params_;
