@@ -88,6 +88,11 @@ struct AttentionProblem {
   OutputView out;
 };
 
+/// What queries, keys, weights and values are rounded to in products of many query rows. bf16:
+/// where the instruction set in use has kernels for it, else f32. Softmax, M, S and acc are f32
+/// always.
+enum class ComputeType : std::uint8_t { f32, bf16 };
+
 /// What all problems of a call share.
 struct AttentionParams {
   int num_qo_heads = 1;
@@ -101,6 +106,7 @@ struct AttentionParams {
   const float *alibi_slopes = nullptr; ///< [num_qo_heads]
   const float *sinks = nullptr;        ///< [num_qo_heads] logits that enter S at finalize
   int num_threads = 0;                 ///< 0: get_num_threads()
+  ComputeType compute_type = ComputeType::f32;
 };
 
 /// Attends all problems: continues each one's state over its segments in their order, and writes

@@ -43,7 +43,9 @@ std::size_t Tile::scratch_floats(const AttentionParams &params) {
   const std::size_t floats = kTileRows * (d + dv) + 2 * std::max(few, many) + kChunkKeys +
                              (kUnpackRows - 1) * packed_query_floats(d) +
                              (kChunkKeysFullTile + kScoresPad) * d + (kChunkKeys + kScoresPad) * dv;
-  return (floats + 8 * 16) / 16 * 16;
+  const std::size_t bf16 =
+      params.compute_type == ComputeType::bf16 ? bf16_scratch_floats(d, dv) : 0;
+  return (floats + bf16 + 8 * 16) / 16 * 16;
 }
 
 Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params,
@@ -70,6 +72,10 @@ Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params
     prepared_ = take(num_rows * packed_query_floats(head_dim_));
   } else {
     keys_ = take(ld_ * head_dim_);
+    // A decode step, of however many heads, keeps to f32: there is nothing to gain.
+    if (params.compute_type == ComputeType::bf16 && problem.q.len > 1) {
+      bf16_ = kernels.bf16;
+    }
   }
 
   const QueryView &q = problem.q;
@@ -86,6 +92,9 @@ Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params
     pos_min_ = std::min(pos_min_, pos_[r]);
     pos_max_ = std::max(pos_max_, pos_[r]);
     states_[r] = {kMinusInfinity, 0.0f};
+  }
+  if (bf16_ != nullptr) {
+    take_bf16(scratch);
   }
 }
 
@@ -334,6 +343,10 @@ void Tile::softmax_row(int row, float *x, int n) {
 }
 
 void Tile::compute_scores(const Chunk &chunk) {
+  if (bf16_ != nullptr) {
+    compute_scores_bf16(chunk);
+    return;
+  }
   const KeySegment &segment = chunk.segment;
   const int d = static_cast<int>(head_dim_);
   if (!is_packed(segment.k_type)) {
@@ -438,6 +451,10 @@ void Tile::weigh_packed_values(const Chunk &chunk, bool some_hidden) {
 }
 
 void Tile::weigh_values(const Chunk &chunk, bool some_hidden) {
+  if (bf16_ != nullptr) {
+    weigh_values_bf16(chunk, some_hidden);
+    return;
+  }
   const KeySegment &segment = chunk.segment;
   if (is_packed(segment.v_type)) {
     weigh_packed_values(chunk, some_hidden);
@@ -493,6 +510,10 @@ void Tile::attend_chunk(const Chunk &chunk, std::int64_t mask_begin) {
       if (partly && !sight.consecutive) {
         hide_by_position(segment, key, n, r, x + from);
       }
+    }
+    if (bf16_ != nullptr) {
+      softmax_row_bf16(chunk, r, from, to);
+      continue;
     }
     if (n > 0) {
       softmax_row(r, x + from, n);

@@ -57,6 +57,7 @@ public:
 
   /// Floats of scratch that a tile of these widths takes at most.
   static std::size_t scratch_floats(const AttentionParams &params);
+  static std::size_t bf16_scratch_floats(std::size_t head_dim, std::size_t head_dim_v);
 
   void load_state(const StateView &state);
   /// Writes back the rows that have seen a key; the others stay as they were, bytes and all.
@@ -117,6 +118,12 @@ private:
   bool raise_maximum(int row, const float *x, int n);
   void softmax_row(int row, float *x, int n);
 
+  // Arithmetic in bf16: tile_bf16.cpp
+  void take_bf16(float *&scratch);
+  void compute_scores_bf16(const Chunk &chunk);
+  void softmax_row_bf16(const Chunk &chunk, int row, int from, int to);
+  void weigh_values_bf16(const Chunk &chunk, bool some_hidden);
+  void take_out_not_finite(int num_keys, std::size_t ld_panel);
 
   const Kernels &kernels_;
   const AttentionParams &params_;
@@ -143,6 +150,12 @@ private:
   float *keys_;     ///< tiles of keys side by side
   float *values_;   ///< [chunk_keys + kScoresPad, head_dim_v]: a run of values, unpacked
   bool is_prepared_ = false;
+  const Bf16Kernels *bf16_ = nullptr; ///< where products of this tile are in bf16
+  std::size_t ld_q_bf16_ = 0;
+  bf16_t *q_bf16_ = nullptr;       ///< [num_rows, ld_q_bf16]
+  bf16_t *weights_bf16_ = nullptr; ///< [num_rows, ld], of values as these lie in their panels
+  bf16_t *key_panels_ = nullptr;
+  bf16_t *value_panels_ = nullptr;
   std::int32_t tiles_[kMaxTiles];
   std::uint16_t slots_[kChunkKeys];
 };

@@ -32,7 +32,7 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
                    const OptionalArray &mask_array, const OptionalArray &alibi_slopes,
                    const OptionalArray &sinks, double sm_scale, double logits_soft_cap, bool causal,
                    std::int64_t window_left, std::int64_t q_start, std::int64_t kv_start,
-                   int threads) {
+                   int threads, bool allow_bf16) {
   const ArrayView q = view_array(q_array, "q", 4, {DType::f32, DType::f16});
   const ArrayView k = view_array(k_array, "k", 4, {DType::f32, DType::f16, DType::u8});
   const ArrayView v = view_array(v_array, "v", 4, {DType::f32, DType::f16, DType::u8});
@@ -63,6 +63,7 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
   params.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", num_qo_heads);
   params.sinks = per_head(sinks, "sinks", num_qo_heads);
   params.num_threads = threads;
+  params.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
 
   ArrayView ms;
   ArrayView acc;
@@ -226,7 +227,8 @@ void register_attention(py::module_ &m) {
   m.def("attend", &attend_arrays, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("ms"),
         py::arg("acc"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("alibi_slopes"),
         py::arg("sinks"), py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("causal"),
-        py::arg("window_left"), py::arg("q_start"), py::arg("kv_start"), py::arg("threads"));
+        py::arg("window_left"), py::arg("q_start"), py::arg("kv_start"), py::arg("threads"),
+        py::arg("allow_bf16"));
   m.def("finalize", &finalize_arrays, py::arg("ms"), py::arg("acc"), py::arg("sinks"),
         py::arg("out"), py::arg("lse"));
   m.def("merge", &merge_arrays, py::arg("ms_a"), py::arg("acc_a"), py::arg("ms_b"),

@@ -140,7 +140,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
                   const py::array &out_array, const std::optional<py::array> &lse_array,
                   double sm_scale, double logits_soft_cap, std::optional<std::int64_t> window_left,
                   const std::optional<py::array> &alibi_array,
-                  const std::optional<py::array> &sinks_array, int threads) {
+                  const std::optional<py::array> &sinks_array, int threads, bool allow_bf16) {
   const std::int64_t n = handle.quickly([](MixedCache &cache) {
     if (!cache.has_slot()) {
       throw std::invalid_argument("attend without a slot: call find_slot first");
@@ -163,6 +163,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   options.logits_soft_cap = static_cast<float>(logits_soft_cap);
   options.window_left = window_left;
   options.num_threads = threads;
+  options.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
   auto per_head = [heads](const std::optional<py::array> &array,
                           const char *name) -> const float * {
     if (!array) {
@@ -327,7 +328,7 @@ void register_cache(py::module_ &m) {
       .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),
            py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("window_left"),
-           py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"))
+           py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"), py::arg("allow_bf16"))
       .def("commit", [](Handle &h) { h.with([](MixedCache &c) { c.commit(); }); })
       .def("restore", [](Handle &h) { h.with([](MixedCache &c) { c.restore(); }); })
       .def(

@@ -424,6 +424,7 @@ void MixedCache::attend(int layer, const QueryView &q, int num_qo_heads,
   params.alibi_slopes = options.alibi_slopes;
   params.sinks = options.sinks;
   params.num_threads = options.num_threads;
+  params.compute_type = options.compute_type;
   mixedkv::attend(problems.data(), static_cast<int>(problems.size()), params);
 }
 

@@ -92,6 +92,7 @@ struct AttendOptions {
   const float *alibi_slopes = nullptr;     ///< [num_qo_heads]
   const float *sinks = nullptr;            ///< [num_qo_heads]
   int num_threads = 0;
+  ComputeType compute_type = ComputeType::f32;
 };
 
 /// Not thread safe: one caller at a time (the bindings see to that). Every method either does

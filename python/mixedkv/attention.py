@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ from .quantize import BLOCK_BYTES, BLOCK_VALUES
 __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"]
 
 _F32 = np.dtype(np.float32)
+#: What products of many query rows may be rounded to.
+ComputeType: TypeAlias = Literal["f32", "bf16"]
 #: Largest width of a head; a guard against absurd scratch memory.
 _MAX_HEAD_DIM = 65536
 
@@ -55,6 +57,7 @@ def attention(
     return_lse: bool = False,
     out: Array | None = None,
     threads: int | None = None,
+    compute_type: ComputeType = "f32",
 ) -> Any:
     """Return the attention of all queries over all keys.
 
@@ -90,6 +93,12 @@ def attention(
         Preallocated result of q's shape with Dv for D.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`. The bits don't depend on it.
+    compute_type
+        "f32", or "bf16" to let queries, keys, weights and values be rounded to bfloat16 (8 bits of
+        mantissa) in the products of many query rows: faster where the instruction set in use has
+        it (:func:`mixedkv.isa.compute_types`), f32 elsewhere and for single queries. Sums, softmax
+        and state stay f32. A logit is then off by 2^-8 of ``|sm_scale| * sum(|q_i * k_i|)`` at
+        most, and the result by some 3e-3 of its norm on data like that of models.
 
     Returns
     -------
@@ -107,7 +116,15 @@ def attention(
         raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
     shapes = _Inputs(q, k, v, nhd=layout == "NHD")
     options = _Options(
-        shapes, sm_scale, mask, causal, window_left, logits_soft_cap, alibi_slopes, threads
+        shapes,
+        sm_scale,
+        mask,
+        causal,
+        window_left,
+        logits_soft_cap,
+        alibi_slopes,
+        threads,
+        compute_type,
     )
     sink_array = _per_head(sinks, "sinks", shapes.num_qo_heads)
     out_shape = shapes.out_shape(nhd=layout == "NHD")
@@ -218,6 +235,7 @@ class AttentionState:
         logits_soft_cap: float = 0.0,
         alibi_slopes: Array | None = None,
         threads: int | None = None,
+        compute_type: ComputeType = "f32",
     ) -> None:
         """Attend one more segment of keys.
 
@@ -231,7 +249,7 @@ class AttentionState:
         q_start, kv_start
             Positions of the first query and of the segment's first key; required with causal, a
             window, or ALiBi without a mask.
-        sm_scale, causal, window_left, logits_soft_cap, alibi_slopes, threads
+        sm_scale, causal, window_left, logits_soft_cap, alibi_slopes, threads, compute_type
             As in :func:`attention`.
 
         Raises
@@ -247,7 +265,15 @@ class AttentionState:
                 f"{(*self._shape, self.head_dim)}, got {got}"
             )
         options = _Options(
-            shapes, sm_scale, mask, causal, window_left, logits_soft_cap, alibi_slopes, threads
+            shapes,
+            sm_scale,
+            mask,
+            causal,
+            window_left,
+            logits_soft_cap,
+            alibi_slopes,
+            threads,
+            compute_type,
         )
         q_first = _position(q_start, "q_start", options.positional)
         kv_first = _position(kv_start, "kv_start", options.positional)
@@ -466,6 +492,15 @@ def window(value: int) -> int:
     return _size(value, "window_left", -1, 2**40)
 
 
+def allows_bf16(compute_type: ComputeType) -> bool:
+    """Return whether a compute_type allows bfloat16 arithmetic."""
+    if not isinstance(compute_type, str):
+        raise TypeError(f"compute_type must be a str, got {type(compute_type).__name__}")
+    if compute_type not in ("f32", "bf16"):
+        raise ValueError(f"compute_type must be 'f32' or 'bf16', got {compute_type!r}")
+    return compute_type == "bf16"
+
+
 def row_width(array: NDArray[Any], name: str) -> int:
     """Return how many values a row has: the last axis, or what its Q4_0 blocks hold."""
     width = int(array.shape[-1])
@@ -570,6 +605,7 @@ class _Options:
         logits_soft_cap: float,
         alibi_slopes: Array | None,
         threads: int | None,
+        compute_type: ComputeType,
     ) -> None:
         self.sm_scale = (
             1.0 / math.sqrt(shapes.head_dim) if sm_scale is None else finite(sm_scale, "sm_scale")
@@ -581,6 +617,7 @@ class _Options:
         self.logits_soft_cap = finite(logits_soft_cap, "logits_soft_cap", 0.0)
         self.alibi_slopes = _per_head(alibi_slopes, "alibi_slopes", shapes.num_qo_heads)
         self.threads = check_threads(threads)
+        self.allow_bf16 = allows_bf16(compute_type)
         self.mask: NDArray[Any] | None = None
         if mask is not None:
             array = to_numpy(mask, "mask", MASKS)
@@ -627,4 +664,5 @@ class _Options:
             q_start,
             kv_start,
             self.threads,
+            self.allow_bf16,
         )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
-from .attention import _lse_kind, _per_head, finite, window
+from .attention import ComputeType, _lse_kind, _per_head, allows_bf16, finite, window
 
 __all__ = [
     "CacheFull",
@@ -242,6 +242,7 @@ class _KVCache:
         return_lse: bool = False,
         out: Array | None = None,
         threads: int | None = None,
+        compute_type: ComputeType = "f32",
     ) -> Any:
         """Attend the slot's tokens to all that their sequences own up to their positions.
 
@@ -253,7 +254,7 @@ class _KVCache:
             Queries [Hq, n, D] of the slot's tokens; float32 or float16 (torch also bfloat16).
         window_left
             W >= 0: positions p - W to p only; None: the cache's own.
-        sm_scale, logits_soft_cap, alibi_slopes, sinks, return_lse, out, threads
+        sm_scale, logits_soft_cap, alibi_slopes, sinks, return_lse, out, threads, compute_type
             As in :func:`mixedkv.attention`.
 
         Returns
@@ -284,6 +285,7 @@ class _KVCache:
             _per_head(alibi_slopes, "alibi_slopes", heads),
             _per_head(sinks, "sinks", heads),
             check_threads(threads),
+            allows_bf16(compute_type),
         )
         if lse is None:
             return result.get()

@@ -22,6 +22,8 @@ std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 /// result where kernels of Q4_0 keys and values round besides.
 constexpr double kTolerance = 2e-6;
 constexpr double kToleranceQ4 = 5e-4;
+/// Query, key, weight and value are each rounded to bf16, by 2^-8 at most.
+constexpr double kToleranceBf16 = 4.0 / 256;
 
 // --- pools of cells ----------------------------------------------------------------------------
 
@@ -135,6 +137,8 @@ Source scattered_cells(Random &random, KvType k_type, KvType v_type, int dim, in
 
 // --- a call and what it should give ------------------------------------------------------------
 
+ComputeType compute_type_of_checks = ComputeType::f32;
+
 struct Call {
   int num_qo_heads = 2, num_kv_heads = 1, head_dim = 64, head_dim_v = 64;
   std::int64_t num_queries = 1, q_start = 0;
@@ -146,6 +150,7 @@ struct Call {
   float soft_cap = 0.0f;
   std::vector<float> alibi_slopes;
   MaskType mask_type = MaskType::none;
+  ComputeType compute_type = compute_type_of_checks;
   std::vector<unsigned char> boolean_mask; ///< [num_qo_heads, num_queries, all keys]
   std::vector<float> float_mask;
 
@@ -191,6 +196,7 @@ Result run(const Call &call, int num_threads) {
   params.window_left = call.window_left;
   params.alibi_slopes = call.alibi_slopes.empty() ? nullptr : call.alibi_slopes.data();
   params.num_threads = num_threads;
+  params.compute_type = call.compute_type;
   std::vector<KeySegment> segments;
   for (const Source *source : call.sources)
     segments.push_back(source->segment());
@@ -270,7 +276,8 @@ std::vector<Seen> seen_by(const Call &call, const std::vector<std::vector<float>
 double worst_error = 0;
 
 void expect_result(const Call &call, const Result &result, const char *what) {
-  const double tolerance = call.uses_q4() ? kToleranceQ4 : kTolerance;
+  const bool bf16 = call.compute_type == ComputeType::bf16;
+  const double tolerance = bf16 ? kToleranceBf16 : call.uses_q4() ? kToleranceQ4 : kTolerance;
   const int group = call.num_qo_heads / call.num_kv_heads;
   std::vector<std::vector<float>> k, v;
   for (int h = 0; h < call.num_qo_heads; ++h) {
@@ -308,14 +315,14 @@ void expect_result(const Call &call, const Result &result, const char *what) {
       double error = 0, norm = 0;
       for (std::size_t d = 0; d < want.size(); ++d) {
         const double difference = got[d] - want[d] / s;
-        const double of = (call.uses_q4() ? want[d] : magnitude[d]) / s;
+        const double of = (call.uses_q4() && !bf16 ? want[d] : magnitude[d]) / s;
         error += difference * difference;
         norm += of * of;
       }
       error = std::sqrt(error / norm);
       EXPECT(error <= tolerance, "%s: head %d query %d: off by %.3g of its size", what, h,
              static_cast<int>(i), error);
-      if (call.uses_q4())
+      if (call.uses_q4() && !bf16)
         worst_error = std::max(worst_error, error);
       const double lse = m + std::log(s);
       EXPECT(std::fabs(result.lse[row] - lse) <= tolerance * (1 + std::fabs(lse)),
@@ -365,9 +372,11 @@ Call make_call(Random &random, const std::vector<const Source *> &sources, std::
   return call;
 }
 
-void test_attend(const std::string &isa) {
+void test_attend(const std::string &isa, ComputeType compute_type) {
+  compute_type_of_checks = compute_type;
   for (const Types &types : kTypes) {
-    const std::string name = isa + " attend, " + types.name;
+    const std::string name =
+        isa + (compute_type == ComputeType::bf16 ? " attend in bf16, " : " attend, ") + types.name;
     check(name + ": runs that start and end within tiles", [&] {
       Random random(81);
       for (std::int64_t first : {0, 1, 7, 15, 16, 35})
@@ -554,6 +563,24 @@ void test_attend(const std::string &isa) {
   }
 }
 
+/// Where there is nothing in bf16 to be had, and in a decode step, asking for it changes no bit.
+void test_f32_instead(const std::string &isa, bool has_bf16) {
+  compute_type_of_checks = ComputeType::f32;
+  check(isa + " bf16 leaves decode steps, and who has none, in f32", [&] {
+    Random random(91);
+    for (const Types &types : kTypes)
+      for (int num_queries : {1, 9, 40}) {
+        const Source source = run_of_cells(random, types.k, types.v, 64, 96, 2, 5, 300);
+        Call call = make_call(random, {&source}, num_queries, 12);
+        call.causal = true;
+        const Result want = run(call, 2);
+        call.compute_type = ComputeType::bf16;
+        EXPECT((run(call, 2) == want) == (!has_bf16 || num_queries == 1), "%s, %d queries",
+               types.name, num_queries);
+      }
+  });
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -562,8 +589,12 @@ int main(int argc, char **argv) {
   for (const std::string &isa : available_isas()) {
     select_isa(isa);
     worst_error = 0;
-    test_attend(isa);
+    test_attend(isa, ComputeType::f32);
     std::printf("     largest relative error where Q4_0 takes part: %.2g\n", worst_error);
+    const bool has_bf16 = active_kernels().bf16 != nullptr;
+    if (has_bf16)
+      test_attend(isa, ComputeType::bf16);
+    test_f32_instead(isa, has_bf16);
   }
   return summary();
 }
