@@ -38,23 +38,28 @@ std::size_t Tile::scratch_floats(const AttentionParams &params) {
   const std::size_t d = params.head_dim;
   const std::size_t dv = params.head_dim_v;
   // Each part is rounded up to a cache line.
+  const bool bf16 = params.compute_type == ComputeType::bf16;
+  const std::size_t full = bf16 ? kChunkKeys : kChunkKeysFullTile;
   constexpr std::size_t few = (kUnpackRows - 1) * (kChunkKeys + kScoresPad);
-  constexpr std::size_t many = kTileRows * (kChunkKeysFullTile + kScoresPad);
+  const std::size_t many = kTileRows * (full + kScoresPad);
   const std::size_t floats = kTileRows * (d + dv) + 2 * std::max(few, many) + kChunkKeys +
-                             (kUnpackRows - 1) * packed_query_floats(d) +
-                             (kChunkKeysFullTile + kScoresPad) * d + (kChunkKeys + kScoresPad) * dv;
-  const std::size_t bf16 =
-      params.compute_type == ComputeType::bf16 ? bf16_scratch_floats(d, dv) : 0;
-  return (floats + bf16 + 8 * 16) / 16 * 16;
+                             (kUnpackRows - 1) * packed_query_floats(d) + (full + kScoresPad) * d +
+                             (kChunkKeys + kScoresPad) * dv;
+  return (floats + (bf16 ? bf16_scratch_floats(d, dv) : 0) + 8 * 16) / 16 * 16;
 }
 
 Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params,
            const AttentionProblem &problem, int kv_head, std::int64_t row_begin, int num_rows)
     : kernels_(kernels), params_(params), problem_(problem), kv_head_(kv_head),
       group_(params.num_qo_heads / params.num_kv_heads), row_begin_(row_begin), num_rows_(num_rows),
-      chunk_keys_(num_rows < kUnpackRows ? kChunkKeys : kChunkKeysFullTile),
       positional_(params.causal || params.window_left >= 0), head_dim_(params.head_dim),
       head_dim_v_(params.head_dim_v) {
+  // A decode step, of however many heads, keeps to f32: there is nothing to gain.
+  if (num_rows >= kUnpackRows && params.compute_type == ComputeType::bf16 && problem.q.len > 1) {
+    bf16_ = kernels.bf16;
+  }
+  // In bf16 a run of keys takes half the space.
+  chunk_keys_ = num_rows < kUnpackRows || bf16_ != nullptr ? kChunkKeys : kChunkKeysFullTile;
   auto take = [&scratch](std::size_t n) {
     float *part = scratch;
     scratch += (n + 15) / 16 * 16;
@@ -72,10 +77,6 @@ Tile::Tile(const Kernels &kernels, float *scratch, const AttentionParams &params
     prepared_ = take(num_rows * packed_query_floats(head_dim_));
   } else {
     keys_ = take(ld_ * head_dim_);
-    // A decode step, of however many heads, keeps to f32: there is nothing to gain.
-    if (params.compute_type == ComputeType::bf16 && problem.q.len > 1) {
-      bf16_ = kernels.bf16;
-    }
   }
 
   const QueryView &q = problem.q;

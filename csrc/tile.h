@@ -132,7 +132,7 @@ private:
   int group_;
   std::int64_t row_begin_;
   int num_rows_;
-  int chunk_keys_;
+  int chunk_keys_ = 0;
   bool positional_;
   std::size_t head_dim_;
   std::size_t head_dim_v_;

@@ -20,7 +20,7 @@ std::size_t panels_of(std::size_t columns) { return (columns + kPanelColumns - 1
 std::size_t floats_of(std::size_t bf16s) { return (bf16s / 2 + 16) / 16 * 16; }
 
 /// Weights are written in stretches of 32, from a row's lead on.
-constexpr std::size_t kLdWeights = kChunkKeysFullTile + kScoresPad + 32;
+constexpr std::size_t kLdWeights = kChunkKeys + kScoresPad + 32;
 
 float f32_of(bf16_t x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
@@ -32,7 +32,7 @@ float f32_of(bf16_t x) {
 } // namespace
 
 std::size_t Tile::bf16_scratch_floats(std::size_t head_dim, std::size_t head_dim_v) {
-  const std::size_t keys = kChunkKeysFullTile + kScoresPad;
+  const std::size_t keys = kChunkKeys + kScoresPad;
   return floats_of(kTileRows * 2 * pairs_of(head_dim)) + floats_of(kTileRows * kLdWeights) +
          floats_of(panels_of(keys) * panel_size(pairs_of(head_dim))) +
          floats_of(panels_of(head_dim_v) * panel_size(pairs_of(keys)));
@@ -95,7 +95,7 @@ void Tile::softmax_row_bf16(const Chunk &chunk, int row, int from, int to) {
   }
   RowState &state = states_[row];
   if (packed && chunk.scattered) {
-    bf16_t in_order[kChunkKeysFullTile + 32];
+    bf16_t in_order[kChunkKeys + 32];
     state.s += bf16_->exp_sum(x + from, in_order, to - from, state.m);
     std::fill_n(weights, end, bf16_t{0});
     for (int j = from; j < to; ++j) {
