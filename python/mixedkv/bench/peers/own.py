@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ HOT_OF_MIXED = 1024
 #: Relative errors that a user is promised: f16 keys in f32 arithmetic, Q4_0 keys.
 F16_TOLERANCE = 1e-4
 Q4_0_TOLERANCE = 1e-3
+#: Where queries, keys, weights and values are rounded to 8 bits of mantissa.
+BF16_TOLERANCE = 1e-2
 _PAD = 32
 
 Cache: TypeAlias = mkv.MixedKVCache | mkv.UnifiedKVCache
@@ -115,7 +117,23 @@ class Own:
                         f"mixedkv {own} hot + {n - own} cold", two_tiers(problem, own), problem, own
                     )
                 )
-        return [*contenders, self._call("f16", problem), self._call("q4_0", problem)]
+        contenders += [self._call("f16", problem), self._call("q4_0", problem)]
+        if task == "prefill" and "bf16" in mkv.isa.compute_types():
+            contenders += [self._bf16("f16", problem), self._bf16("q4_0", problem)]
+        return contenders
+
+    def _bf16(self, kv_type: str, problem: Problem) -> Contender:
+        """Return attention over a cache of one tier with arithmetic in bf16."""
+        contender = self._cache(
+            f"mixedkv {kv_type}, bf16 math",
+            kv_type,
+            one_tier(problem, kv_type),
+            problem,
+            problem.kv_len * problem.row_bytes(kv_type),
+            "bf16",
+        )
+        contender.tolerance = BF16_TOLERANCE
+        return contender
 
     def _mixed(self, problem: Problem) -> list[Contender]:
         """1024 keys in hot and the rest in cold; then each part alone, to add up."""
@@ -149,14 +167,20 @@ class Own:
         return contender
 
     def _cache(
-        self, name: str, kv_type: str, cache: Cache, problem: Problem, kv_bytes: float
+        self,
+        name: str,
+        kv_type: str,
+        cache: Cache,
+        problem: Problem,
+        kv_bytes: float,
+        compute_type: Literal["f32", "bf16"] = "f32",
     ) -> Contender:
         q = problem.q
         out = aligned_empty(q.shape, np.float32)
 
         def bind(threads: int) -> Callable[[], object]:
             attend = cache.attend
-            return lambda: attend(0, q, out=out, threads=threads)
+            return lambda: attend(0, q, out=out, threads=threads, compute_type=compute_type)
 
         return Contender(
             peer=self.name,
