@@ -173,7 +173,8 @@ private:
     unit -= plan->unit_begin;
     const std::int64_t piece = unit % plan->num_pieces;
     unit /= plan->num_pieces;
-    const std::int64_t tile_index = unit % plan->num_tiles;
+    // The last queries see the most keys: long units first, so that none is left over at the end.
+    const std::int64_t tile_index = plan->num_tiles - 1 - unit % plan->num_tiles;
     const int kv_head = static_cast<int>(unit / plan->num_tiles);
     const std::int64_t rows = problem.q.len * group_;
     const std::int64_t row_begin = tile_index * kTileRows;
