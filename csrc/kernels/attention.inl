@@ -30,6 +30,8 @@ template <> constexpr bool is_q4<block_q4_0> = true;
 
 enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first-level caches
 enum : int { kMaxUnpackedDim = 512 };
+/// From so many rows on, values come from the first-level cache rather than from memory.
+enum : int { kManyRows = 12 };
 
 /// Rows are asked for this many bytes before their turn. Processors read ahead by themselves, but
 /// stop at the ends of pages and start anew with each run of keys, which long contexts wait for.
@@ -223,8 +225,9 @@ void qk_q4_0(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_k
 
 // --- pv ----------------------------------------------------------------------------------------
 
-/// B vectors of acc from dim i on; the last one only n lanes wide where n is not kLanes.
-template <int R, int B, bool Partial, typename T>
+/// B vectors of acc from dim i on; the last one only n lanes wide where n is not kLanes. Ahead:
+/// rows are asked for before their turn.
+template <int R, int B, bool Partial, bool Ahead, typename T>
 MIXEDKV_INLINE void pv_vectors(const float *p, size_t ld_p, const Rows &v, int num_keys, int i,
                                int n, float *acc, size_t ld_acc) {
   f32v sum[R][B];
@@ -235,7 +238,8 @@ MIXEDKV_INLINE void pv_vectors(const float *p, size_t ld_p, const Rows &v, int n
     }
   for (int j = 0; j < num_keys; ++j) {
     const T *row = row_at<T>(v, j) + i;
-    ask_ahead(v, row, sizeof(T) * B * kLanes);
+    if constexpr (Ahead)
+      ask_ahead(v, row, sizeof(T) * B * kLanes);
     f32v weight[R];
     for (int r = 0; r < R; ++r)
       weight[r] = set1(p[at(r, ld_p, j)]);
@@ -255,22 +259,22 @@ MIXEDKV_INLINE void pv_vectors(const float *p, size_t ld_p, const Rows &v, int n
     }
 }
 
-/// From dim i on, B vectors at a time, then half as many, and so on to the tail.
-template <int R, int B, typename T>
+/// Dims i to head_dim_v - 1, B vectors at a time, then half as many, and so on to the tail.
+template <int R, int B, bool Ahead, typename T>
 MIXEDKV_INLINE void pv_dims(const float *p, size_t ld_p, const Rows &v, int num_keys, int i,
                             int head_dim_v, float *acc, size_t ld_acc) {
   for (; i + B * kLanes <= head_dim_v; i += B * kLanes)
-    pv_vectors<R, B, false, T>(p, ld_p, v, num_keys, i, kLanes, acc, ld_acc);
+    pv_vectors<R, B, false, Ahead, T>(p, ld_p, v, num_keys, i, kLanes, acc, ld_acc);
   if constexpr (B > 1)
-    pv_dims<R, B / 2, T>(p, ld_p, v, num_keys, i, head_dim_v, acc, ld_acc);
+    pv_dims<R, B / 2, Ahead, T>(p, ld_p, v, num_keys, i, head_dim_v, acc, ld_acc);
   else if (i < head_dim_v)
-    pv_vectors<R, 1, true, T>(p, ld_p, v, num_keys, i, head_dim_v - i, acc, ld_acc);
+    pv_vectors<R, 1, true, Ahead, T>(p, ld_p, v, num_keys, i, head_dim_v - i, acc, ld_acc);
 }
 
 template <int R, typename T> struct PvRows {
   static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
                   float *acc, size_t ld_acc) noexcept {
-    pv_dims<R, value_tile(R, false), T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
+    pv_dims<R, value_tile(R, false), true, T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
   }
 };
 
@@ -349,6 +353,35 @@ MIXEDKV_INLINE void pv_groups(const float *p, size_t ld_p, int num_rows, const R
                head_dim_v, acc + at(r, ld_acc, 0), ld_acc);
 }
 
+template <typename T, int R = kRows>
+MIXEDKV_INLINE void pv_tile_of_dims(int num_rows, const float *p, size_t ld_p, const Rows &v,
+                                    int num_keys, int begin, int end, float *acc, size_t ld_acc) {
+  if constexpr (R > 1)
+    if (num_rows < R)
+      return pv_tile_of_dims<T, R - 1>(num_rows, p, ld_p, v, num_keys, begin, end, acc, ld_acc);
+  pv_dims<R, value_tile(R, false), false, T>(p, ld_p, v, num_keys, begin, end, acc, ld_acc);
+}
+
+/// Many rows over values that need no unpacking: some dims of some keys at a time, which stay in
+/// the first-level cache from group to group of rows. The fewer the dims, the more keys fit, and
+/// the less often a group's sums are brought in.
+template <typename T>
+void pv_many(const float *p, size_t ld_p, int num_rows, const Rows &v, int num_keys, int head_dim_v,
+             float *acc, size_t ld_acc) noexcept {
+  constexpr int kDims = value_tile(kRows, false) * kLanes;
+  constexpr int kKeys = kStackFloats / kDims;
+  for (int i = 0; i < head_dim_v; i += kDims) {
+    const int end = head_dim_v - i < kDims ? head_dim_v : i + kDims;
+    for (int j = 0; j < num_keys; j += kKeys) {
+      const Rows part = rows_from(v, j);
+      const int count = num_keys - j < kKeys ? num_keys - j : kKeys;
+      for (int r = 0; r < num_rows; r += kRows)
+        pv_tile_of_dims<T>(num_rows - r < kRows ? num_rows - r : kRows, p + at(r, ld_p, j), ld_p,
+                           part, count, i, end, acc + at(r, ld_acc, 0), ld_acc);
+    }
+  }
+}
+
 template <typename T>
 MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys,
                           int head_dim_v, float *acc, size_t ld_acc) {
@@ -357,6 +390,11 @@ MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows 
       pv_groups<T>(p, ld_p, num_rows, *v, num_keys, head_dim_v, acc, ld_acc);
     return;
   }
+  if constexpr (!is_q4<T>)
+    if (num_rows >= kManyRows) {
+      pv_many<T>(p, ld_p, num_rows, *v, num_keys, head_dim_v, acc, ld_acc);
+      return;
+    }
   alignas(64) float unpacked[kStackFloats];
   const int step = keys_on_stack(head_dim_v);
   for (int j = 0; j < num_keys; j += step) {
