@@ -329,6 +329,23 @@ def test_bfloat16(llama: Any) -> None:
     assert error < 1.2 * eager_error
 
 
+def test_compute_type(llama: Any) -> None:
+    ids = tokens(1, 20)
+    exact = eager_logits(llama, ids)
+    before = mkv.isa.active()
+    mkv.isa.select("scalar")  # has arithmetic in bf16 on every machine
+    try:
+        cache = mkt.MixedCache(llama.config, **ALL_HOT, compute_type="bf16")
+        got = llama(ids, past_key_values=cache).logits
+    finally:
+        mkv.isa.select(before)
+    # Less is rounded than in a model that is bfloat16 throughout.
+    whole = eager_logits(copy.deepcopy(llama).to(torch.bfloat16), ids)
+    assert 1e-5 * exact.norm() < (got - exact).norm() < (whole - exact).norm()
+    with pytest.raises(ValueError, match=r"compute_type.*'f16'"):
+        mkt.MixedCache(llama.config, compute_type="f16")
+
+
 # --- the cache's verbs -------------------------------------------------------------------------
 
 

@@ -110,11 +110,11 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
         double want = 0;
         for (int i = 0; i < padded; ++i) {
           const double got = value_of_bf16(p[size(i)]);
-          want += got;
           if (i >= n) {
-            EXPECT(p[size(i)] == 0, "n %d: %d is not padding", n, i);
+            EXPECT(p[size(i)] == 0 || p[size(i)] == 0xa5a5, "n %d: %d is not padding", n, i);
             continue;
           }
+          want += got;
           const double exact = std::exp(static_cast<double>(x[size(i)]) - static_cast<double>(m));
           EXPECT(std::fabs(got - exact) <= (1.0 / 256 + 1e-5) * exact + 1e-37, "n %d: %g, not %g",
                  n, got, exact);

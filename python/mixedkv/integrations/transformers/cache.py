@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
 import mixedkv as mkv
+from mixedkv.attention import ComputeType, allows_bf16
 
 from .config import read_config
 from .groups import Group
@@ -74,6 +75,8 @@ class MixedCache(Cache):
     threads
         Threads of attention; default: `mixedkv.get_num_threads()`, and one where a step has so
         little to attend that waking others does not pay. The result has the same bits.
+    compute_type
+        "f32", or "bf16" to let a prefill's products be in bfloat16, as in `mixedkv.attention`.
     record_history
         Keep the occupancy after each step in `history`.
 
@@ -114,8 +117,10 @@ class MixedCache(Cache):
         quantize: bool = True,
         max_batch_size: int | None = None,
         threads: int | None = None,
+        compute_type: ComputeType = "f32",
         record_history: bool = False,
     ) -> None:
+        allows_bf16(compute_type)  # refuses what is neither
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
         self._sizes: dict[str, Any] = {
@@ -137,6 +142,7 @@ class MixedCache(Cache):
         }
         self._max_batch_size = max_batch_size
         self._threads = threads
+        self._compute_type = compute_type
         # The real cache is made when the batch is known; a wrong option should be told now.
         mkv.MixedKVCache(
             num_layers=1, num_kv_heads=1, head_dim=32, n_seq_max=1, **self._sizes, **self._options
@@ -214,6 +220,7 @@ class MixedCache(Cache):
             **self._options,
             max_batch_size=self._max_batch_size,
             threads=self._threads,
+            compute_type=self._compute_type,
             record_history=self.history is not None,
         )
 
@@ -373,6 +380,7 @@ class MixedCache(Cache):
         window = self._windows[layer]
         options["window_left"] = None if window is None else window - 1
         options["threads"] = self._threads_for(step, heads, group.shape, window)
+        options["compute_type"] = self._compute_type
         place = group.place[layer]
         tokens = placement.cut(_numpy(query))
         # Cut as arrays, made a tensor at the end: torch takes microseconds for each of these.
