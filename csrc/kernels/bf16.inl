@@ -11,7 +11,7 @@
 //   round_side_by_side(a, b)       2 * kLanes bf16: those of a, then those of b
 //   round_interleaved(a, b)        a lane of a, the same of b, the next of a, ...
 //   add_pair_products(s, a, b)     s gains, lane by lane, the two products of bf16
-//   store_i32, bits_as_f32, f32_as_bits
+//   pairs_of_ones, store_i32, bits_as_f32, f32_as_bits
 
 constexpr int kPanelVectors = kPanelColumns / kLanes;
 
@@ -140,7 +140,7 @@ MIXEDKV_INLINE f32v coarse_exp_of_difference(f32v x, f32v m) {
 
 float bf16_exp_sum(const float *x, bf16_t *p, size_t n, float m) noexcept {
   const f32v max = set1(m);
-  const i32v ones = set1_i32(0x3f803f80);
+  const i32v ones = pairs_of_ones();
   f32v sum = zero();
   size_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {

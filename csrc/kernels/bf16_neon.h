@@ -14,6 +14,15 @@ MIXEDKV_INLINE i32v round_interleaved(f32v a, f32v b) {
 MIXEDKV_INLINE f32v add_pair_products(f32v sum, i32v a, i32v b) {
   return vbfdotq_f32(sum, vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b));
 }
+/// GCC 12 takes a constant vector of bf16 for one of halves, and makes it another number: the
+/// constant is hidden from it.
+MIXEDKV_INLINE i32v pairs_of_ones() {
+  i32v ones = set1_i32(0x3f803f80);
+#if defined(__GNUC__)
+  __asm__("" : "+w"(ones));
+#endif
+  return ones;
+}
 MIXEDKV_INLINE void store_i32(void *p, i32v x) {
   vst1q_u8(static_cast<uint8_t *>(p), vreinterpretq_u8_s32(x));
 }
