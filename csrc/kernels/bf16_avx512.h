@@ -3,8 +3,18 @@
 constexpr int kProductRows = 6;
 constexpr int kProductPanels = 4;
 
+// Compilers differ in what __m512bh is, and in how it may be cast: it is copied.
+MIXEDKV_INLINE __m512bh as_pairs(i32v x) {
+  __m512bh y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
 MIXEDKV_INLINE i32v round_side_by_side(f32v a, f32v b) {
-  return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+  const __m512bh pairs = _mm512_cvtne2ps_pbh(b, a);
+  i32v y;
+  memcpy(&y, &pairs, sizeof y);
+  return y;
 }
 MIXEDKV_INLINE i32v round_interleaved(f32v a, f32v b) {
   // Words 0 and 16, 1 and 17, ...
@@ -14,7 +24,7 @@ MIXEDKV_INLINE i32v round_interleaved(f32v a, f32v b) {
   return _mm512_permutexvar_epi16(order, round_side_by_side(a, b));
 }
 MIXEDKV_INLINE f32v add_pair_products(f32v sum, i32v a, i32v b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  return _mm512_dpbf16_ps(sum, as_pairs(a), as_pairs(b));
 }
 MIXEDKV_INLINE i32v pairs_of_ones() { return set1_i32(0x3f803f80); }
 MIXEDKV_INLINE void store_i32(void *p, i32v x) { _mm512_storeu_si512(p, x); }
