@@ -78,8 +78,16 @@ bool all_finite(const ConstRowsView &x, std::int64_t num_rows, std::size_t n, in
 void convert_rows(const ConstRowsView &x, const MutableRowsView &y, std::int64_t num_rows,
                   std::size_t n, int num_threads) {
   const std::int64_t step = rows_per_unit(n);
+  const bool side_by_side = x.stride == static_cast<std::ptrdiff_t>(row_bytes(x.type, n)) &&
+                            y.stride == static_cast<std::ptrdiff_t>(row_bytes(y.type, n));
   parallel_for((num_rows + step - 1) / step, num_threads, [&](std::int64_t unit) {
     const std::int64_t end = std::min(num_rows, (unit + 1) * step);
+    if (side_by_side) { // as one row: kernels like them long
+      const std::int64_t i = unit * step;
+      convert_row(x.type, row_at(x, i), y.type, static_cast<char *>(y.data) + i * y.stride,
+                  n * static_cast<std::size_t>(end - i));
+      return;
+    }
     for (std::int64_t i = unit * step; i < end; ++i) {
       convert_row(x.type, row_at(x, i), y.type, static_cast<char *>(y.data) + i * y.stride, n);
     }

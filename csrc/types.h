@@ -25,8 +25,8 @@ static_assert(sizeof(block_q4_0) == 18, "Q4_0 blocks are 18 bytes, without paddi
 /// How the values of a key, value or query row are stored.
 /// q4_0_packed: the bits of q4_0 in tiles of several tokens (packed.h), inside caches only.
 enum class KvType : std::uint8_t { f32 = 0, f16 = 1, q4_0 = 2, q4_0_packed = 3 };
-/// Types whose rows lie one by one.
-enum : int { kNumKvTypes = 3 };
+/// Types whose rows lie one by one; the first of them hold their values as they are.
+enum : int { kNumKvTypes = 3, kNumFloatTypes = 2 };
 
 /// Bytes of a row of n values; for q4_0, n is a multiple of QK4_0.
 static constexpr std::size_t row_bytes(KvType type, std::size_t n) {

@@ -78,8 +78,8 @@ void check_rows(const char *name, const RowsView &rows) {
         kv_type_name(rows.type));
 }
 
-const char *row_of(const RowsView &rows, int head, std::int64_t token) {
-  return static_cast<const char *>(rows.data) + head * rows.head_stride + token * rows.row_stride;
+const char *head_of(const RowsView &rows, int head) {
+  return static_cast<const char *>(rows.data) + head * rows.head_stride;
 }
 
 } // namespace
@@ -351,11 +351,11 @@ void MixedCache::store(int layer, const RowsView &k, const RowsView &v) {
       const int head = static_cast<int>(unit / blocks);
       const std::int64_t begin = unit % blocks * step;
       const std::int64_t end = std::min(begin + step, n);
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::size_t at = static_cast<std::size_t>(i);
-        rows.put_k(to_layer, head, cells[at], k.type, row_of(k, head, tokens[at]));
-        rows.put_v(to_layer, head, cells[at], v.type, row_of(v, head, tokens[at]));
-      }
+      const auto rows_of = [&](const RowsView &view) {
+        return Rows{head_of(view, head), view.row_stride, tokens.data() + begin};
+      };
+      rows.put_k(to_layer, head, cells.data() + begin, end - begin, k.type, rows_of(k));
+      rows.put_v(to_layer, head, cells.data() + begin, end - begin, v.type, rows_of(v));
     });
   };
   store_tokens(m.hot.rows, number, slot.hot_tokens, slot.hot_cells);

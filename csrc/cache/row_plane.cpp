@@ -1,5 +1,6 @@
 #include "row_plane.h"
 
+#include "../kernels/dispatch.h"
 #include "../packed.h"
 #include "../quantize.h"
 
@@ -66,6 +67,35 @@ void RowPlane::put(char *base, int head, std::int64_t cell, KvType from,
   }
 }
 
+void RowPlane::put_rows(char *base, int head, const std::int32_t *cells, std::int64_t n,
+                        KvType from, const Rows &rows) const noexcept {
+  const auto row = [&rows](std::int64_t i) {
+    return static_cast<const char *>(rows.base) +
+           rows.stride * (rows.index != nullptr ? rows.index[i] : i);
+  };
+  if (!packed() || from == KvType::q4_0) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      put(base, head, cells[i], from, row(i));
+    }
+    return;
+  }
+  const Kernels &kernels = active_kernels();
+  const auto pack =
+      (kind_ == Kind::keys ? kernels.pack_keys : kernels.pack_values)[static_cast<int>(from)];
+  for (std::int64_t i = 0; i < n;) {
+    const std::int32_t number = cells[i] / kPackedTokens;
+    const void *tokens[kPackedTokens] = {};
+    for (; i < n && cells[i] / kPackedTokens == number; ++i) {
+      const void *&token = tokens[cells[i] % kPackedTokens];
+      if (token != nullptr) {
+        break; // the same cell again: the last one stays
+      }
+      token = row(i);
+    }
+    pack(tokens, width_, base + head * head_stride_ + number * stride_);
+  }
+}
+
 void RowPlane::put_zeros(char *base, int head, std::int64_t cell, KvType from) const noexcept {
   alignas(kCacheLine) static constexpr char zeros[kPart * sizeof(float)] = {};
   for (int i = 0; i < width_; i += kPart) {
@@ -106,6 +136,19 @@ void RowPlane::copy(char *base, int head, std::int64_t cell, const RowPlane &fro
     const int n = std::min(kPart, width_ - i);
     from.get_blocks(from_base, head, from_cell, i, n, blocks);
     put_part(base, head, cell, KvType::q4_0, blocks, i, n);
+  }
+}
+
+void RowPlane::copy_rows(char *base, int head, const std::int32_t *cells, std::int64_t n,
+                         const RowPlane &from, const char *from_base,
+                         const std::int32_t *from_cells) const noexcept {
+  if (!from.packed()) {
+    put_rows(base, head, cells, n, from.type_,
+             {from.row(from_base, head, 0), from.stride_, from_cells});
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    copy(base, head, cells[i], from, from_base, from_cells[i]);
   }
 }
 

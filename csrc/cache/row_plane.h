@@ -34,6 +34,10 @@ public:
   }
   /// Converts a row of f32, f16 or Q4_0 blocks to this plane's type.
   void put(char *base, int head, std::int64_t cell, KvType from, const void *row) const noexcept;
+  /// The same for n rows: rows' i-th becomes cell cells[i]'s. Packed tiles are written a tile at a
+  /// time where cells of one tile follow one another in the list.
+  void put_rows(char *base, int head, const std::int32_t *cells, std::int64_t n, KvType from,
+                const Rows &rows) const noexcept;
   /// The row becomes what zeros of type `from` convert to.
   void put_zeros(char *base, int head, std::int64_t cell, KvType from) const noexcept;
   /// Converts a row to f32.
@@ -44,6 +48,10 @@ public:
   /// types differ.
   void copy(char *base, int head, std::int64_t cell, const RowPlane &from, const char *from_base,
             std::int64_t from_cell) const noexcept;
+  /// The same for n cells. No cell of this plane is on both sides.
+  void copy_rows(char *base, int head, const std::int32_t *cells, std::int64_t n,
+                 const RowPlane &from, const char *from_base,
+                 const std::int32_t *from_cells) const noexcept;
 
 private:
   /// n values from value `first` on, a multiple of QK4_0 where Q4_0 takes part.

@@ -72,14 +72,14 @@ KeySegment RowStorage::segment(int layer, std::int64_t first_cell) const {
   return segment;
 }
 
-void RowStorage::put_k(int layer, int head, std::int64_t cell, KvType from,
-                       const void *row) noexcept {
-  k_.put(k_base(layer), head, cell, from, row);
+void RowStorage::put_k(int layer, int head, const std::int32_t *cells, std::int64_t n, KvType from,
+                       const Rows &rows) noexcept {
+  k_.put_rows(k_base(layer), head, cells, n, from, rows);
 }
 
-void RowStorage::put_v(int layer, int head, std::int64_t cell, KvType from,
-                       const void *row) noexcept {
-  v_.put(v_base(layer), head, cell, from, row);
+void RowStorage::put_v(int layer, int head, const std::int32_t *cells, std::int64_t n, KvType from,
+                       const Rows &rows) noexcept {
+  v_.put_rows(v_base(layer), head, cells, n, from, rows);
 }
 
 void RowStorage::get_k(int layer, int head, std::int64_t cell, float *row) const noexcept {
@@ -101,12 +101,8 @@ void RowStorage::get_stored_v(int layer, int head, std::int64_t cell, void *row)
 void RowStorage::copy_head(const RowStorage &from, int from_layer, const std::int32_t *from_cells,
                            int layer, const std::int32_t *to_cells, std::int64_t n,
                            int head) noexcept {
-  for (std::int64_t i = 0; i < n; ++i) {
-    k_.copy(k_base(layer), head, to_cells[i], from.k_, from.k_base(from_layer), from_cells[i]);
-  }
-  for (std::int64_t i = 0; i < n; ++i) {
-    v_.copy(v_base(layer), head, to_cells[i], from.v_, from.v_base(from_layer), from_cells[i]);
-  }
+  k_.copy_rows(k_base(layer), head, to_cells, n, from.k_, from.k_base(from_layer), from_cells);
+  v_.copy_rows(v_base(layer), head, to_cells, n, from.v_, from.v_base(from_layer), from_cells);
 }
 
 void RowStorage::copy_layer(const RowStorage &from, int from_layer, const std::int32_t *from_cells,

@@ -52,9 +52,12 @@ public:
   /// sets an index and first_cell is 0. index, pos and len are the caller's to set.
   KeySegment segment(int layer, std::int64_t first_cell) const;
 
-  /// Converts one row (head_dim or head_dim_v values) to this storage's type.
-  void put_k(int layer, int head, std::int64_t cell, KvType from, const void *row) noexcept;
-  void put_v(int layer, int head, std::int64_t cell, KvType from, const void *row) noexcept;
+  /// Converts n rows (head_dim or head_dim_v values each) to this storage's type: rows' i-th
+  /// becomes that of cells[i].
+  void put_k(int layer, int head, const std::int32_t *cells, std::int64_t n, KvType from,
+             const Rows &rows) noexcept;
+  void put_v(int layer, int head, const std::int32_t *cells, std::int64_t n, KvType from,
+             const Rows &rows) noexcept;
   /// Converts one row to f32.
   void get_k(int layer, int head, std::int64_t cell, float *row) const noexcept;
   void get_v(int layer, int head, std::int64_t cell, float *row) const noexcept;

@@ -19,6 +19,8 @@ namespace {
 
 #include "integers_avx2.h"
 
+#include "bytes_x86.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -32,6 +34,8 @@ namespace {
 #include "packed_values.inl"
 
 #include "transposed.inl"
+
+#include "pack.inl"
 
 } // namespace
 

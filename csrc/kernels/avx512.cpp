@@ -27,6 +27,8 @@ namespace {
 
 #include "integers_avx512.h"
 
+#include "bytes_x86.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -40,6 +42,8 @@ namespace {
 #include "packed_values.inl"
 
 #include "transposed.inl"
+
+#include "pack.inl"
 
 #if defined(MIXEDKV_BF16)
 #include "bf16_avx512.h"

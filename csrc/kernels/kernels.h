@@ -93,6 +93,15 @@ struct Kernels {
   /// y_j += f * x_j.
   void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
 
+  // --- rows to packed Q4_0 ---------------------------------------------------------------------
+
+  /// rows [kPackedTokens]: the row that rows[t] points to is quantised (the same bits as by
+  /// quantize_row_q4_0) and becomes token t of the tile; where rows[t] is null, token t keeps its
+  /// bits. By KvType, f32 and f16; rows are no part of the tile.
+  using PackFn = void(const void *const *rows, int head_dim, void *tile) noexcept;
+  PackFn *pack_keys[kNumFloatTypes];
+  PackFn *pack_values[kNumFloatTypes];
+
   // --- arithmetic in bf16 ----------------------------------------------------------------------
 
   /// Null where the instruction set has none.

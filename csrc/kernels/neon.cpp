@@ -17,6 +17,8 @@ namespace {
 
 #include "integers_neon.h"
 
+#include "bytes_neon.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -30,6 +32,8 @@ namespace {
 #include "packed_values.inl"
 
 #include "transposed.inl"
+
+#include "pack.inl"
 
 } // namespace
 

@@ -26,6 +26,8 @@ namespace {
 
 #include "integers_neon.h"
 
+#include "bytes_neon.h"
+
 #include "convert.inl"
 
 #include "quantize.inl"
@@ -39,6 +41,8 @@ namespace {
 #include "packed_values.inl"
 
 #include "transposed.inl"
+
+#include "pack.inl"
 
 #if defined(MIXEDKV_BF16)
 #include "bf16_neon.h"

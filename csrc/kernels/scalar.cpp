@@ -310,6 +310,42 @@ void axpy(float f, const float *x, float *y, size_t n) noexcept {
     y[i] += f * x[i];
 }
 
+void quantize_row(const float *x, block_q4_0 *y) { quantize_row_q4_0_f32(x, y, QK4_0); }
+void quantize_row(const f16_t *x, block_q4_0 *y) { quantize_row_q4_0_f16(x, y, QK4_0); }
+
+template <typename T> void pack_keys(const void *const *rows, int head_dim, void *tile) noexcept {
+  uint8_t *bytes = static_cast<uint8_t *>(tile);
+  for (int token = 0; token < kPackedTokens; ++token)
+    for (int b = 0; rows[token] && b < head_dim / QK4_0; ++b) {
+      block_q4_0 block;
+      quantize_row(static_cast<const T *>(rows[token]) + b * QK4_0, &block);
+      for (int i = 0; i < QK4_0 / 2; ++i)
+        bytes[b * kPackedBlockBytes + (i / 4 * kPackedTokens + token) * 4 + i % 4] = block.qs[i];
+      *packed_scale(bytes, head_dim / QK4_0, b, token) = block.d;
+    }
+}
+
+template <typename T>
+void pack_values(const void *const *rows, int head_dim_v, void *tile) noexcept {
+  uint8_t *bytes = static_cast<uint8_t *>(tile);
+  for (int token = 0; token < kPackedTokens; ++token)
+    for (int b = 0; rows[token] && b < head_dim_v / QK4_0; ++b) {
+      block_q4_0 block;
+      quantize_row(static_cast<const T *>(rows[token]) + b * QK4_0, &block);
+      for (int i = 0; i < QK4_0; ++i) {
+        const int q = i < QK4_0 / 2 ? block.qs[i] & 15 : block.qs[i - QK4_0 / 2] >> 4;
+        const uint32_t nibble = static_cast<uint32_t>(q - 8) & 15u;
+        uint8_t *at = bytes + (token / 8 * head_dim_v + b * QK4_0 + i) * 4;
+        uint32_t word;
+        memcpy(&word, at, sizeof word);
+        word &= ~(15u << packed_value_shift(token));
+        word |= nibble << packed_value_shift(token);
+        memcpy(at, &word, sizeof word);
+      }
+      *packed_scale(bytes, head_dim_v / QK4_0, b, token) = block.d;
+    }
+}
+
 #include "scalar_bf16.inl"
 
 } // namespace
@@ -338,6 +374,8 @@ const Kernels kernels_scalar = {
     soft_cap,
     scale,
     axpy,
+    {pack_keys<float>, pack_keys<f16_t>},
+    {pack_values<float>, pack_values<f16_t>},
     &bf16_kernels,
 };
 

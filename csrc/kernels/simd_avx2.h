@@ -134,6 +134,60 @@ MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,
   largest_unsigned = static_cast<uint32_t>(_mm_cvtsi128_si32(u4));
 }
 
+/// Of kQuantBlocks blocks, the i-th of 32 values at source(i), what find_extremes finds: block i's
+/// in lane i, as floats. Blocks are folded into one another, two to one, so that no step is spent
+/// on a single one.
+constexpr int kQuantBlocks = 8;
+struct LargestSigned {
+  __m256i of_32(__m256i a, __m256i b) const { return _mm256_max_epi32(a, b); }
+  __m256i of_16(__m256i a, __m256i b) const { return _mm256_max_epi16(a, b); }
+};
+struct LargestUnsigned {
+  __m256i of_32(__m256i a, __m256i b) const { return _mm256_max_epu32(a, b); }
+  __m256i of_16(__m256i a, __m256i b) const { return _mm256_max_epu16(a, b); }
+};
+MIXEDKV_INLINE __m256i load_8(const void *p) {
+  return _mm256_loadu_si256(static_cast<const __m256i *>(p));
+}
+template <typename Op, typename F> MIXEDKV_INLINE f32v fold_blocks(Op op, F source, const float *) {
+  __m256i fours[2];
+  for (int i = 0; i < 2; ++i) {
+    __m256i x[4];
+    for (int j = 0; j < 4; ++j) {
+      const float *p = source(4 * i + j);
+      x[j] = op.of_32(op.of_32(load_8(p), load_8(p + 8)), op.of_32(load_8(p + 16), load_8(p + 24)));
+    }
+    const __m256i a =
+        op.of_32(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+    const __m256i b =
+        op.of_32(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+    fours[i] = op.of_32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  }
+  return _mm256_castsi256_ps(op.of_32(_mm256_permute2x128_si256(fours[0], fours[1], 0x20),
+                                      _mm256_permute2x128_si256(fours[0], fours[1], 0x31)));
+}
+template <typename Op, typename F> MIXEDKV_INLINE f32v fold_blocks(Op op, F source, const f16_t *) {
+  __m256i x[8];
+  for (int j = 0; j < 8; ++j)
+    x[j] = op.of_16(load_8(source(j)), load_8(source(j) + 16));
+  for (int j = 0; j < 4; ++j)
+    x[j] = op.of_16(_mm256_unpacklo_epi16(x[2 * j], x[2 * j + 1]),
+                    _mm256_unpackhi_epi16(x[2 * j], x[2 * j + 1]));
+  for (int j = 0; j < 2; ++j)
+    x[j] = op.of_16(_mm256_unpacklo_epi32(x[2 * j], x[2 * j + 1]),
+                    _mm256_unpackhi_epi32(x[2 * j], x[2 * j + 1]));
+  const __m256i eight =
+      op.of_16(_mm256_unpacklo_epi64(x[0], x[1]), _mm256_unpackhi_epi64(x[0], x[1]));
+  const __m256i swapped = _mm256_permute2x128_si256(eight, eight, 0x01);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(op.of_16(eight, swapped)));
+}
+template <typename T, typename F>
+MIXEDKV_INLINE void find_group_extremes(F source, f32v (&top)[1], f32v (&bottom)[1]) {
+  const T *type = nullptr;
+  top[0] = fold_blocks(LargestSigned(), source, type);
+  bottom[0] = fold_blocks(LargestUnsigned(), source, type);
+}
+
 /// 32 values y >= 0 become min(15, trunc(y)), packed.
 MIXEDKV_INLINE void store_q4(uint8_t *qs, const f32v *y) {
   const __m256i fifteen = _mm256_set1_epi32(15);

@@ -123,6 +123,65 @@ MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,
   largest_unsigned = static_cast<uint32_t>(_mm_cvtsi128_si32(u4));
 }
 
+/// Of kQuantBlocks blocks, the i-th of 32 values at source(i), what find_extremes finds: block i's
+/// in lane i, as floats. Blocks are folded into one another, two to one, so that no step is spent
+/// on a single one.
+constexpr int kQuantBlocks = 16;
+struct LargestSigned {
+  __m512i of_32(__m512i a, __m512i b) const { return _mm512_max_epi32(a, b); }
+  __m512i of_16(__m512i a, __m512i b) const { return _mm512_max_epi16(a, b); }
+};
+struct LargestUnsigned {
+  __m512i of_32(__m512i a, __m512i b) const { return _mm512_max_epu32(a, b); }
+  __m512i of_16(__m512i a, __m512i b) const { return _mm512_max_epu16(a, b); }
+};
+template <typename Op, typename F> MIXEDKV_INLINE f32v fold_blocks(Op op, F source, const float *) {
+  __m512i fours[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512i x[4];
+    for (int j = 0; j < 4; ++j) {
+      const float *p = source(4 * i + j);
+      x[j] = op.of_32(_mm512_loadu_si512(p), _mm512_loadu_si512(p + kLanes));
+    }
+    const __m512i a =
+        op.of_32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const __m512i b =
+        op.of_32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    fours[i] = op.of_32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  }
+  const __m512i a = op.of_32(_mm512_shuffle_i32x4(fours[0], fours[1], 0x88),
+                             _mm512_shuffle_i32x4(fours[0], fours[1], 0xdd));
+  const __m512i b = op.of_32(_mm512_shuffle_i32x4(fours[2], fours[3], 0x88),
+                             _mm512_shuffle_i32x4(fours[2], fours[3], 0xdd));
+  return _mm512_castsi512_ps(
+      op.of_32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd)));
+}
+template <typename Op, typename F> MIXEDKV_INLINE f32v fold_blocks(Op op, F source, const f16_t *) {
+  __m512i eights[2];
+  for (int i = 0; i < 2; ++i) {
+    __m512i x[8];
+    for (int j = 0; j < 8; ++j)
+      x[j] = _mm512_loadu_si512(source(8 * i + j));
+    for (int j = 0; j < 4; ++j)
+      x[j] = op.of_16(_mm512_unpacklo_epi16(x[2 * j], x[2 * j + 1]),
+                      _mm512_unpackhi_epi16(x[2 * j], x[2 * j + 1]));
+    for (int j = 0; j < 2; ++j)
+      x[j] = op.of_16(_mm512_unpacklo_epi32(x[2 * j], x[2 * j + 1]),
+                      _mm512_unpackhi_epi32(x[2 * j], x[2 * j + 1]));
+    eights[i] = op.of_16(_mm512_unpacklo_epi64(x[0], x[1]), _mm512_unpackhi_epi64(x[0], x[1]));
+  }
+  const __m512i both = op.of_16(_mm512_shuffle_i32x4(eights[0], eights[1], 0x88),
+                                _mm512_shuffle_i32x4(eights[0], eights[1], 0xdd));
+  const __m512i all = op.of_16(both, _mm512_shuffle_i32x4(both, both, 0xb1));
+  return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_shuffle_i32x4(all, all, 0x08)));
+}
+template <typename T, typename F>
+MIXEDKV_INLINE void find_group_extremes(F source, f32v (&top)[1], f32v (&bottom)[1]) {
+  const T *type = nullptr;
+  top[0] = fold_blocks(LargestSigned(), source, type);
+  bottom[0] = fold_blocks(LargestUnsigned(), source, type);
+}
+
 /// 32 values y >= 0 become min(15, trunc(y)), packed.
 MIXEDKV_INLINE void store_q4(uint8_t *qs, const f32v *y) {
   const __m512i fifteen = _mm512_set1_epi32(15);

@@ -18,7 +18,8 @@
 //                           the sign of zeros, and NaN where d is infinite;
 //                           q4_vector_exact: (q - 8) * d in all bits
 //   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
-//   find_extremes, store_q4, to_half   the parts of quantisation that have no common form
+//   find_extremes, find_group_extremes (of kQuantBlocks blocks, a multiple of kLanes), store_q4,
+//   to_half   the parts of quantisation that have no common form
 //   kRows                   most rows of a micro-tile
 //   key_tile(R, q4)         keys beside R rows in qk, as registers allow; q4: to be unpacked
 //   kOpenKeys               keys whose Q4_0 blocks are unpacked together in qk
@@ -41,6 +42,15 @@
 //   kPackedVectors          vectors of tokens that qk_packed works on at a time
 //   kValueVectors           vectors of dims that pv_packed works on at a time
 //   kWeightBlocks           blocks whose weights pv_packed makes together: a power of two
+//
+// For pack.inl, bytes_<architecture>.h adds these:
+//
+//   b16                     sixteen bytes;  load_b16 store_b16, set1_b16, set1_words_b16 (of one
+//                           byte, of one 32-bit word), and_b16 or_b16 xor_b16
+//   low_nibbles_of(a, b)    bytes of the low nibbles of a (low) and b (high); high_nibbles_of: of
+//                           the high ones
+//   interleave_b16(x)       of four: the i-th word of all is made of the i-th bytes of x[0] to x[3]
+//   transpose_words_b16(x)  of four: word j of x[i] becomes word i of x[j]
 #pragma once
 
 #include "../packed.h"

@@ -129,6 +129,54 @@ MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,
   largest_unsigned = vmaxvq_u32(u);
 }
 
+/// Of kQuantBlocks blocks, the i-th of 32 values at source(i), what find_extremes finds: block i's
+/// in lane i, as floats.
+constexpr int kQuantBlocks = 8;
+template <typename T, typename F>
+MIXEDKV_INLINE void find_group_extremes(F source, f32v (&top)[2], f32v (&bottom)[2]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    int32x4_t s[kQuantBlocks];
+    uint32x4_t u[kQuantBlocks];
+    for (int b = 0; b < kQuantBlocks; ++b) {
+      u[b] = vreinterpretq_u32_f32(load(source(b)));
+      s[b] = vreinterpretq_s32_u32(u[b]);
+      for (int i = kLanes; i < QK4_0; i += kLanes) {
+        const uint32x4_t x = vreinterpretq_u32_f32(load(source(b) + i));
+        u[b] = vmaxq_u32(u[b], x);
+        s[b] = vmaxq_s32(s[b], vreinterpretq_s32_u32(x));
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      top[i] = vreinterpretq_f32_s32(
+          vpmaxq_s32(vpmaxq_s32(s[4 * i], s[4 * i + 1]), vpmaxq_s32(s[4 * i + 2], s[4 * i + 3])));
+      bottom[i] = vreinterpretq_f32_u32(
+          vpmaxq_u32(vpmaxq_u32(u[4 * i], u[4 * i + 1]), vpmaxq_u32(u[4 * i + 2], u[4 * i + 3])));
+    }
+  } else {
+    int16x8_t s[kQuantBlocks];
+    uint16x8_t u[kQuantBlocks];
+    for (int b = 0; b < kQuantBlocks; ++b) {
+      u[b] = vld1q_u16(source(b));
+      s[b] = vreinterpretq_s16_u16(u[b]);
+      for (int i = 8; i < QK4_0; i += 8) {
+        const uint16x8_t x = vld1q_u16(source(b) + i);
+        u[b] = vmaxq_u16(u[b], x);
+        s[b] = vmaxq_s16(s[b], vreinterpretq_s16_u16(x));
+      }
+    }
+    for (int n = kQuantBlocks / 2; n > 0; n /= 2)
+      for (int b = 0; b < n; ++b) {
+        s[b] = vpmaxq_s16(s[2 * b], s[2 * b + 1]);
+        u[b] = vpmaxq_u16(u[2 * b], u[2 * b + 1]);
+      }
+    const float16x8_t of_s = vreinterpretq_f16_s16(s[0]), of_u = vreinterpretq_f16_u16(u[0]);
+    top[0] = vcvt_f32_f16(vget_low_f16(of_s));
+    top[1] = vcvt_f32_f16(vget_high_f16(of_s));
+    bottom[0] = vcvt_f32_f16(vget_low_f16(of_u));
+    bottom[1] = vcvt_f32_f16(vget_high_f16(of_u));
+  }
+}
+
 /// 32 values y >= 0 become min(15, trunc(y)), packed.
 MIXEDKV_INLINE void store_q4(uint8_t *qs, const f32v *y) {
   uint8x8_t bytes[4];

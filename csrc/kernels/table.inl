@@ -34,6 +34,8 @@ const Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = {
     soft_cap,
     scale,
     axpy,
+    {pack_keys<float>, pack_keys<f16_t>},
+    {pack_values<float>, pack_values<f16_t>},
 #if defined(MIXEDKV_BF16)
     &bf16_kernels,
 #else

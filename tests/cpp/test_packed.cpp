@@ -957,6 +957,138 @@ void test_transposed(const std::string &isa, const Kernels &kernels) {
   });
 }
 
+void test_rows_at_once() {
+  for (Kind kind : {Kind::keys, Kind::values})
+    check(std::string("row plane of packed ") + (kind == Kind::keys ? "keys" : "values") +
+              ": rows at once are rows one by one",
+          [&] {
+            Random random(45);
+            constexpr int kCells = 53, kHeads = 2;
+            for (int step = 0; step < 60; ++step) {
+              const int width = step % 2 ? 64 : 160;
+              const KvType type = step % 3 ? KvType::f16 : KvType::f32;
+              const RowPlane rows(kind, type, width, kHeads, kCells);
+              const RowPlane plane(kind, KvType::q4_0, width, kHeads, kCells);
+              std::vector<char> source(rows.bytes());
+              for (int head = 0; head < kHeads; ++head)
+                for (int cell = 0; cell < kCells; ++cell) {
+                  std::vector<float> values(size(width));
+                  for (float &x : values)
+                    x = normal(random);
+                  rows.put(source.data(), head, cell, KvType::f32, values.data());
+                }
+              std::vector<char> expected(plane.bytes());
+              for (char &byte : expected)
+                byte = static_cast<char>(random());
+              std::vector<char> got = expected;
+              std::vector<std::int32_t> from(kCells), to(kCells);
+              std::iota(from.begin(), from.end(), 0);
+              std::iota(to.begin(), to.end(), 0);
+              std::shuffle(from.begin(), from.end(), random);
+              if (step % 4 == 0)
+                std::shuffle(to.begin(), to.end(), random);
+              const int begin = between(random, 0, kCells), n = between(random, 0, kCells - begin);
+              if (n > 1 && step % 5 == 0)
+                to[size(begin + 1)] = to[size(begin)]; // the last one stays
+              const int head = step % kHeads;
+              for (int i = begin; i < begin + n; ++i)
+                plane.copy(expected.data(), head, to[size(i)], rows, source.data(), from[size(i)]);
+              plane.copy_rows(got.data(), head, to.data() + begin, n, rows, source.data(),
+                              from.data() + begin);
+              EXPECT(got == expected, "step %d, %d rows", step, n);
+            }
+          });
+}
+
+// --- packing -----------------------------------------------------------------------------------
+
+/// A row of f32 or f16 values, some of its blocks of the kinds that need care.
+std::vector<char> row_to_pack(Random &random, KvType type, int dim) {
+  std::vector<float> values(size(dim));
+  for (float &x : values)
+    x = normal(random);
+  for (int b = 0; b < dim; b += QK4_0)
+    switch (between(random, 0, 11)) {
+    case 0: // the largest magnitude with either sign
+      values[size(b + between(random, 0, 15))] = 5.0f;
+      values[size(b + between(random, 16, 31))] = -5.0f;
+      break;
+    case 1:
+      values[size(b + between(random, 0, 31))] = random() % 2 ? kNan : -kInf;
+      break;
+    case 2:
+      std::fill_n(values.begin() + b, QK4_0, random() % 2 ? -0.0f : 0.0f);
+      break;
+    case 3: // all of one sign
+      for (int i = 0; i < QK4_0; ++i)
+        values[size(b + i)] = std::copysign(values[size(b + i)], b % 64 ? 1.0f : -1.0f);
+      break;
+    case 4: // subnormal, as f16 too
+      for (int i = 0; i < QK4_0; ++i)
+        values[size(b + i)] *= type == KvType::f32 && random() % 2 ? 1e-40f : 1e-7f;
+      break;
+    default:
+      break;
+    }
+  std::vector<char> row(row_bytes(type, size(dim)));
+  if (type == KvType::f32)
+    std::memcpy(row.data(), values.data(), row.size());
+  else
+    kernels_for("scalar").f32_to_f16(values.data(), reinterpret_cast<f16_t *>(row.data()),
+                                     size(dim));
+  return row;
+}
+
+/// Every set of tokens of some: all, none, one, a half, all but one, any.
+std::uint32_t some_tokens(Random &random, int step) {
+  const std::uint32_t all = (1u << kTokens) - 1, one = 1u << between(random, 0, kTokens - 1);
+  const std::uint32_t sets[] = {
+      all, 0, one, 0xffu, 0xff00u, all & ~one, static_cast<std::uint32_t>(random()) & all};
+  return sets[step % 7];
+}
+
+void test_pack(const std::string &isa, const Kernels &kernels) {
+  for (Kind kind : {Kind::keys, Kind::values})
+    for (KvType type : {KvType::f32, KvType::f16})
+      check(isa + " pack_" + (kind == Kind::keys ? "keys " : "values ") + kv_type_name(type), [&] {
+        Random random(91);
+        const Kernels &scalar = kernels_for("scalar");
+        for (int step = 0; step < 140; ++step) {
+          const int dims[] = {32, 64, 96, 128, 160, 256, 544};
+          const int dim = dims[step / 7 % 7], num_blocks = dim / QK4_0;
+          const std::uint32_t set = some_tokens(random, step);
+          std::vector<std::vector<char>> storage;
+          const void *rows[kTokens] = {};
+          for (int t = 0; t < kTokens; ++t) {
+            storage.push_back(row_to_pack(random, type, dim));
+            rows[t] = set >> t & 1 ? storage.back().data() : nullptr;
+          }
+          Output<unsigned char> tile(packed_tile_bytes(size(dim)), 2 * size(between(random, 0, 7)));
+          for (std::size_t i = 0; i < tile.size(); ++i)
+            tile[i] = static_cast<unsigned char>(random());
+          // By the layout's own definition, token by token.
+          std::vector<unsigned char> expected(tile.data(), tile.data() + tile.size());
+          for (int t = 0; t < kTokens; ++t) {
+            std::vector<block_q4_0> blocks(size(num_blocks));
+            if (rows[t] == nullptr)
+              continue;
+            if (type == KvType::f32)
+              scalar.quantize_row_q4_0_f32(static_cast<const float *>(rows[t]), blocks.data(),
+                                           size(dim));
+            else
+              scalar.quantize_row_q4_0_f16(static_cast<const f16_t *>(rows[t]), blocks.data(),
+                                           size(dim));
+            pack(kind, blocks.data(), 0, num_blocks, num_blocks, expected.data(), t);
+          }
+          const auto run = kind == Kind::keys ? kernels.pack_keys : kernels.pack_values;
+          run[static_cast<int>(type)](rows, dim, tile.data());
+          EXPECT(std::memcmp(tile.data(), expected.data(), expected.size()) == 0,
+                 "dim %d, tokens %04x", dim, set);
+          EXPECT(tile.guards_intact(), "guards, dim %d, tokens %04x", dim, set);
+        }
+      });
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -964,6 +1096,7 @@ int main(int argc, char **argv) {
     name_filter = argv[1];
   test_layout();
   test_row_plane();
+  test_rows_at_once();
   for (const IsaInfo &isa : compiled_isas()) {
     if (!isa.available) {
       std::printf("SKIP %s: needs %s, which this machine lacks\n", isa.name, isa.requires_);
@@ -974,6 +1107,7 @@ int main(int argc, char **argv) {
     test_pv_packed(isa.name, kernels);
     test_unpack(isa.name, kernels);
     test_transposed(isa.name, kernels);
+    test_pack(isa.name, kernels);
   }
   return summary();
 }
