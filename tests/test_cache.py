@@ -753,6 +753,26 @@ def test_cache_sequences_see_their_own_alone(isa: str, rng: np.random.Generator)
     step(cache, model, rng, [15, 40, 16, 15], [0, 2, 0, 1], rel=Q4_0_REL)
 
 
+@pytest.mark.parametrize("cold", [160, 112], ids=["room_for_tiles", "short_of_room"])
+def test_cache_four_sequences_side_by_side_equal_model(
+    isa: str, rng: np.random.Generator, cold: int
+) -> None:
+    """In cold each has tiles of its own while there are any; then they share."""
+    cache, model = twins(hot=32, cold=cold, group=8, n_seq_max=4)
+    step(cache, model, rng, [p for p in range(16) for _ in range(4)], [0, 1, 2, 3] * 16,
+         rel=Q4_0_REL)  # fmt: skip
+    for p in range(16, 26):
+        step(cache, model, rng, [p] * 4, [3, 1, 0, 2], rel=Q4_0_REL)
+    for it in (cache, model):  # a hole, and room for others in it
+        it.seq_rm(1, 0, 12)
+        it.seq_cp(0, 1, 4, 8)
+    for p in range(26, 34):
+        step(cache, model, rng, [p] * 4, [0, 1, 2, {2, 3}], rel=Q4_0_REL)
+    for seq in range(4):
+        assert list(cache.tiers(seq)) == model.tiers(seq)
+    assert cache.stats().cold_tokens > 80
+
+
 def test_cache_nan_of_another_sequence_does_not_leak(isa: str, rng: np.random.Generator) -> None:
     """Neither from hot nor from cold, nor from a later position of its own sequence."""
     cache = mixed(hot=16, cold=64, n_seq_max=2)

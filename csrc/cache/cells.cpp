@@ -4,10 +4,20 @@
 
 namespace mixedkv {
 
-Cells::Cells(std::int64_t size, int n_seq_max)
-    : n_seq_max_(n_seq_max), words_((static_cast<std::size_t>(n_seq_max) + 63) / 64),
+Cells::Cells(std::int64_t size, int n_seq_max, int tile_cells)
+    : n_seq_max_(n_seq_max), tile_cells_(tile_cells),
+      words_((static_cast<std::size_t>(n_seq_max) + 63) / 64),
       pos_(static_cast<std::size_t>(size), -1), stamp_(static_cast<std::size_t>(size), 0),
-      owners_(static_cast<std::size_t>(size) * words_, 0) {}
+      owners_(static_cast<std::size_t>(size) * words_, 0),
+      used_in_(static_cast<std::size_t>((size + tile_cells - 1) / tile_cells), 0) {}
+
+std::int32_t Cells::lowest_free_in(std::int32_t tile) const {
+  std::int32_t cell = first_of(tile);
+  while (in_use(cell)) {
+    ++cell;
+  }
+  return cell;
+}
 
 bool Cells::shared(std::int32_t cell) const {
   const std::uint64_t *words = owners(cell);
@@ -60,34 +70,29 @@ bool Cells::older(std::int32_t a, std::int32_t b) const {
 
 std::size_t Cells::bytes() const {
   return pos_.capacity() * sizeof(pos_[0]) + stamp_.capacity() * sizeof(stamp_[0]) +
-         owners_.capacity() * sizeof(owners_[0]);
+         owners_.capacity() * sizeof(owners_[0]) + used_in_.capacity() * sizeof(used_in_[0]);
 }
 
 void Cells::occupy(std::int32_t cell, std::int32_t pos, std::uint64_t stamp) {
   pos_[cell] = pos;
   stamp_[cell] = stamp;
   ++num_used_;
+  ++used_in_[tile_of(cell)];
   num_pending_ += stamp == kPendingStamp;
   end_ = std::max(end_, cell + 1);
 }
 
-std::int32_t Cells::take(std::int32_t pos, std::uint64_t stamp, int owner) {
+std::int32_t Cells::lowest_free() {
   while (in_use(first_free_)) {
     ++first_free_;
   }
-  const std::int32_t cell = first_free_++;
-  occupy(cell, pos, stamp);
-  add_owner(cell, owner);
-  return cell;
+  return first_free_;
 }
 
-std::int32_t Cells::take_copy(const Cells &from, std::int32_t from_cell) {
-  while (in_use(first_free_)) {
-    ++first_free_;
-  }
-  const std::int32_t cell = first_free_++;
-  put_copy(cell, from, from_cell);
-  return cell;
+void Cells::put(std::int32_t cell, std::int32_t pos, std::uint64_t stamp,
+                const std::uint64_t *words) {
+  occupy(cell, pos, stamp);
+  std::copy_n(words, words_, owners_.data() + cell * words_);
 }
 
 void Cells::put_copy(std::int32_t cell, const Cells &from, std::int32_t from_cell) {
@@ -98,6 +103,7 @@ void Cells::put_copy(std::int32_t cell, const Cells &from, std::int32_t from_cel
 void Cells::release(std::int32_t cell) {
   num_pending_ -= pending(cell);
   --num_used_;
+  --used_in_[tile_of(cell)];
   pos_[cell] = -1;
   stamp_[cell] = 0;
   std::fill_n(owners_.data() + cell * words_, words_, 0);
@@ -141,6 +147,7 @@ void Cells::clear() {
   std::fill(pos_.begin(), pos_.end(), -1);
   std::fill(stamp_.begin(), stamp_.end(), 0);
   std::fill(owners_.begin(), owners_.end(), 0);
+  std::fill(used_in_.begin(), used_in_.end(), 0);
   num_used_ = 0;
   num_pending_ = 0;
   first_free_ = 0;

@@ -2,6 +2,7 @@
 // each. No rows, no types: metadata only.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -15,8 +16,10 @@ constexpr std::uint64_t kPendingStamp = UINT64_MAX;
 /// numbers and sequences are the caller's to check. Mutators don't allocate and don't throw.
 class Cells {
 public:
-  /// size <= 2^31 - 1, n_seq_max >= 1.
-  Cells(std::int64_t size, int n_seq_max);
+  /// size <= 2^31 - 1, n_seq_max >= 1. Cells [i * tile_cells, (i + 1) * tile_cells) are tile i,
+  /// which means nothing here but that the cells in use in it are counted; the last one may be
+  /// shorter.
+  Cells(std::int64_t size, int n_seq_max, int tile_cells = 1);
 
   // --- questions -------------------------------------------------------------------------------
 
@@ -28,6 +31,22 @@ public:
   std::int64_t num_committed() const { return num_used_ - num_pending_; }
   /// Every cell at or above this one is free.
   std::int32_t end() const { return end_; }
+
+  int tile_cells() const { return tile_cells_; }
+  std::int32_t num_tiles() const { return tile_of(size() + tile_cells_ - 1); }
+  std::int32_t tile_of(std::int64_t cell) const {
+    return static_cast<std::int32_t>(cell / tile_cells_);
+  }
+  std::int32_t first_of(std::int32_t tile) const { return tile * tile_cells_; }
+  std::int32_t end_of(std::int32_t tile) const {
+    return static_cast<std::int32_t>(std::min((std::int64_t{tile} + 1) * tile_cells_, size()));
+  }
+  std::int32_t num_used_in(std::int32_t tile) const { return used_in_[tile]; }
+  std::int32_t num_free_in(std::int32_t tile) const {
+    return end_of(tile) - first_of(tile) - used_in_[tile];
+  }
+  /// There is one.
+  std::int32_t lowest_free_in(std::int32_t tile) const;
 
   bool in_use(std::int32_t cell) const { return pos_[cell] >= 0; }
   bool pending(std::int32_t cell) const { return stamp_[cell] == kPendingStamp; }
@@ -55,11 +74,12 @@ public:
 
   // --- mutators --------------------------------------------------------------------------------
 
-  /// Puts a token into the lowest free cell; there is one. Returns the cell.
-  std::int32_t take(std::int32_t pos, std::uint64_t stamp, int owner);
+  /// There is one. A mutator because it remembers how far it looked.
+  std::int32_t lowest_free();
+  /// Puts a token into a cell that is free; words: its owners, words_per_cell() words, not all
+  /// zero.
+  void put(std::int32_t cell, std::int32_t pos, std::uint64_t stamp, const std::uint64_t *words);
   /// The same with all of a cell's data as it stands in from (of the same n_seq_max).
-  std::int32_t take_copy(const Cells &from, std::int32_t from_cell);
-  /// Puts a copy of another cell's data into a cell that is free.
   void put_copy(std::int32_t cell, const Cells &from, std::int32_t from_cell);
   void release(std::int32_t cell);
   void set_pos(std::int32_t cell, std::int32_t pos) { pos_[cell] = pos; }
@@ -77,10 +97,12 @@ private:
   void occupy(std::int32_t cell, std::int32_t pos, std::uint64_t stamp);
 
   int n_seq_max_;
+  int tile_cells_;
   std::size_t words_;                 ///< 64-bit words of a cell's owner set
   std::vector<std::int32_t> pos_;     ///< -1 exactly where the cell is free
   std::vector<std::uint64_t> stamp_;  ///< of a free cell: 0
   std::vector<std::uint64_t> owners_; ///< words_ a cell; all zero exactly where the cell is free
+  std::vector<std::int32_t> used_in_; ///< by tile: cells with pos_ >= 0
   std::int64_t num_used_ = 0;         ///< cells with pos_ >= 0
   std::int64_t num_pending_ = 0;      ///< cells with stamp_ == kPendingStamp
   std::int32_t first_free_ = 0;       ///< every cell below is in use

@@ -91,7 +91,8 @@ struct MixedCache::Impl {
         journal(hot_shape(c), c.quantize ? c.hot_size : 0),
         slot(std::min<std::int64_t>(c.n_seq_max, c.hot_size), hot_shape(c).num_layers),
         visibility(c.hot_size + cold_cells(c), c.n_seq_max),
-        oldest(c.quantize ? static_cast<std::size_t>(c.hot_size) : 0), targets(oldest.size()) {}
+        oldest(c.quantize ? static_cast<std::size_t>(c.hot_size) : 0), targets(oldest.size()),
+        owner_words(hot.cells.words_per_cell()) {}
 
   /// The number of a layer among the cached ones.
   int layer_number(int layer) const {
@@ -149,7 +150,14 @@ struct MixedCache::Impl {
     if (plan.num_tokens < n) {
       std::nth_element(begin, begin + plan.num_tokens, begin + n, older);
     }
-    std::sort(begin, begin + plan.num_tokens, older);
+    // What will lie in one tile goes there at one time.
+    std::sort(begin, begin + plan.num_tokens, [&](std::int32_t a, std::int32_t b) {
+      const std::uint64_t *of_a = hot.cells.owners(a);
+      const std::uint64_t *of_b = hot.cells.owners(b);
+      const auto differ = std::mismatch(of_a, of_a + hot.cells.words_per_cell(), of_b);
+      return differ.first != of_a + hot.cells.words_per_cell() ? *differ.first < *differ.second
+                                                               : older(a, b);
+    });
     {
       const Stopwatch stopwatch(counters.seconds);
       cold.take_copies(hot, oldest.data(), plan.num_tokens, targets.data());
@@ -164,22 +172,27 @@ struct MixedCache::Impl {
 
   /// Puts the slot's tokens into cells, pending.
   void occupy(const TokenOwners &owners) noexcept {
+    hot.placement.begin(hot.cells);
+    cold.placement.begin(cold.cells);
     std::size_t num_hot = 0;
     for (std::size_t i = 0; i < slot.pos.size(); ++i) {
       if (slot.is_cold[i] == 0) {
-        slot.hot_cells[num_hot++] = take(hot.cells, i, owners);
+        slot.hot_cells[num_hot++] = take(hot, i, owners);
       }
     }
     for (std::size_t i = 0; i < slot.cold_tokens.size(); ++i) {
-      slot.cold_cells[i] = take(cold.cells, static_cast<std::size_t>(slot.cold_tokens[i]), owners);
+      slot.cold_cells[i] = take(cold, static_cast<std::size_t>(slot.cold_tokens[i]), owners);
     }
   }
 
-  std::int32_t take(Cells &cells, std::size_t token, const TokenOwners &owners) noexcept {
-    const std::int32_t cell = cells.take(slot.pos[token], kPendingStamp, slot.seq[token]);
+  std::int32_t take(UnifiedCache &tier, std::size_t token, const TokenOwners &owners) noexcept {
+    std::fill(owner_words.begin(), owner_words.end(), 0);
     for (std::int64_t j = owners.begin[token]; j < owners.begin[token + 1]; ++j) {
-      cells.add_owner(cell, static_cast<int>(owners.ids[j]));
+      owner_words[static_cast<std::size_t>(owners.ids[j]) / 64] |= std::uint64_t{1}
+                                                                   << (owners.ids[j] % 64);
     }
+    const std::int32_t cell = tier.placement.find(tier.cells, owner_words.data());
+    tier.cells.put(cell, slot.pos[token], kPendingStamp, owner_words.data());
     slot.cells[token] = cell;
     return cell;
   }
@@ -269,10 +282,11 @@ struct MixedCache::Impl {
   PendingSlot slot;
   Visibility visibility;
   Counters counters;
-  Counters before;                   ///< counters when the pending slot was found
-  std::uint64_t next_stamp = 0;      ///< above the stamp of every committed token
-  std::vector<std::int32_t> oldest;  ///< [hot_size], scratch of move
-  std::vector<std::int32_t> targets; ///< likewise
+  Counters before;                        ///< counters when the pending slot was found
+  std::uint64_t next_stamp = 0;           ///< above the stamp of every committed token
+  std::vector<std::int32_t> oldest;       ///< [hot_size], scratch of move
+  std::vector<std::int32_t> targets;      ///< likewise
+  std::vector<std::uint64_t> owner_words; ///< scratch of take
 };
 
 MixedCache::MixedCache(const CacheConfig &config) {
@@ -649,9 +663,11 @@ CacheStats MixedCache::stats() const {
   stats.cold_bytes = static_cast<std::int64_t>(m.cold.rows.bytes());
   stats.journal_bytes = static_cast<std::int64_t>(m.journal.bytes());
   stats.books_bytes = static_cast<std::int64_t>(
-      m.hot.cells.bytes() + m.cold.cells.bytes() + m.slot.bytes() + m.visibility.bytes() +
+      m.hot.cells.bytes() + m.hot.placement.bytes() + m.cold.cells.bytes() +
+      m.cold.placement.bytes() + m.slot.bytes() + m.visibility.bytes() +
       (m.oldest.capacity() + m.targets.capacity()) * sizeof(std::int32_t) +
-      m.layer_numbers.capacity() * sizeof(int) + sizeof(Impl));
+      m.owner_words.capacity() * sizeof(std::uint64_t) + m.layer_numbers.capacity() * sizeof(int) +
+      sizeof(Impl));
   stats.scratch_bytes = static_cast<std::int64_t>(m.slot.scratch_bytes());
   RowShape f16 = m.cold.rows.shape();
   f16.k_type = KvType::f16;

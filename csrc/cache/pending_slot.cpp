@@ -42,6 +42,10 @@ void PendingSlot::plan(const std::int64_t *token_pos, const TokenOwners &owners,
         is_cold[by_age[i]] = 1;
       }
     }
+    // What will lie in one tile is stored at one time.
+    std::sort(cold_tokens.begin(), cold_tokens.end(), [&](std::int32_t a, std::int32_t b) {
+      return seq[a] != seq[b] ? seq[a] < seq[b] : older(a, b);
+    });
   }
   hot_tokens.clear();
   for (std::int32_t i = 0; i < n; ++i) {

@@ -38,7 +38,7 @@ struct PendingSlot {
   std::vector<std::int32_t> cells;       ///< of token i, in the tier that is_cold says
   std::vector<std::int32_t> hot_tokens;  ///< ascending
   std::vector<std::int32_t> hot_cells;   ///< of hot_tokens[i]
-  std::vector<std::int32_t> cold_tokens; ///< by age
+  std::vector<std::int32_t> cold_tokens; ///< by (seq, age)
   std::vector<std::int32_t> cold_cells;  ///< of cold_tokens[i]
   std::vector<std::int32_t> cold_rows;   ///< 0, 1, 2, ...: scratch row of cold_tokens[i]
   std::vector<std::uint8_t> stored;      ///< by cached layer

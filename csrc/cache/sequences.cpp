@@ -39,6 +39,7 @@ struct Shift {
   std::vector<std::int32_t> moved;   ///< cells of its own, which get their new position
   std::vector<std::int32_t> shared;  ///< cells with other owners, copied first
   std::vector<std::int32_t> copies;  ///< as long as shared
+  std::vector<std::uint64_t> owners; ///< of a copy: the sequence alone
 };
 
 /// new_pos(p) is the position that p becomes; a negative one drops the token from the sequence.
@@ -61,6 +62,8 @@ Shift plan_shift(const UnifiedCache &tier, const char *tier_name, int seq, const
     }
   }
   shift.copies.resize(shift.shared.size());
+  shift.owners.resize(cells.words_per_cell());
+  shift.owners[static_cast<std::size_t>(seq) / 64] = std::uint64_t{1} << (seq % 64);
   const std::int64_t num_free = cells.num_free() + num_freed;
   if (static_cast<std::int64_t>(shift.shared.size()) > num_free) {
     throw CacheFull("positions of sequence " + std::to_string(seq) + ": " +
@@ -80,10 +83,9 @@ void apply_shift(UnifiedCache &tier, Shift &shift, int seq, F new_pos) noexcept 
   }
   // The copy goes to the sequence alone; the others keep the cell, and notice nothing.
   tier.take_copies(tier, shift.shared.data(), static_cast<std::int64_t>(shift.shared.size()),
-                   shift.copies.data());
-  for (std::size_t i = 0; i < shift.shared.size(); ++i) {
-    cells.remove_owner(shift.shared[i], seq);
-    cells.set_only_owner(shift.copies[i], seq);
+                   shift.copies.data(), shift.owners.data());
+  for (const std::int32_t cell : shift.shared) {
+    cells.remove_owner(cell, seq);
   }
   for (const auto *changed : {&shift.moved, &shift.copies}) {
     for (const std::int32_t cell : *changed) {

@@ -63,6 +63,18 @@ bool same(const Cells &cells, const Model &model, std::mt19937 &random) {
   EXPECT(cells.num_used() == used && cells.num_free() == cells.size() - used);
   EXPECT(cells.num_pending() == pending && cells.num_committed() == used - pending);
   EXPECT(cells.end() == end);
+  std::int64_t counted = 0;
+  for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
+    std::int32_t in_tile = 0;
+    for (std::int32_t c = cells.first_of(tile); c < cells.end_of(tile); ++c, ++counted) {
+      EXPECT(cells.tile_of(c) == tile);
+      in_tile += cells.in_use(c);
+    }
+    EXPECT(cells.num_used_in(tile) == in_tile);
+    EXPECT(cells.num_used_in(tile) + cells.num_free_in(tile) ==
+           cells.end_of(tile) - cells.first_of(tile));
+  }
+  EXPECT(counted == cells.size());
 
   const int seq = static_cast<int>(random() % static_cast<unsigned>(cells.n_seq_max()));
   const std::int64_t low = random() % 20;
@@ -97,7 +109,8 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
   const auto below = [&](std::int64_t n) {
     return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
   };
-  Cells cells(size, n_seq_max);
+  const int tile_cells = 1 + static_cast<int>(seed % 5);
+  Cells cells(size, n_seq_max, tile_cells);
   Model model(static_cast<std::size_t>(size));
   std::uint64_t next_stamp = 0;
   EXPECT(same(cells, model, random));
@@ -131,14 +144,17 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
                           below(3) == 0 ? kPendingStamp : next_stamp++,
                           {seq}};
         const std::int32_t expected = lowest_free(model);
-        EXPECT(cells.take(token.pos, token.stamp, seq) == expected);
+        EXPECT(cells.lowest_free() == expected);
+        cells.put(expected, token.pos, token.stamp,
+                  owner_words(token.owners, cells.words_per_cell()).data());
         at(expected) = token;
       }
       break;
     case 4:
       if (free_cell >= 0 && used_cell >= 0) {
         const std::int32_t expected = lowest_free(model);
-        EXPECT(cells.take_copy(cells, used_cell) == expected);
+        EXPECT(cells.lowest_free() == expected);
+        cells.put_copy(expected, cells, used_cell);
         at(expected) = at(used_cell);
       }
       break;
@@ -213,11 +229,16 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
 
 bool order_by_age() {
   Cells cells(8, 70);
-  const std::int32_t young = cells.take(3, 9, 0);
-  const std::int32_t old = cells.take(30, 2, 0);
-  const std::int32_t copy = cells.take(7, 2, 0);   // same token, elsewhere
-  const std::int32_t other = cells.take(7, 2, 69); // same token and place, another owner
-  const std::int32_t twin = cells.take(7, 2, 69);  // nothing but the cell differs
+  const auto take = [&cells](std::int32_t pos, std::uint64_t stamp, int owner) {
+    const std::int32_t cell = cells.lowest_free();
+    cells.put(cell, pos, stamp, owner_words({owner}, cells.words_per_cell()).data());
+    return cell;
+  };
+  const std::int32_t young = take(3, 9, 0);
+  const std::int32_t old = take(30, 2, 0);
+  const std::int32_t copy = take(7, 2, 0);   // same token, elsewhere
+  const std::int32_t other = take(7, 2, 69); // same token and place, another owner
+  const std::int32_t twin = take(7, 2, 69);  // nothing but the cell differs
   std::vector<std::int32_t> order{young, old, copy, other, twin};
   std::sort(order.begin(), order.end(),
             [&](std::int32_t a, std::int32_t b) { return cells.older(a, b); });
