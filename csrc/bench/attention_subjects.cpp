@@ -143,6 +143,14 @@ void add_contexts(const Options &options, const std::string &kind, const Shape &
     cold.slot = len;
     cold.cold = kv - len;
     add_cache("cold_q4_0", cold);
+    constexpr int kSeqs = 4;
+    if (len == 1 && kv % kSeqs == 0 && kv > kSeqs) {
+      // As many keys in all, each of which one query sees.
+      Fill several;
+      several.slot = several.num_seqs = kSeqs;
+      several.cold = kv - kSeqs;
+      add_cache("cold_q4_0_of_4_sequences", several);
+    }
   }
   if (len == 1 && kv > 2) {
     Fill mixed;

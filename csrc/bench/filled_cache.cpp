@@ -19,6 +19,7 @@ CacheConfig config_of(const Shape &shape, const Fill &fill) {
   config.head_dim = config.head_dim_v = shape.head_dim;
   config.hot_k_type = config.hot_v_type = fill.hot_type;
   config.n_pad = 1;
+  config.n_seq_max = fill.num_seqs;
   config.quantize = std::max(fill.cold, fill.cold_size) > 0;
   if (config.quantize) {
     config.hot_size = fill.hot + most_tokens(fill);
@@ -42,7 +43,7 @@ FilledCache::FilledCache(const Shape &shape, const Fill &fill)
       v_(random_rows(KvType::f32, num_rows_ * shape.num_kv_heads,
                      static_cast<std::size_t>(shape.head_dim), 2)),
       owner_begin_(static_cast<std::size_t>(most_tokens_) + 1),
-      owners_(static_cast<std::size_t>(most_tokens_), 0) {
+      owners_(static_cast<std::size_t>(most_tokens_), 0), num_seqs_(fill.num_seqs) {
   std::iota(owner_begin_.begin(), owner_begin_.end(), 0);
   for (std::int64_t left = fill.hot + fill.cold; left > 0;) {
     const std::int64_t n = std::min(left, kTokensAtOnce);
@@ -60,7 +61,10 @@ FilledCache::FilledCache(const Shape &shape, const Fill &fill)
 
 void FilledCache::store_next(std::int64_t n) {
   pos_.resize(static_cast<std::size_t>(n));
-  std::iota(pos_.begin(), pos_.end(), next_pos_);
+  for (std::int64_t i = 0; i < n; ++i) {
+    pos_[static_cast<std::size_t>(i)] = (next_pos_ + i) / num_seqs_;
+    owners_[static_cast<std::size_t>(i)] = (next_pos_ + i) % num_seqs_;
+  }
   if (!cache_.find_slot(pos_.data(), {owner_begin_.data(), owners_.data()}, n)) {
     throw std::logic_error("the cache has no room for a benchmark's tokens");
   }

@@ -1,4 +1,4 @@
-// A cache of one layer and one sequence with a given number of tokens in each tier.
+// A cache of one layer with a given number of tokens in each tier.
 #pragma once
 
 #include "../cache/mixed_cache.h"
@@ -18,6 +18,8 @@ struct Fill {
   std::int64_t cold_size = 0;
   std::int64_t group_size = 1; ///< 1: a commit that moves leaves exactly `hot` tokens in hot
   KvType hot_type = KvType::f16;
+  /// Tokens belong to so many sequences, in turns; a slot of as many has one of each.
+  int num_seqs = 1;
 };
 
 class FilledCache {
@@ -38,10 +40,11 @@ private:
   std::int64_t num_rows_;    ///< of k_ and v_, a head
   Memory k_;
   Memory v_;
-  std::int64_t next_pos_ = 0;
+  std::int64_t next_pos_ = 0; ///< of all sequences counted through
   std::vector<std::int64_t> pos_;
   std::vector<std::int64_t> owner_begin_;
   std::vector<std::int64_t> owners_;
+  std::int64_t num_seqs_;
 };
 
 } // namespace mixedkv::bench
