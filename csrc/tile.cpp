@@ -171,9 +171,9 @@ void Tile::attend(const KeySegment &segment, std::int64_t begin, std::int64_t en
 }
 
 Tile::Chunk Tile::make_chunk(const KeySegment &segment, std::int64_t begin, std::int64_t end) {
-  Chunk chunk{segment, begin, static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
-              0,       0,     false,
-              scores_};
+  Chunk chunk{segment, begin,  static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
+              0,       0,      false,
+              false,   scores_};
   if (!is_packed(segment.k_type) && !is_packed(segment.v_type)) {
     return chunk;
   }
@@ -184,8 +184,14 @@ Tile::Chunk Tile::make_chunk(const KeySegment &segment, std::int64_t begin, std:
     return chunk;
   }
   chunk.n = list_tiles(segment.index + begin, chunk.n, &chunk.num_tiles);
-  chunk.scattered = true;
-  chunk.x = gathered_;
+  chunk.listed = true;
+  chunk.lead = slots_[0];
+  if (slots_[chunk.n - 1] - slots_[0] == chunk.n - 1) {
+    chunk.x = scores_ + chunk.lead; // tiles anywhere, but no gap within or between them
+  } else {
+    chunk.scattered = true;
+    chunk.x = gathered_;
+  }
   return chunk;
 }
 
@@ -194,16 +200,27 @@ Tile::Chunk Tile::make_chunk(const KeySegment &segment, std::int64_t begin, std:
 int Tile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
   const int most = chunk_keys_ / kPackedTokens + 1;
   int count = 0;
-  for (int j = 0; j < n; ++j) {
-    const std::int32_t tile = cells[j] / kPackedTokens;
-    if (count == 0 || tiles_[count - 1] != tile) {
-      if (count == most) {
-        n = j;
-        break;
-      }
-      tiles_[count++] = tile;
+  for (int j = 0; j < n; ++count) {
+    if (count == most) {
+      n = j;
+      break;
     }
-    slots_[j] = static_cast<std::uint16_t>((count - 1) * kPackedTokens + cells[j] % kPackedTokens);
+    const std::int32_t tile = cells[j] / kPackedTokens;
+    tiles_[count] = tile;
+    const int slot = count * kPackedTokens - tile * kPackedTokens;
+    const int rest = kPackedTokens - cells[j] % kPackedTokens;
+    if (j + rest <= n &&
+        cells[j + rest - 1] - cells[j] == rest - 1) { // all that follow in the tile
+      const int first = slot + cells[j];
+      for (int i = 0; i < rest; ++i) {
+        slots_[j + i] = static_cast<std::uint16_t>(first + i);
+      }
+      j += rest;
+      continue;
+    }
+    for (; j < n && cells[j] / kPackedTokens == tile; ++j) {
+      slots_[j] = static_cast<std::uint16_t>(slot + cells[j]);
+    }
   }
   *num_tiles = count;
   return n;
@@ -212,7 +229,7 @@ int Tile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
 Rows Tile::tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_stride,
                     std::ptrdiff_t tile_stride) const {
   const char *data = static_cast<const char *>(base) + kv_head_ * head_stride;
-  if (chunk.scattered) {
+  if (chunk.listed) {
     return {data, tile_stride, tiles_};
   }
   const std::int64_t first = (chunk.segment.first_cell + chunk.begin) / kPackedTokens;

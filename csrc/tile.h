@@ -96,7 +96,8 @@ private:
     int n;
     int num_tiles;  ///< that packed keys or values lie in
     int lead;       ///< keys of the first tile before the chunk's first
-    bool scattered; ///< keys are anywhere in tiles_, key j at slots_[j]
+    bool listed;    ///< packed tiles are those in tiles_, not one after the other
+    bool scattered; ///< keys have gaps between them there: key j is at slots_[j]
     float *x;       ///< scores of key 0; rows are ld_ apart
   };
 
