@@ -41,6 +41,12 @@ public:
     return f(cache_);
   }
   const CacheConfig &config() const { return cache_.config(); }
+  CacheStats stats() {
+    Busy busy(flag_, "the cache");
+    CacheStats stats = cache_.stats();
+    stats.books_bytes += static_cast<std::int64_t>(tokens_.capacity() * sizeof(tokens_[0]));
+    return stats;
+  }
 
   /// find_slot on copies of what the caller gave: arrays that another thread may write to once the
   /// GIL is gone must not change between check and use. n tokens, n + 1 begins, num_ids ids.
@@ -284,7 +290,7 @@ py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
 }
 
 py::dict stats(Handle &handle) {
-  const CacheStats s = handle.quickly([](MixedCache &cache) { return cache.stats(); });
+  const CacheStats s = handle.stats();
   py::dict d;
   d["hot_tokens"] = s.hot_tokens;
   d["cold_tokens"] = s.cold_tokens;

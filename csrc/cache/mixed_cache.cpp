@@ -237,6 +237,19 @@ struct MixedCache::Impl {
     return list;
   }
 
+  /// Dequantised rows of seq's committed tokens, of all heads.
+  using GetRow = void (RowStorage::*)(int layer, int head, std::int64_t cell, float *row) const;
+  void get_rows(int layer, std::int64_t seq, GetRow get, int width, float *out) const {
+    const int number = layer_number(layer);
+    const std::vector<Place> list = places(seq);
+    for (int head = 0; head < config.num_kv_heads; ++head) {
+      for (const Place &place : list) {
+        ((place.in_cold ? cold : hot).rows.*get)(number, head, place.cell, out);
+        out += width;
+      }
+    }
+  }
+
   /// Tokens of seq as attend finds them in one place, pending ones too, in order of position; cell
   /// is a row of scratch where that is the place.
   enum class Source : std::uint8_t { cold, hot, scratch };
@@ -583,27 +596,11 @@ void MixedCache::positions(std::int64_t seq, std::int64_t *pos, std::uint8_t *in
 }
 
 void MixedCache::keys(int layer, std::int64_t seq, float *out) const {
-  const Impl &m = *impl_;
-  const int number = m.layer_number(layer);
-  const std::vector<Impl::Place> places = m.places(seq);
-  for (int head = 0; head < m.config.num_kv_heads; ++head) {
-    for (const Impl::Place &place : places) {
-      (place.in_cold ? m.cold : m.hot).rows.get_k(number, head, place.cell, out);
-      out += m.config.head_dim;
-    }
-  }
+  impl_->get_rows(layer, seq, &RowStorage::get_k, impl_->config.head_dim, out);
 }
 
 void MixedCache::values(int layer, std::int64_t seq, float *out) const {
-  const Impl &m = *impl_;
-  const int number = m.layer_number(layer);
-  const std::vector<Impl::Place> places = m.places(seq);
-  for (int head = 0; head < m.config.num_kv_heads; ++head) {
-    for (const Impl::Place &place : places) {
-      (place.in_cold ? m.cold : m.hot).rows.get_v(number, head, place.cell, out);
-      out += m.config.head_dim_v;
-    }
-  }
+  impl_->get_rows(layer, seq, &RowStorage::get_v, impl_->config.head_dim_v, out);
 }
 
 void MixedCache::export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const {
