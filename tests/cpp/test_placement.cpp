@@ -80,7 +80,6 @@ bool any_state(std::int64_t size, int tile_cells, int n_seq_max, unsigned seed) 
       }
     }
     placement.begin(cells);
-    std::int32_t tile_of_others = -1;
     for (std::int64_t n = below(cells.num_free() + 1); n > 0; --n) {
       Owners owners = only(cells, static_cast<int>(below(n_seq_max)));
       if (below(8) == 0) {
@@ -93,12 +92,12 @@ bool any_state(std::int64_t size, int tile_cells, int n_seq_max, unsigned seed) 
         bool mixed = false;
         EXPECT(is_right(cells, owners, cell, mixed));
         if (mixed) {
-          // One tile of others is filled before the next one is begun.
-          const std::int32_t tile = cells.tile_of(cell);
-          EXPECT(tile == tile_of_others || tile_of_others < 0 ||
-                 cells.num_free_in(tile_of_others) == 0 || sets_in(cells, tile).size() <= 1 ||
-                 cells.num_free_in(tile) > 0);
-          tile_of_others = tile;
+          // No tile becomes a mixed one while there is room in one that is.
+          bool room = false;
+          for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
+            room |= sets_in(cells, tile).size() > 1 && cells.num_free_in(tile) > 0;
+          }
+          EXPECT(!room || sets_in(cells, cells.tile_of(cell)).size() > 1);
         }
       }
       cells.put(cell, 0, 0, owners.data());
