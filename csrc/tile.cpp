@@ -184,6 +184,7 @@ Tile::Chunk Tile::make_chunk(const KeySegment &segment, std::int64_t begin, std:
     return chunk;
   }
   chunk.n = list_tiles(segment.index + begin, chunk.n, &chunk.num_tiles);
+  list_tiles_ahead(segment.index + begin + chunk.n, segment.index + end, chunk.num_tiles);
   chunk.listed = true;
   chunk.lead = slots_[0];
   if (slots_[chunk.n - 1] - slots_[0] == chunk.n - 1) {
@@ -226,11 +227,26 @@ int Tile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
   return n;
 }
 
+/// Lists behind `count` tiles those that the cells after a chunk's lie in.
+void Tile::list_tiles_ahead(const std::int32_t *cell, const std::int32_t *end, int count) {
+  const int first = count;
+  while (cell < end && count < first + kTilesAhead) {
+    const std::int32_t tile = *cell / kPackedTokens;
+    if (tile != tiles_[count - 1]) {
+      tiles_[count++] = tile;
+    }
+    // Cells ascend, so equal ends mean that all that follow in the tile are there.
+    const int rest = kPackedTokens - *cell % kPackedTokens;
+    cell += end - cell >= rest && cell[rest - 1] - *cell == rest - 1 ? rest : 1;
+  }
+  num_tiles_ahead_ = count - first;
+}
+
 Rows Tile::tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_stride,
                     std::ptrdiff_t tile_stride) const {
   const char *data = static_cast<const char *>(base) + kv_head_ * head_stride;
   if (chunk.listed) {
-    return {data, tile_stride, tiles_};
+    return {data, tile_stride, tiles_, num_tiles_ahead_};
   }
   const std::int64_t first = (chunk.segment.first_cell + chunk.begin) / kPackedTokens;
   return {data + first * tile_stride, tile_stride, nullptr};

@@ -23,6 +23,8 @@ constexpr int kChunkKeysFullTile = 128;
 /// Scores lie this much further apart: a chunk of packed keys may start and end within a tile.
 constexpr int kScoresPad = 2 * kPackedTokens;
 constexpr int kMaxTiles = kChunkKeys / kPackedTokens + 1;
+/// Tiles listed beyond a chunk's own, so that kernels can ask for them ahead of their turn.
+constexpr int kTilesAhead = kChunkKeys / kPackedTokens;
 
 /// A buffer that grows and never shrinks, so that a steady state allocates nothing.
 template <typename T> class Buffer {
@@ -103,6 +105,7 @@ private:
 
   Chunk make_chunk(const KeySegment &segment, std::int64_t begin, std::int64_t end);
   int list_tiles(const std::int32_t *cells, int n, int *num_tiles);
+  void list_tiles_ahead(const std::int32_t *cell, const std::int32_t *end, int count);
   Rows tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t head_stride,
                 std::ptrdiff_t tile_stride) const;
   void attend_chunk(const Chunk &chunk, std::int64_t mask_begin);
@@ -157,7 +160,8 @@ private:
   bf16_t *weights_bf16_ = nullptr; ///< [num_rows, ld], of values as these lie in their panels
   bf16_t *key_panels_ = nullptr;
   bf16_t *value_panels_ = nullptr;
-  std::int32_t tiles_[kMaxTiles];
+  std::int32_t tiles_[kMaxTiles + kTilesAhead];
+  int num_tiles_ahead_ = 0;
   std::uint16_t slots_[kChunkKeys];
 };
 

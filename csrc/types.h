@@ -42,6 +42,9 @@ struct Rows {
   const void *base;
   std::ptrdiff_t stride;
   const std::int32_t *index;
+  /// So many more entries of index follow those that a call is about: rows that come next, to be
+  /// asked for ahead of their turn.
+  std::int32_t num_ahead = 0;
 };
 
 } // namespace mixedkv

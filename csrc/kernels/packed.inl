@@ -23,6 +23,20 @@ MIXEDKV_INLINE const uint8_t *tile_at(const Rows &tiles, int i) {
   return row_at<uint8_t>(tiles, i);
 }
 
+/// Asks for `bytes` of tile t, counted from `offset`, if it is known where that tile is; n tiles
+/// are the call's own, t may be beyond.
+MIXEDKV_INLINE void prefetch_tile(const Rows &tiles, int n, int t, ptrdiff_t offset,
+                                  ptrdiff_t bytes) {
+  if (tiles.index && t >= n + tiles.num_ahead)
+    return;
+  const ptrdiff_t place = tiles.index ? tiles.index[t] : t;
+  // As a number: the address may lie behind the end of everything, which a hint may.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tiles.base) +
+                          static_cast<uintptr_t>(place * tiles.stride + offset);
+  for (ptrdiff_t i = 0; i < bytes; i += 64)
+    prefetch(reinterpret_cast<const void *>(begin + static_cast<uintptr_t>(i)));
+}
+
 // --- queries -----------------------------------------------------------------------------------
 
 /// A row: num_blocks * kPreparedBlock words.
@@ -125,7 +139,8 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
                     float *scores, size_t ld_scores) noexcept {
   constexpr int V = kPackedVectors;
   // Far enough ahead that memory answers in time, near enough to stay in the second cache.
-  const ptrdiff_t ahead = 8 * num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+  constexpr int kTilesAhead = 8;
+  const ptrdiff_t tile_bytes = num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
   const int n = num_tiles * kTileVectors;
   for (int x = 0; x < n; x += V) {
     const int count = n - x < V ? n - x : V;
@@ -140,8 +155,7 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
       scales[v] = packed_scale(tile, num_blocks, 0, token);
       out[v] = scores + vector * kLanes;
       if (token == 0)
-        for (ptrdiff_t i = 0; i < ahead / 8; i += 64)
-          prefetch(tile + ahead + i);
+        prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAhead, 0, tile_bytes);
     }
     packed_scores<R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
   }

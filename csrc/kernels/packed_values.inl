@@ -147,12 +147,9 @@ template <int R>
 void pv_packed_block(const PvWeights (&weights)[R], const Rows &tiles, int num_tiles,
                      int num_blocks, int b, float *acc, size_t ld_acc) noexcept {
   // The next run's tiles, a share with every block.
-  const ptrdiff_t bytes = kPackedBlockBytes + kPackedScaleBytes;
-  for (int t = 0; t < num_tiles; ++t) {
-    const uint8_t *tile = tile_at(tiles, t) + num_tiles * num_blocks * bytes;
-    for (ptrdiff_t i = b * bytes; i < (b + 1) * bytes; i += 64)
-      prefetch(tile + i);
-  }
+  constexpr ptrdiff_t bytes = kPackedBlockBytes + kPackedScaleBytes;
+  for (int t = 0; t < num_tiles; ++t)
+    prefetch_tile(tiles, num_tiles, num_tiles + t, b * bytes, bytes);
   constexpr int N = kValueVectors;
   const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
   for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += N * kLanes)
@@ -218,7 +215,8 @@ void pv_packed(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int
   const int num_blocks = head_dim_v / QK4_0;
   for (int t = 0; t < num_tiles; t += kPvTiles) {
     const int count = num_tiles - t < kPvTiles ? num_tiles - t : kPvTiles;
-    const Rows part = rows_from(*tiles, t);
+    Rows part = rows_from(*tiles, t);
+    part.num_ahead = tiles->num_ahead + num_tiles - t - count;
     for (int r = 0; r < num_rows; r += kPackedRows) {
       const float *weights = p + at(r, ld_p, t * kPackedTokens);
       float *out = acc + at(r, ld_acc, 0);
