@@ -43,8 +43,14 @@ const Variant kVariants[] = {
     {&kernels_avx2, "avx2 fma f16c", has_avx2},
 #endif
 #if defined(MIXEDKV_HAVE_NEON_BF16)
-    {&kernels_neon_bf16, "asimd fp16 dotprod bf16",
-     [](const CpuFeatures &cpu) { return cpu.asimd && cpu.fp16 && cpu.dotprod && cpu.bf16; }},
+    {&kernels_neon_bf16, "asimd fp16 dotprod i8mm bf16",
+     [](const CpuFeatures &cpu) {
+       return cpu.asimd && cpu.fp16 && cpu.dotprod && cpu.i8mm && cpu.bf16;
+     }},
+#endif
+#if defined(MIXEDKV_HAVE_NEON_I8MM)
+    {&kernels_neon_i8mm, "asimd dotprod i8mm",
+     [](const CpuFeatures &cpu) { return cpu.asimd && cpu.dotprod && cpu.i8mm; }},
 #endif
 #if defined(MIXEDKV_HAVE_NEON_DOTPROD)
     {&kernels_neon_dotprod, "asimd dotprod",

@@ -14,6 +14,7 @@ extern const Kernels kernels_avx512_vnni;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;
+extern const Kernels kernels_neon_i8mm;
 extern const Kernels kernels_neon_bf16;
 
 } // namespace mixedkv

@@ -8,8 +8,8 @@
 // sdots. Instructions of the compiled inner loop for a (row, key) block of 32: 11 at four rows and
 // 17 at one, where neon.cpp takes 25 and 55. Counted, not timed. Rejected: f16 arithmetic
 // (FEAT_FP16), whose 11 bits are not enough for sums over head_dim; one integer sum over several
-// blocks, since each has a scale of its own. FEAT_I8MM's smmla would halve the dot products again,
-// with rows taken in pairs.
+// blocks, since each has a scale of its own. FEAT_I8MM's smmla halves the dot products over packed
+// keys (packed_i8mm.h); over rows in ggml's order they would have to be taken in pairs.
 #define MIXEDKV_DOTPROD 1
 #if !defined(MIXEDKV_ISA)
 #define MIXEDKV_ISA neon_dotprod
@@ -43,6 +43,12 @@ namespace {
 #include "transposed.inl"
 
 #include "pack.inl"
+
+#if defined(MIXEDKV_I8MM)
+#include "packed_i8mm.h"
+#define MIXEDKV_PREPARE_PACKED prepare_packed_query_i8mm
+#define MIXEDKV_QK_PACKED qk_packed_i8mm
+#endif
 
 #if defined(MIXEDKV_BF16)
 #include "bf16_neon.h"

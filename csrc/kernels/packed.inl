@@ -15,6 +15,8 @@ enum : int {
   kWordsOfBlock = QK4_0 / 4,
   /// Prepared form of a block: hi bytes, lo bytes, -8 times the sum of the numbers, and s.
   kPreparedBlock = 2 * kWordsOfBlock + 2,
+  /// Asked for so far ahead: memory answers in time, and the second cache still has room.
+  kTilesAsked = 8,
   kPackedRows = 4,
   kTileVectors = kPackedTokens / kLanes,
 };
@@ -138,8 +140,6 @@ template <int R>
 void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
                     float *scores, size_t ld_scores) noexcept {
   constexpr int V = kPackedVectors;
-  // Far enough ahead that memory answers in time, near enough to stay in the second cache.
-  constexpr int kTilesAhead = 8;
   const ptrdiff_t tile_bytes = num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
   const int n = num_tiles * kTileVectors;
   for (int x = 0; x < n; x += V) {
@@ -155,12 +155,13 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
       scales[v] = packed_scale(tile, num_blocks, 0, token);
       out[v] = scores + vector * kLanes;
       if (token == 0)
-        prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAhead, 0, tile_bytes);
+        prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);
     }
     packed_scores<R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
   }
 }
 
+[[maybe_unused]] // an ISA may have its own
 void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
                float *scores, size_t ld_scores) noexcept {
   const size_t ld = prepared_row(head_dim);

@@ -1,9 +1,14 @@
 // The one symbol of a vector ISA's file, made of what it has included so far. The file defines
 // MIXEDKV_ISA, the variant's name as an identifier, and may define MIXEDKV_QK_Q4_0, its own qk over
-// Q4_0 rows, and MIXEDKV_BF16 where it has included bf16.inl.
+// Q4_0 rows, MIXEDKV_PREPARE_PACKED and MIXEDKV_QK_PACKED, its own over packed keys, and
+// MIXEDKV_BF16 where it has included bf16.inl.
 
 #if !defined(MIXEDKV_QK_Q4_0)
 #define MIXEDKV_QK_Q4_0 qk_q4_0
+#endif
+#if !defined(MIXEDKV_QK_PACKED)
+#define MIXEDKV_PREPARE_PACKED prepare_packed_query
+#define MIXEDKV_QK_PACKED qk_packed
 #endif
 #define MIXEDKV_TABLE_NAME(isa) kernels_##isa
 #define MIXEDKV_TABLE(isa) MIXEDKV_TABLE_NAME(isa)
@@ -22,8 +27,8 @@ const Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = {
     all_finite_f16,
     {qk_f32, qk_f16, MIXEDKV_QK_Q4_0},
     {pv_f32, pv_f16, pv_q4_0},
-    prepare_packed_query,
-    qk_packed,
+    MIXEDKV_PREPARE_PACKED,
+    MIXEDKV_QK_PACKED,
     pv_packed,
     unpack_packed_values,
     unpack_packed_keys,

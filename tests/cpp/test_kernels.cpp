@@ -414,7 +414,7 @@ struct RowSet {
   const double *row(int j) const { return values.data() + j * dim; }
 };
 
-/// What rounding a query to the two 8-bit terms of neon_dotprod may add to a score: half a step of
+/// What rounding a query to the two 8-bit terms of neon_dotprod and its kin may add to a score: half a step of
 /// 1/254 of the block's scale (its largest magnitude / 127) for each value, and the roundings of
 /// the split itself, which are below one part in a hundred of it.
 double split_error(const float *q, const double *k, int dim) {
@@ -448,7 +448,8 @@ void check_qk(const std::string &isa, const Kernels &kernels, const Kernels &sca
   const auto qk = kernels.qk[static_cast<int>(type)];
   qk(q.data(), ld_q, num_rows, &rows, num_keys, dim, scores.data(), ld_scores);
   EXPECT(scores.guards_intact(), "guards: rows %d keys %d dim %d", num_rows, num_keys, dim);
-  const bool split = isa == "neon_dotprod" && type == KvType::q4_0;
+  // All NEON variants but the plain one.
+  const bool split = isa.rfind("neon_", 0) == 0 && type == KvType::q4_0;
   std::vector<float> alone(static_cast<std::size_t>(num_keys));
   for (std::size_t r = 0; r < n; ++r) {
     const float *row = q.data() + r * ld_q;
