@@ -18,7 +18,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import typer
-from mixedkv.bench import command, plan, plot, problem, report, shapes, timing
+from mixedkv.bench import command, memory, plan, plot, problem, report, shapes, timing
 from mixedkv.bench import load as load_module
 from mixedkv.bench.peers import NAMES, Contender, Peer, load, own
 from typer.testing import CliRunner
@@ -394,6 +394,94 @@ def test_run_reports_own_errors() -> None:
     assert "tiny" in found.wrong[0]
 
 
+def bf16_twin(contender: Contender) -> None:
+    contender.arithmetic = "bf16"
+
+
+def own_rows(rows: list[plan.Row]) -> dict[str, str | None]:
+    """What each row of a table is compared with."""
+    return {row.name: row.against for row in rows if row.role == "race"}
+
+
+@pytest.mark.skipif("bf16" not in mkv.isa.compute_types(), reason="needs arithmetic in bf16")
+def test_run_compares_within_an_arithmetic() -> None:
+    """bf16 with mixedkv's bf16 where it has that, and with its f32 otherwise."""
+    found = plan.run(
+        small_plan("decode", "prefill", threads=[1]), [own.load(), Stub(bf16_twin)], {}, Silent()
+    )
+    decode, prefill = (own_rows(table.rows) for table in found.tables)
+    assert prefill["stub"] == "mixedkv f16, bf16 math"
+    assert prefill["mixedkv f16, bf16 math"] == "mixedkv f16, bf16 math"
+    assert prefill["mixedkv q4_0, bf16 math"] == "mixedkv q4_0, bf16 math"
+    assert prefill["mixedkv f16 (hot)"] == "mixedkv f16 (hot)"
+    assert prefill["mixedkv.attention(), q4_0 rows"] == "mixedkv q4_0"
+    assert decode["stub"] == "mixedkv f16 (hot)"
+    ratios = {row.name: row.ratio for row in found.tables[1].rows}
+    assert ratios["mixedkv f16, bf16 math"] == ratios["mixedkv q4_0, bf16 math"] == 1.0
+
+
+def test_run_compares_with_f32_where_there_is_no_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mkv.isa, "compute_types", lambda: ["f32"])
+    peers: list[Peer] = [own.load(), Stub(bf16_twin)]
+    found = plan.run(small_plan("prefill", threads=[1]), peers, {}, Silent())
+    assert own_rows(found.tables[0].rows)["stub"] == "mixedkv f16 (hot)"
+
+
+def test_contenders_of_bf16_say_so(peer: Peer) -> None:
+    """Who is named for bf16 is compared as such."""
+    data = problem.Problem.random(TINY, 40, 40)
+    for contender in peer.attention("prefill", data):
+        assert (contender.arithmetic == "bf16") == ("bf16" in contender.name), contender.name
+
+
+def test_faster_than_own() -> None:
+    def row(name: str, ratio: float | None, peer: str = "torch", role: str = "race") -> plan.Row:
+        against = None if ratio is None else "ours"
+        return plan.Row(peer, name, "f16", role, ratio=ratio, against=against)
+
+    rows = [
+        row("ours", 1.0, "mixedkv"),
+        row("ours too", 0.5, "mixedkv"),
+        row("as fast", 1.0),
+        row("faster", 0.9),
+        row("much faster", 0.25),
+        row("slower", 1.5),
+        row("wrong", None),
+        row("reading memory", 0.1, "memory", "roof"),
+    ]
+    assert plan.faster_than_own(rows) == [
+        plan.Faster("much faster", "ours", 0.25),
+        plan.Faster("faster", "ours", 0.9),
+    ]
+
+
+def test_report_names_who_was_faster() -> None:
+    from rich.console import Console
+
+    row = plan.Row("torch", "torch f32", "f32", "race", "f32", 1e-6, ratio=0.8, against="ours")
+    ahead = plan.Table("decode", TINY, 1, 32, 1, [row], faster=plan.faster_than_own([row]))
+    behind = plan.Table("decode", TINY, 1, 64, 1, [plan.Row("torch", "slow", "f32", "race")])
+    behind.rows[0].ratio, behind.rows[0].against = 2.0, "ours"
+    machine = {"mixedkv": "1", "isa": "scalar", "cpu": "a CPU", "threads": 64}
+    for tables, says in (
+        ([ahead, behind], "faster than mixedkv in 1 of 2 tables: torch f32"),
+        ([behind], "faster than mixedkv in 0 of 1 tables: nobody"),
+    ):
+        console = Console(width=80)
+        with console.capture() as capture:
+            report.print_report(plan.Report(machine, {}, [], {}, tables), console)
+        assert says in capture.get()
+        line = "faster than mixedkv: torch f32 (0.80 of ours)"
+        assert (line in capture.get()) == (ahead in tables)
+
+
+def test_run_with_no_seconds_ends() -> None:
+    found = plan.run(small_plan("decode", threads=[1], rounds=None), [own.load()], {}, Silent())
+    assert found.tables[0].rounds == 3
+
+
 def test_others_load_leaves_this_process_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -414,7 +502,7 @@ def test_others_load_leaves_this_process_out(
 
 
 def test_run_skips_what_does_not_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_available_memory", lambda: 1000.0)
+    monkeypatch.setattr(memory, "available", lambda: 1000.0)
     found = plan.run(small_plan("decode"), [own.load()], {}, Silent())
     assert all("memory" in (table.skipped or "") for table in found.tables)
     assert report.render_table(found.tables[0]) is not None
@@ -431,6 +519,7 @@ TABLE_KEYS = {
     "rows": list,
     "rounds": int,
     "mixed_over_parts": (float, type(None)),
+    "faster": list,
     "others_load": (float, type(None)),
     "skipped": (str, type(None)),
 }
@@ -439,6 +528,7 @@ ROW_KEYS = {
     "name": str,
     "kv_type": str,
     "role": str,
+    "arithmetic": (str, type(None)),
     "error": (float, type(None)),
     "median": (float, type(None)),
     "best": (float, type(None)),
@@ -467,6 +557,10 @@ def check_schema(found: dict[str, Any]) -> None:
             for key, kind in ROW_KEYS.items():
                 assert isinstance(row[key], kind), key  # type: ignore[arg-type]
             assert row["role"] in {"race", "mixed", "part", "roof", *problem.KINDS}
+            attention = row["role"] in {"race", "mixed", "part"}
+            assert (row["arithmetic"] in {"f32", "f16", "bf16", "int8"}) == attention
+        for one in table["faster"]:
+            assert set(one) == {"name", "against", "ratio"}
 
 
 @pytest.mark.parametrize(
@@ -556,6 +650,14 @@ def test_command_plots(bench: Callable[..., Any], tmp_path: Path) -> None:
         (("--isa", "mmx"), "mmx"),
         (("--plot", "figure.txt"), ".png"),
         (("--plot", "/no/such/directory/figure.png"), "directory"),
+        (("--plot", "/proc/figure.png"), "--plot"),
+        (("--seconds", "inf"), "--seconds"),
+        (("--seconds", "nan"), "--seconds"),
+        (("--seconds", "-1"), "--seconds"),
+        (("--kv", "99999999999"), "GiB"),
+        (("--kv", "64,99999999999", "--only", "prefill"), "GiB"),
+        (("--kv", "9" * 30), "--kv"),
+        (("--kv", "64", "--only", "decode", "--shape", "64,64,128000000"), "GiB"),
         (("--ggml-dir", "/no/such/directory"), "directory"),
         (("--no-such-option",), "--no-such-option"),
     ],
@@ -566,6 +668,30 @@ def test_command_wrong_use(bench: Callable[..., Any], arguments: Any, says: str)
     assert done.exit_code == 2
     assert says in done.stderr.replace("\n", " ")
     assert done.stdout == ""
+    if arguments[0] not in ("--rounds", "--no-such-option"):  # the parser's own
+        assert done.stderr.startswith("mixedkv: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_command_refuses_prefill_of_too_little(bench: Callable[..., Any]) -> None:
+    done = bench("--kv", "7", "--only", "prefill")
+    assert done.exit_code == 2
+    assert "8 tokens and more, got 7" in done.stderr
+
+
+def test_command_names_who_was_faster(
+    bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = plan.Faster("torch f32", "mixedkv f16 (hot)", 0.5)
+    monkeypatch.setattr(plan, "faster_than_own", lambda rows: [one])
+    done = bench(*TINY_RUN, "--only", "decode,convert", "--json")
+    for table in json.loads(done.stdout)["tables"]:
+        assert table["faster"] == [
+            {"name": "torch f32", "against": "mixedkv f16 (hot)", "ratio": 0.5}
+        ]
+    done = bench(*TINY_RUN, "--only", "decode")
+    words = " ".join(done.stdout.split())
+    assert "faster than mixedkv: torch f32 (0.50 of mixedkv f16 (hot))" in words
 
 
 def test_command_fails_where_mixedkv_is_wrong(
@@ -584,7 +710,7 @@ def test_command_fails_where_mixedkv_is_wrong(
 def test_tables_fit_80_columns() -> None:
     from rich.console import Console
 
-    row = plan.Row("torch", "torch bf16 SDPA, group folded in", "bf16", "race", 1.2e-3)
+    row = plan.Row("torch", "torch bf16 SDPA, group folded in", "bf16", "race", "bf16", 1.2e-3)
     row.median, row.best, row.ratio, row.against = 0.1234, 0.1234, 123.45, "mixedkv f16 (hot)"
     row.bytes_per_second, row.share_of_read, row.flops = 123.4e9, 1.23, 1234e9
     for task in ("decode", "prefill"):

@@ -19,6 +19,7 @@ pytest.importorskip("platformdirs")
 
 import mixedkv.integrations.transformers as mkt  # noqa: E402
 from mixedkv import demo, evaluate, models, plots, texts  # noqa: E402
+from mixedkv.bench import memory  # noqa: E402
 
 WORDS = ("the", "a", "cache", "key", "value", "token", "of", "is", "holds", "moves", ".")
 
@@ -186,6 +187,60 @@ def test_demo_refuses(load_tiny: models.LoadedModel, options: dict[str, Any], me
 def test_settings_refuse(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         demo.Settings(**options)
+
+
+def test_demo_refuses_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(models, "fetch", nothing)
+    monkeypatch.setattr(models, "load", nothing)
+    for options, message in (
+        ({"hot_size": 99999999999999}, "hot_size=99999999999999 .* GiB"),
+        ({"cold_size": 99999999999999}, "cold_size=99999999999999 .* GiB"),
+        ({"group_size": 2**50}, "group_size"),
+        ({"sinks": 32}, "sinks"),
+        ({"cold_size": 33}, "cold_size"),
+    ):
+        with pytest.raises((ValueError, MemoryError), match=message):
+            demo.run(dataclasses.replace(SETTINGS, **options))
+
+
+def test_demo_refuses_before_it_generates(
+    load_tiny: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(demo, "_generate", nothing)
+    # 600 tokens of the prompt and 39 new ones that are read again.
+    with pytest.raises(ValueError, match=r"cold_size must be at least 607, .*; got 576"):
+        demo.run(dataclasses.replace(SETTINGS, cold_size=576))
+    # One layer's head would fit, this model's four do not.
+    monkeypatch.setattr(memory, "available", lambda: 100_000.0)
+    with pytest.raises(MemoryError, match="hot_size=32 and cold_size=640"):
+        demo.run(SETTINGS)
+
+
+def test_cache_bytes(tiny: models.LoadedModel) -> None:
+    """Of layers, kv heads and head_dim, K and V; of what is not told, as little as it can be."""
+    row = 2 * 2 * 2 * 32
+    assert memory.cache_bytes(tiny.model.config, 10, 0) == 10 * row * 2
+    assert memory.cache_bytes(tiny.model.config, 0, 10) == 10 * row * 18 / 32
+    assert memory.cache_bytes(None, 1, 0) == 2 * 32 * 2
+
+
+def test_command_refuses_in_one_line(tmp_path: Path) -> None:
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from mixedkv.cli import app
+
+    plot = str(tmp_path / "plot.png")
+    for size in ("99999999999999", str(2**70)):
+        done = runner.invoke(app, ["demo", "--hot-size", size, "--plot", plot])
+        assert done.exit_code == 2
+        assert done.stderr.startswith("mixedkv: ")
+        assert done.stderr.count("\n") == 1
+        assert "GiB" in done.stderr
 
 
 def test_prompt(tiny: models.LoadedModel, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from mixedkv.bench import command  # noqa: E402
 from mixedkv.bench.end_to_end import PEERS, contenders, plan, plot, report  # noqa: E402
 from mixedkv.bench.end_to_end import run as run_module  # noqa: E402
 from mixedkv.bench.end_to_end.stopwatch import Stopwatch  # noqa: E402
+from mixedkv.bench.plan import Faster  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -268,6 +269,8 @@ TABLE_KEYS = {
     "rounds": int,
     "steps": int,
     "others_load": (float, type(None)),
+    "faster": list,
+    "prefill_faster": list,
 }
 _FIGURE = (float, type(None))
 ROW_KEYS = {
@@ -392,6 +395,44 @@ def test_command_wrong_use(bench: Callable[..., Any], arguments: Any, says: str)
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seconds", "inf"), "--seconds"),
+        (("--plot", "/proc/figure.png"), "--plot"),
+        (("--hot-size", "33"), "multiple of 32"),
+        (("--peers", "ggml"), "ggml"),
+    ],
+    ids=" ".join,
+)
+def test_command_refuses_in_one_line(bench: Callable[..., Any], arguments: Any, says: str) -> None:
+    done = bench("--end-to-end", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mixedkv: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_command_refuses_a_cache_beyond_memory(bench: Callable[..., Any]) -> None:
+    """Before anyone runs, and not as a fault of mixedkv's."""
+    done = bench(*TINY_RUN[:-1], 32 * 10**12, "--peers", "none")
+    assert isinstance(done.exception, MemoryError)  # one_line's to print
+    assert "hot_size=32000000000000" in str(done.exception)
+    assert "GiB" in str(done.exception)
+
+
+def test_faster_ones() -> None:
+    table = example().tables[0]
+    mixed, row, _ = table.rows
+    row.ratio, row.prefill_ratio = 0.75, 1.5
+    found = plan._faster((one, one.ratio) for one in table.rows)
+    assert found == [Faster(row.name, FIRST, 0.75)]
+    assert plan._faster((one, one.prefill_ratio) for one in table.rows) == []
+    mixed.peer = "mixedkv"
+    mixed.ratio = 0.5
+    assert plan._faster([(mixed, mixed.ratio)]) == []
+
+
 def test_prompt_is_repeated_where_it_is_short(model: Any) -> None:
     def tokenizer(text: str, return_tensors: str) -> Any:
         return types.SimpleNamespace(input_ids=torch.arange(30)[None])
@@ -412,6 +453,7 @@ def example() -> plan.Report:
     mixed = plan.Row("mixedkv", "mixedkv mixed, 1024 hot", "mixedkv", 12.3, 1.0, FIRST)
     wrong = plan.Row("mixedkv", F16, "mixedkv", problem="wrong: KL divergence above 0.001")
     table = plan.Table(8192, 8056, 64, [mixed, row, wrong], 1, 16, 8, 1.5)
+    table.faster = [Faster("DynamicCache", FIRST, 0.123)]
     machine = {"mixedkv": "1", "isa": "scalar", "cpu": "a CPU", "threads": 64}
     model = {"title": "tiny", "parameters": 1e6, "dtype": "float32", "positions": POSITIONS}
     return plan.Report(machine, model, {"mixedkv": "1"}, {"fp8": "not [here]"}, [table])
@@ -429,6 +471,8 @@ def test_tables_fit_80_columns() -> None:
     assert not any("…" in line for line in text.splitlines())
     for words in ("1234.5", "123.45", "1.2e-03", "100 %", "WRONG", "1.5 CPUs", "fp8: not [here]"):
         assert words in text
+    flat = " ".join(text.split())
+    assert f"faster than mixedkv in decode: DynamicCache (0.12 of {FIRST})" in flat
 
 
 def test_plot_of_rows_with_and_without_times(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 // Decode and prefill, through a cache and on plain rows.
 #include "../attention.h"
+#include "../kernels/dispatch.h"
 #include "filled_cache.h"
 #include "registry.h"
 
@@ -53,17 +54,19 @@ private:
 /// A pending slot's queries against everything in the cache; may be repeated.
 class CacheAttention : public Attention {
 public:
-  CacheAttention(const Shape &shape, const Fill &fill)
-      : Attention(shape, fill.slot), cache_(shape, fill) {}
+  CacheAttention(const Shape &shape, const Fill &fill, ComputeType compute_type)
+      : Attention(shape, fill.slot), cache_(shape, fill), compute_type_(compute_type) {}
   void run(const Context &context) override {
     AttendOptions options;
     options.sm_scale = sm_scale();
     options.num_threads = context.threads;
+    options.compute_type = compute_type_;
     cache_.get().attend(0, queries(), shape_.num_qo_heads, options, output());
   }
 
 private:
   FilledCache cache_;
+  ComputeType compute_type_;
 };
 
 /// attend() on rows that lie one after another, ggml's blocks where they are Q4_0.
@@ -109,6 +112,14 @@ private:
   Memory v_;
 };
 
+/// The options with those ISAs alone that have kernels for arithmetic in bf16.
+Options where_bf16(Options options) {
+  const auto without = [](const std::string &isa) { return kernels_for(isa).bf16 == nullptr; };
+  options.isas.erase(std::remove_if(options.isas.begin(), options.isas.end(), without),
+                     options.isas.end());
+  return options;
+}
+
 /// len queries, the last of which stands at the last of kv keys.
 void add_contexts(const Options &options, const std::string &kind, const Shape &shape,
                   std::int64_t len, std::int64_t kv) {
@@ -118,11 +129,15 @@ void add_contexts(const Options &options, const std::string &kind, const Shape &
   const double pairs = static_cast<double>(len) * static_cast<double>(kv) -
                        static_cast<double>(len) * static_cast<double>(len - 1) / 2;
   const double ops = 4.0 * shape.num_qo_heads * shape.head_dim * pairs;
-  const auto add_cache = [&](const std::string &name, const Fill &fill) {
+  const auto add_cache_on = [&](const Options &on, const std::string &name, const Fill &fill,
+                                ComputeType compute_type) {
     const std::size_t bytes = kv_bytes(shape, fill.hot + fill.slot, fill.hot_type) +
                               kv_bytes(shape, fill.cold, KvType::q4_0);
-    add_benchmarks(options, kind + "/" + name + where, {bytes, ops},
-                   [=] { return std::make_unique<CacheAttention>(shape, fill); });
+    add_benchmarks(on, kind + "/" + name + where, {bytes, ops},
+                   [=] { return std::make_unique<CacheAttention>(shape, fill, compute_type); });
+  };
+  const auto add_cache = [&](const std::string &name, const Fill &fill) {
+    add_cache_on(options, name, fill, ComputeType::f32);
   };
   const auto add_rows = [&](const std::string &name, KvType type) {
     add_benchmarks(options, kind + "/" + name + where, {kv_bytes(shape, kv, type), ops},
@@ -134,9 +149,12 @@ void add_contexts(const Options &options, const std::string &kind, const Shape &
   hot.hot = kv - len;
   add_cache("hot_f16", hot);
   if (len > 1) {
+    const Options bf16 = where_bf16(options);
+    add_cache_on(bf16, "hot_f16_in_bf16", hot, ComputeType::bf16);
     // The queries' own keys are never in cold: one tier of Q4_0 has all.
     hot.hot_type = KvType::q4_0;
     add_cache("hot_q4_0", hot);
+    add_cache_on(bf16, "hot_q4_0_in_bf16", hot, ComputeType::bf16);
   }
   if (kv > len) {
     Fill cold;

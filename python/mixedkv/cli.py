@@ -174,6 +174,7 @@ def demo(
         sample=sample,
         cache_dir=cache_dir,
     )
+    demo_module.check_settings(settings)
     with _Phases() as phases:
         result = demo_module.run(settings, phases)
     with naming(plot):

@@ -29,6 +29,7 @@ import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
 from . import evaluate, models, texts
+from .bench import memory
 
 QUESTION = "Explain in your own words what the text above says."
 """Asked about the prompt's text, where the model has a chat template."""
@@ -230,11 +231,14 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
     ------
     ValueError
         The settings ask for more than the model or the text has.
+    MemoryError
+        The caches would not fit this machine's memory.
     models.ModelError
         The model could not be fetched or loaded.
     """
     progress = progress or Silent()
     begun = time.perf_counter()
+    check_settings(settings)
     mkt.register()
     progress.phase("fetching the model")
     fetched = None
@@ -245,6 +249,36 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
     with torch.inference_mode():
         found = _compare(settings, loaded, progress)
     return dataclasses.replace(found, seconds=time.perf_counter() - begun)
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse what no model's cache can be, before one is fetched; `run` does, too.
+
+    Raises
+    ------
+    ValueError
+        Sizes that do not go together.
+    MemoryError
+        Sizes beyond this machine's memory.
+    """
+    n_pad = _n_pad(settings)
+    cold_size = n_pad if settings.cold_size is None else settings.cold_size
+    memory.check_cache(None, settings.hot_size, cold_size)
+    mkv.MixedKVCache(
+        num_layers=1, num_kv_heads=1, head_dim=32, **_mixed_options(settings, cold_size)
+    )
+
+
+def _check_sizes(settings: Settings, loaded: models.LoadedModel, total: int) -> None:
+    """Refuse what can't hold so many tokens of a model, before one of the runs begins."""
+    cold_size = _cold_size(settings, total)
+    if settings.hot_size + cold_size < total:
+        raise ValueError(
+            f"cold_size must be at least {total - settings.hot_size}, for {total} tokens beside "
+            f"{settings.hot_size} hot ones; got {cold_size}"
+        )
+    memory.check_cache(loaded.model.config, settings.hot_size, cold_size)
+    memory.check_cache(loaded.model.config, _round_up(total, 32), 0)
 
 
 def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
@@ -304,7 +338,7 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             f"{prompt.shape[1]} prompt tokens and {new} new ones are more than the "
             f"{positions} positions of {loaded.title}"
         )
-    n_pad = math.gcd(32, settings.hot_size)
+    _check_sizes(settings, loaded, total)
 
     standard = mkt.MixedCache(
         loaded.model.config,
@@ -313,14 +347,7 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
         record_history=True,
     )
     tokens, logits, f16 = _generate(settings, loaded, prompt, standard, "f16", progress)
-    mixed_options: dict[str, Any] = {
-        "hot_size": settings.hot_size,
-        "cold_size": settings.cold_size or _just_enough(settings, total, n_pad),
-        "group_size": settings.group_size,
-        "sinks": settings.sinks,
-        "n_pad": n_pad,
-        "threshold": _THRESHOLD,
-    }
+    mixed_options = _mixed_options(settings, _cold_size(settings, total))
     cache = mkt.MixedCache(loaded.model.config, **mixed_options, record_history=True)
     _, _, mixed = _generate(settings, loaded, prompt, cache, "mixed", progress)
     del cache
@@ -346,9 +373,27 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _just_enough(settings: Settings, total: int, n_pad: int) -> int:
-    """Give the cold size with which the hot tier, in the end, is filled to its trigger level."""
+def _n_pad(settings: Settings) -> int:
+    return math.gcd(32, settings.hot_size)
+
+
+def _cold_size(settings: Settings, total: int) -> int:
+    """Give the size asked for, or that with which the hot tier ends filled to its trigger level."""
+    if settings.cold_size is not None:
+        return settings.cold_size
+    n_pad = _n_pad(settings)
     return max(_round_up(total - _level(settings), n_pad), n_pad)
+
+
+def _mixed_options(settings: Settings, cold_size: int) -> dict[str, Any]:
+    return {
+        "hot_size": settings.hot_size,
+        "cold_size": cold_size,
+        "group_size": settings.group_size,
+        "sinks": settings.sinks,
+        "n_pad": _n_pad(settings),
+        "threshold": _THRESHOLD,
+    }
 
 
 def _level(settings: Settings) -> int:

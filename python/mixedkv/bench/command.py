@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -10,10 +11,11 @@ from typing import Annotated, TypeVar
 import typer
 
 import mixedkv as mkv
+from mixedkv._commands import check_plot, naming, need, stop
 
 from . import end_to_end as whole
 from .peers import NAMES, load
-from .shapes import DEFAULT_MODELS, MODELS, parse_shape
+from .shapes import DEFAULT_MODELS, MODELS, Shape, parse_shape
 
 __all__ = ["bench"]
 
@@ -28,6 +30,8 @@ _SECONDS = 2.0
 _ROUNDS, _QUICK_ROUNDS, _STEPS = 16, 4, 8
 _PREFILL_SECONDS = 30.0
 _HOT_SIZE = 256
+#: What memory can hold of a model is checked apart.
+_MOST_KV = 2**40
 
 
 def bench(
@@ -63,7 +67,6 @@ def bench(
         typer.Option(
             help="Time that the rounds of a table may take; with --end-to-end, those of a prefill. "
             f"Default: {_SECONDS:g}, and {_PREFILL_SECONDS:g}.",
-            min=0.0,
         ),
     ] = None,
     rounds: Annotated[
@@ -132,16 +135,17 @@ def bench(
         try:
             mkv.isa.select(isa)
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--isa") from None
-    if plot is not None:
-        _check_plot(plot)
+            stop(f"--isa: {error}")
+    check_plot(plot, "demo")
+    if seconds is not None and not 0 <= seconds < math.inf:
+        stop(f"--seconds: must be a finite number from 0 on, got {seconds:g}")
     most = mkv.get_num_threads()
     if threads is None:
         # One thread too, but not of a whole model: that is minutes for little news.
         thread_counts = [most] if quick or end_to_end else sorted({1, most})
     else:
         thread_counts = _parse(_split(threads), lambda text: _count(text, 4096), "--threads")
-    given = None if kv is None else _parse(_split(kv), lambda text: _count(text, 2**24), "--kv")
+    given = None if kv is None else _parse(_split(kv), lambda text: _count(text, _MOST_KV), "--kv")
     alone: dict[str, object] = {
         "--steps": steps,
         "--hot-size": hot_size,
@@ -152,17 +156,15 @@ def bench(
     for option, value in alone.items():
         if value is not None:
             side = "does not go with" if end_to_end else "needs"
-            raise typer.BadParameter(f"{side} --end-to-end", param_hint=option)
+            stop(f"{option}: {side} --end-to-end")
     if end_to_end:
         from .end_to_end.plan import Plan
         from .end_to_end.run import end_to_end as run_end_to_end
 
         if model is not None and len(model) != 1:
-            raise typer.BadParameter("one model with --end-to-end", param_hint="--model")
+            stop("--model: one model with --end-to-end")
         if hot_size is not None and hot_size % 32:
-            raise typer.BadParameter(
-                f"must be a multiple of 32, got {hot_size}", param_hint="--hot-size"
-            )
+            stop(f"--hot-size: must be a multiple of 32, got {hot_size}")
         run_end_to_end(
             Plan(
                 contexts=given or (whole.QUICK_CONTEXTS if quick else whole.CONTEXTS),
@@ -192,11 +194,13 @@ def bench(
     from .progress import RichProgress
     from .report import print_report
 
+    if given is not None:
+        _check_fits(shapes, tasks, given, plans.PREFILL_QUERIES)
     errors = Console(stderr=True)
     if build_ggml:
         ggml_dir = _build_ggml(errors)
     if ggml_dir is not None and not ggml_dir.is_dir():
-        raise typer.BadParameter(f"{ggml_dir} is not a directory", param_hint="--ggml-dir")
+        stop(f"--ggml-dir: {ggml_dir} is not a directory")
     loaded, absent = load(chosen, ggml_dir)
     default_prefill = _QUICK_KV if quick else _PREFILL_KV
     plan = plans.Plan(
@@ -219,7 +223,8 @@ def bench(
     if plot is not None:
         from .plot import save_plot
 
-        save_plot(report, plot)
+        with naming(plot):
+            save_plot(report, plot)
         errors.print(f"plot: {plot}")
     if report.wrong:
         if json:
@@ -236,9 +241,9 @@ def _parse(values: Iterable[str], parse: Callable[[str], T], option: str) -> lis
     try:
         parsed = list(dict.fromkeys(parse(value) for value in values))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        stop(f"{option}: {error}")
     if not parsed:
-        raise typer.BadParameter("needs a value", param_hint=option)
+        stop(f"{option}: needs a value")
     return parsed
 
 
@@ -258,11 +263,9 @@ def _choose(values: Sequence[str] | None, known: Sequence[str], option: str) -> 
     chosen = _split(values)
     for value in chosen:
         if value not in known:
-            raise typer.BadParameter(
-                f"must be one of {', '.join(known)}, got {value!r}", param_hint=option
-            )
+            stop(f"{option}: must be one of {', '.join(known)}, got {value!r}")
     if not chosen:
-        raise typer.BadParameter("needs a value", param_hint=option)
+        stop(f"{option}: needs a value")
     return chosen
 
 
@@ -272,18 +275,26 @@ def _choose_peers(values: Sequence[str] | None, known: Sequence[str]) -> list[st
     return _choose(values, known, "--peers")
 
 
-def _check_plot(path: Path) -> None:
-    """Refuse before anything runs what would fail after minutes."""
-    import importlib.util
+def _check_fits(
+    shapes: Sequence[Shape], tasks: Sequence[str], lengths: Sequence[int], least_prefill: int
+) -> None:
+    """Refuse a length that no shape has the memory for, and lengths of which nothing runs."""
+    from .memory import available, in_words
+    from .plan import attention_bytes, fits_memory
 
-    if importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(
-            f"the file must end in .png, .svg or .pdf, got {str(path)!r}", param_hint="--plot"
+    if set(tasks) == {"prefill"} and max(lengths) < least_prefill:
+        stop(f"--kv: prefill takes {least_prefill} tokens and more, got {max(lengths)}")
+    if not {"decode", "prefill"} & set(tasks):
+        return
+    for kv_len in lengths:
+        needed, shape = min(
+            ((attention_bytes(shape, kv_len), shape) for shape in shapes), key=lambda one: one[0]
         )
-    if not path.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{path.parent} is not a directory", param_hint="--plot")
+        if not fits_memory(needed):
+            stop(
+                f"--kv: {kv_len} tokens of {shape} would take about {in_words(needed)} of memory, "
+                f"{in_words(available())} are free"
+            )
 
 
 def _build_ggml(errors: object) -> Path:
@@ -295,9 +306,7 @@ def _build_ggml(errors: object) -> Path:
     assert isinstance(errors, Console)
     directory = build_directory()
     if directory is None:
-        raise typer.BadParameter(
-            "needs platformdirs: pip install platformdirs", param_hint="--build-ggml"
-        )
+        need("platformdirs", "demo")
     there = find_libraries(directory)
     if there is not None:
         return there

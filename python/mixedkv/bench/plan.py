@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 
 import mixedkv as mkv
 
+from . import memory
 from .bandwidth import Reader
 from .load import OthersLoad
 from .peers import Contender, Conversion, Peer
@@ -35,6 +35,7 @@ PREFILL_QUERIES = 512
 CONVERT_TOKENS = (256, 16384)
 #: What the contenders of a cell hold together, in f16 copies of its keys and values.
 _COPIES = 24
+_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Row:
     kv_type: str
     #: "race", "mixed", "part", "roof" (reading memory, copying memory) or a conversion's kind.
     role: str
+    #: Of attention, the coarsest that queries, weights or sums are rounded to: "f32", "f16",
+    #: "bf16" or "int8".
+    arithmetic: str | None = None
     #: Relative error against float64; of conversions the share of differing elements.
     error: float | None = None
     median: float | None = None
@@ -79,6 +83,17 @@ class Row:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class Faster:
+    """A contender of another library that took less time than mixedkv's row of its kind."""
+
+    name: str
+    #: That row.
+    against: str
+    #: Its time by that row's, below 1.
+    ratio: float
+
+
 @dataclass
 class Table:
     """One cell."""
@@ -92,6 +107,8 @@ class Table:
     rounds: int = 0
     #: By how much reading both tiers exceeds reading its parts alone; median over the rounds.
     mixed_over_parts: float | None = None
+    #: Who was faster than mixedkv, the fastest first.
+    faster: list[Faster] = field(default_factory=list)
     #: CPUs that other processes kept busy while the rounds went on; None where it is not known.
     others_load: float | None = None
     #: Why nothing ran.
@@ -203,14 +220,14 @@ def _one_a_width(shapes: Sequence[Shape]) -> list[Shape]:
     return list({shape.head_dim: shape for shape in reversed(shapes)}.values())[::-1]
 
 
-def _available_memory() -> float:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+def attention_bytes(shape: Shape, kv_len: int) -> float:
+    """Return about what the contenders of a cell of attention take together."""
+    return 4.0 * shape.num_kv_heads * shape.head_dim * kv_len * _COPIES
+
+
+def fits_memory(size: float) -> bool:
+    """Return whether that many bytes leave the machine some air."""
+    return size <= _SHARE_OF_MEMORY * memory.available()
 
 
 def _attention(
@@ -224,11 +241,11 @@ def _attention(
 ) -> list[Table]:
     qo_len = 1 if task == "decode" else plan.prefill_queries
     tables = [Table(task, shape, qo_len, kv_len, threads) for threads in plan.threads]
-    needed = 4.0 * shape.num_kv_heads * shape.head_dim * kv_len * _COPIES
-    if needed > 0.8 * _available_memory():
+    needed = attention_bytes(shape, kv_len)
+    if not fits_memory(needed):
         for table in tables:
             progress.cell(_title(table))
-            table.skipped = f"would take about {needed / 2**30:.0f} GiB of memory"
+            table.skipped = f"would take about {memory.in_words(needed)} of memory"
         return tables
     progress.cell(_title(tables[0]))
     progress.doing("preparing", 0.0)
@@ -278,6 +295,7 @@ def _time_attention(
     for i, contender in enumerate(contenders):
         progress.doing(f"checking {contender.name}", i / len(contenders))
         row = Row(contender.peer, contender.name, contender.kv_type, contender.role)
+        row.arithmetic = contender.arithmetic
         rows.append(row)
         try:
             call = contender.bind(table.threads)
@@ -308,7 +326,10 @@ def _time_attention(
     own = _baselines(timed, by_name)
     for contender, row in timed:
         timing = by_name[contender.name]
-        baseline = None if row.role == "part" else own.get(contender.against)
+        baseline = None
+        if row.role != "part":
+            baseline = own.get((contender.against, contender.arithmetic))
+            baseline = baseline or own.get((contender.against, "f32"))
         _fill_times(row, timing, contender.kv_bytes, baseline)
         assert row.median is not None
         if contender.against in reading and row.bytes_per_second is not None:
@@ -319,7 +340,7 @@ def _time_attention(
     for kv_type, reader in readers.items():
         name = f"reading memory, {kv_type} size"
         row = Row("memory", name, kv_type, "roof")
-        _fill_times(row, by_name[name], reader.size, own.get(kv_type))
+        _fill_times(row, by_name[name], reader.size, own.get((kv_type, "f32")))
         rows.append(row)
     parts = [by_name[row.name] for _, row in timed if row.role == "part"]
     mixed = [by_name[row.name] for _, row in timed if row.role == "mixed"]
@@ -327,18 +348,33 @@ def _time_attention(
         both = Timing("parts", 1, [a + b for a, b in zip(*(p.rounds for p in parts), strict=True)])
         table.mixed_over_parts = median_ratio(mixed[0], both)
     table.rows += rows
+    table.faster = faster_than_own(table.rows)
     table.rounds = len(timings[0].rounds) if timings else 0
 
 
 def _baselines(
     timed: Sequence[tuple[Contender, Row]], by_name: dict[str, Timing]
-) -> dict[str, Timing]:
-    """Return the timing of mixedkv's cache by type: its first contender of each."""
-    own: dict[str, Timing] = {}
+) -> dict[tuple[str, str], Timing]:
+    """Return the timing of mixedkv's cache by type and arithmetic: its first contender of each."""
+    own: dict[tuple[str, str], Timing] = {}
     for contender, _ in timed:
         if contender.peer == "mixedkv" and contender.role == "race":
-            own.setdefault(contender.kv_type, by_name[contender.name])
+            own.setdefault((contender.kv_type, contender.arithmetic), by_name[contender.name])
     return own
+
+
+def faster_than_own(rows: Sequence[Row]) -> list[Faster]:
+    """Return the libraries' rows that beat mixedkv's row of their kind, the fastest first."""
+    found = [
+        Faster(row.name, row.against, row.ratio)
+        for row in rows
+        if row.peer != "mixedkv"
+        and row.role != "roof"
+        and row.against is not None
+        and row.ratio is not None
+        and row.ratio < 1
+    ]
+    return sorted(found, key=lambda one: one.ratio)
 
 
 def _fill_times(row: Row, timing: Timing, size: float, baseline: Timing | None) -> None:
@@ -353,7 +389,8 @@ def _measure(
     plan: Plan, table: Table, runs: Sequence[Run], progress: Progress, clock: Clock | None
 ) -> list[Timing]:
     def on_round(done: int, elapsed: float) -> None:
-        share = done / plan.rounds if plan.rounds else elapsed / plan.seconds
+        most = plan.rounds or plan.seconds
+        share = (done if plan.rounds else elapsed) / most if most else 1.0
         progress.doing(f"timing, round {done}", min(1.0, share))
 
     progress.doing("timing", 0.0)
@@ -423,6 +460,7 @@ def _time_conversions(
         size = data.float_bytes(conversion.kind)
         timing = by_name[f"{conversion.name} {conversion.kind}"]
         _fill_times(row, timing, size, by_name.get(f"mixedkv {conversion.kind}"))
+    table.faster = faster_than_own(table.rows)
     for name, copy in copies.items():
         row = Row("memory", copy.name, name, "roof")
         size = (data.f32 if name == "f32" else data.f16).nbytes

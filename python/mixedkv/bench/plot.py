@@ -71,7 +71,7 @@ def save_plot(report: Report, path: Path) -> None:
         )
         axes.set_title(f"{table.task}: {subject}, {threads}", fontsize=9)
         axes.set_xlabel(
-            "time by mixedkv's on keys of the same kind (right of 1: slower)", fontsize=7
+            "time by mixedkv's on the same kind of keys and math (right of 1: slower)", fontsize=7
         )
         axes.margins(x=0.12)
     figure.savefig(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .plan import Report, Row, Table
+from .plan import Faster, Report, Row, Table
 
 __all__ = [
     "duration",
@@ -19,6 +19,7 @@ __all__ = [
     "print_absent",
     "print_machine",
     "print_report",
+    "render_faster",
     "render_load",
     "render_table",
 ]
@@ -65,6 +66,14 @@ def _style(row: Row) -> str:
     return "bold" if row.peer == "mixedkv" else ""
 
 
+def render_faster(faster: Sequence[Faster], task: str = "") -> list[RenderableType]:
+    """Return the line that names who was faster than mixedkv, where somebody was."""
+    if not faster:
+        return []
+    names = "; ".join(f"{one.name} ({one.ratio:.2f} of {one.against})" for one in faster)
+    return [Text(f"faster than mixedkv{task and f' in {task}'}: {names}")]
+
+
 def _groups(table: Table) -> Iterator[list[Row]]:
     """Yield the rows that belong together: f16 and its like, Q4_0 and its like, the rest."""
     if table.task == "convert":
@@ -104,6 +113,8 @@ def render_table(table: Table) -> RenderableType:
         return Text(f"{_title(table)}: skipped, {table.skipped}", style="yellow")
     rich = narrow_table(f"{_title(table)} ({table.rounds} rounds)")
     rich.add_column("contender", no_wrap=True)
+    if table.task != "convert":
+        rich.add_column("math", no_wrap=True)
     for name in ("best", "median", "ratio"):
         rich.add_column(name, justify="right", no_wrap=True)
     if table.task == "prefill":
@@ -118,11 +129,12 @@ def render_table(table: Table) -> RenderableType:
             name = f"{row.role}  {row.name}" if table.task == "convert" else row.name
             if row.role == "roof":
                 name = row.name
+            first = [name] if table.task == "convert" else [name, row.arithmetic or ""]
             if row.problem:
-                rich.add_row(name, row.problem, style=_style(row))
+                rich.add_row(*first, row.problem, style=_style(row))
                 continue
             speed = row.flops if table.task == "prefill" else row.bytes_per_second
-            cells = [name, duration(row.best), duration(row.median)]
+            cells = [*first, duration(row.best), duration(row.median)]
             cells += [number(row.ratio, ".2f"), number(speed and speed / 1e9, ".1f")]
             if table.task == "decode":
                 share = row.share_of_read
@@ -134,7 +146,7 @@ def render_table(table: Table) -> RenderableType:
     if table.mixed_over_parts is not None:
         change = 100 * (table.mixed_over_parts - 1)
         below.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
-    return Group(rich, *below, *render_load(table.others_load))
+    return Group(rich, *below, *render_faster(table.faster), *render_load(table.others_load))
 
 
 def print_machine(machine: dict[str, Any], peers: dict[str, str], console: Console) -> None:
@@ -154,17 +166,38 @@ def print_absent(absent: dict[str, str], wrong: list[str], console: Console) -> 
         console.print(f"WRONG: {line}", style="bold red", soft_wrap=True, markup=False)
 
 
+def _who_was_faster(tables: Sequence[Table]) -> list[str]:
+    """Return one line over all tables; none where mixedkv was compared with nobody."""
+    raced = [
+        table
+        for table in tables
+        if any(
+            row.ratio is not None and row.peer not in ("mixedkv", "memory") for row in table.rows
+        )
+    ]
+    if not raced:
+        return []
+    ahead = [table for table in raced if table.faster]
+    names = dict.fromkeys(one.name for table in ahead for one in table.faster)
+    return [
+        f"faster than mixedkv in {len(ahead)} of {len(raced)} tables: "
+        + (", ".join(names) if names else "nobody")
+    ]
+
+
 def print_report(report: Report, console: Console) -> None:
     """Print everything: machine, tables, notes, and who was not there."""
     print_machine(report.machine, report.peers, console)
     console.print(
-        "ratio: the contender's time by that of mixedkv's cache on keys of its kind, median over "
-        "the rounds; above 1, mixedkv is faster."
+        "ratio: the contender's time by that of mixedkv's cache on keys of its kind and in its "
+        "arithmetic (math), or else in f32; median over the rounds; above 1, mixedkv is faster."
     )
     for table in report.tables:
         console.print()
         console.print(render_table(table))
     console.print()
+    for line in _who_was_faster(report.tables):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
     print_absent(report.absent, report.wrong, console)

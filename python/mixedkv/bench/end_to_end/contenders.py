@@ -13,7 +13,9 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
-__all__ = ["REFERENCE", "Contender", "Field", "gather"]
+from .. import memory
+
+__all__ = ["REFERENCE", "Contender", "Field", "check_memory", "gather"]
 
 #: Who is right: every other contender's predictions are compared with its.
 REFERENCE = "DynamicCache"
@@ -101,6 +103,18 @@ def gather(config: Any, peers: Sequence[str], hot_size: int) -> Field:
     for backend in peers:
         _BACKENDS[backend](field, config)
     return field
+
+
+def check_memory(config: Any, tokens: int, hot_size: int) -> None:
+    """Refuse, before anybody runs, caches of so many tokens that this machine has no memory for.
+
+    Raises
+    ------
+    MemoryError
+        mixedkv's caches would take more than there is.
+    """
+    memory.check_cache(config, hot_size, _padded(tokens))
+    memory.check_cache(config, _padded(tokens), 0)
 
 
 def _padded(tokens: int) -> int:

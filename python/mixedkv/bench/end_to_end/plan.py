@@ -13,7 +13,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import mixedkv as mkv
 from mixedkv import evaluate
 
 from ..load import OthersLoad
-from ..plan import Progress, machine
+from ..plan import Faster, Progress, machine
 from ..timing import Run, Timing, measure, median_ratio
 from .contenders import REFERENCE, Contender, Field
 from .stopwatch import Stopwatch
@@ -125,6 +125,9 @@ class Table:
     steps: int = 0
     #: CPUs that other processes kept busy meanwhile; None where it is not known.
     others_load: float | None = None
+    #: Who decoded, and who read the prompt, faster than mixedkv's mixed cache; the fastest first.
+    faster: list[Faster] = field(default_factory=list)
+    prefill_faster: list[Faster] = field(default_factory=list)
 
 
 @dataclass
@@ -353,6 +356,17 @@ def _run_cell(plan: Plan, table: Table, sessions: list[Session], progress: Progr
             session.compare(reference)
         _fill(session, prefills, decodes)
         _fill_ratios(session, racing[0], prefills, decodes)
+    table.faster = _faster((row, row.ratio) for row in table.rows)
+    table.prefill_faster = _faster((row, row.prefill_ratio) for row in table.rows)
+
+
+def _faster(rows: Iterable[tuple[Row, float | None]]) -> list[Faster]:
+    found = [
+        Faster(row.name, row.against, ratio)
+        for row, ratio in rows
+        if row.peer != "mixedkv" and row.against is not None and ratio is not None and ratio < 1
+    ]
+    return sorted(found, key=lambda one: one.ratio)
 
 
 def _sound(sessions: Sequence[Session]) -> list[Session]:

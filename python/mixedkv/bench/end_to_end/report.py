@@ -8,7 +8,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ..report import duration, narrow_table, number, print_absent, print_machine, render_load
+from ..report import (
+    duration,
+    narrow_table,
+    number,
+    print_absent,
+    print_machine,
+    render_faster,
+    render_load,
+)
 from .plan import Report, Row, Table
 
 __all__ = ["print_report", "render_table", "subject"]
@@ -65,6 +73,8 @@ def render_table(table: Table) -> RenderableType:
         ),
     ]
     parts += [Text(f"{row.name}: {row.problem}", style="red") for row in table.rows if row.problem]
+    parts += render_faster(table.faster, "decode")
+    parts += render_faster(table.prefill_faster, "prefill")
     return Group(*parts, *render_load(table.others_load))
 
 

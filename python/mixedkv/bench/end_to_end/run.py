@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from mixedkv import models, texts
+from mixedkv._commands import naming
 
 from ..progress import RichProgress
 from . import contenders as field
@@ -54,6 +55,7 @@ def end_to_end(
 
         loaded = models.load(model, progress=fetching)
         ids = _tokens(loaded.tokenizer, plan, plans.positions_of(loaded.model))
+        field.check_memory(loaded.model.config, ids.shape[1], hot_size)
         contenders = field.gather(loaded.model.config, peers, hot_size)
     with RichProgress(errors, len(plan.contexts) * len(plan.threads)) as progress:
         report = plans.run(plan, loaded.title, loaded.model, ids, contenders, progress)
@@ -64,7 +66,8 @@ def end_to_end(
     if plot is not None:
         from .plot import save_plot
 
-        save_plot(report, plot)
+        with naming(plot):
+            save_plot(report, plot)
         errors.print(f"plot: {plot}")
     if report.wrong:
         if json:

@@ -17,12 +17,22 @@ from numpy.typing import NDArray
 
 from ..problem import Problem, Rows
 
-__all__ = ["NAMES", "AbsentError", "Contender", "Conversion", "Peer", "Task", "load"]
+__all__ = [
+    "NAMES",
+    "AbsentError",
+    "Arithmetic",
+    "Contender",
+    "Conversion",
+    "Peer",
+    "Task",
+    "load",
+]
 
 #: Peers in the order of the tables; "mixedkv" is always there.
 NAMES = ("mixedkv", "ggml", "torch", "onnxruntime", "openvino", "gguf")
 
 Task = Literal["decode", "prefill"]
+Arithmetic = Literal["f32", "f16", "bf16", "int8"]
 
 
 class AbsentError(Exception):
@@ -37,7 +47,8 @@ class Contender:
     name: str
     #: What K and V are held in.
     kv_type: str
-    #: The contender of mixedkv that it is compared with: "f16" or "q4_0".
+    #: The kind of mixedkv's contender that it is compared with: "f16" or "q4_0" keys. Of these the
+    #: one of the same arithmetic, or that in f32 where there is none.
     against: str
     #: Bytes of K and V that a call has to read.
     kv_bytes: float
@@ -51,6 +62,8 @@ class Contender:
     result: Callable[[], NDArray[Any]]
     #: "mixed" reads both tiers, and its "part"s add up to it; "race" is everything else.
     role: Literal["race", "mixed", "part"] = "race"
+    #: The coarsest that queries, weights or sums are rounded to on the way.
+    arithmetic: Arithmetic = "f32"
 
 
 @dataclass

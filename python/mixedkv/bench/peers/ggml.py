@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import KINDS, Problem, Rows, aligned, aligned_empty
-from . import AbsentError, Contender, Conversion, Task
+from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
 __all__ = ["ENV", "Ggml", "find_libraries", "load"]
 
@@ -41,6 +41,13 @@ def _tolerance(kv_type: str, kv_len: int) -> float:
     rounds the query to 8 bits.
     """
     return 1e-2 * math.sqrt(max(1.0, kv_len / 1024)) if kv_type == "f16" else 2e-2
+
+
+def _arithmetic(kv_type: str, qo_len: int) -> Arithmetic:
+    """Return what flash attention computes in: with many queries on f16 keys, tiles in f32."""
+    if kv_type == "q4_0":
+        return "int8"
+    return "f32" if qo_len > 1 else "f16"
 
 
 class _InitParams(ctypes.Structure):
@@ -290,6 +297,7 @@ class Ggml:
             tolerance=_tolerance(kv_type, n),
             bind=graph.bind,
             result=lambda: memory.reshape(problem.qo_len, hq, d).swapaxes(0, 1),
+            arithmetic=_arithmetic(kv_type, problem.qo_len),
         )
 
     def _matmul(self, problem: Problem) -> Contender:
@@ -319,6 +327,7 @@ class Ggml:
             tolerance=_tolerance("f16", n),
             bind=graph.bind,
             result=lambda: memory.reshape(hq, problem.qo_len, d),
+            arithmetic="f16",
         )
 
     def conversions(self, rows: Rows) -> list[Conversion]:

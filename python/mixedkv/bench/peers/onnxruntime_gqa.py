@@ -187,6 +187,7 @@ class OnnxRuntime:
             tolerance=kind.tolerance,
             bind=bind,
             result=lambda: result.numpy().reshape(queries, hq, d).swapaxes(0, 1),
+            arithmetic="f16" if kind.q_type is np.float16 else "f32",
         )
 
     def conversions(self, rows: Rows) -> list[Conversion]:

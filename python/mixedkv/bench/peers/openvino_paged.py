@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem, Rows, aligned_empty
-from . import AbsentError, Contender, Conversion, Task
+from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
 __all__ = ["OpenVino", "load"]
 
@@ -26,7 +26,7 @@ class _Kind:
     """Types of cache and arithmetic."""
 
     kv_type: str
-    arithmetic: str
+    arithmetic: Arithmetic
     against: str
     tolerance: float
 
@@ -79,6 +79,7 @@ class OpenVino:
             tolerance=kind.tolerance,
             bind=paged.bind,
             result=paged.result,
+            arithmetic=kind.arithmetic,
         )
 
     def conversions(self, rows: Rows) -> list[Conversion]:

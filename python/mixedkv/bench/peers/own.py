@@ -133,6 +133,7 @@ class Own:
             "bf16",
         )
         contender.tolerance = BF16_TOLERANCE
+        contender.arithmetic = "bf16"
         return contender
 
     def _mixed(self, problem: Problem) -> list[Contender]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem, Rows, aligned_empty
-from . import AbsentError, Contender, Conversion, Task
+from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
 __all__ = ["Torch", "load"]
 
@@ -30,7 +30,8 @@ class Torch:
     def attention(self, task: Task, problem: Problem) -> list[Contender]:
         """Return SDPA in f32 and bf16, with enable_gqa and with the group folded in."""
         contenders = []
-        for kv_type in ("f32", "bf16"):
+        kinds: tuple[Arithmetic, ...] = ("f32", "bf16")
+        for kv_type in kinds:
             k, v = self._tensor(problem.k, kv_type), self._tensor(problem.v, kv_type)
             contenders.append(self._sdpa(problem, kv_type, k, v, fold=False))
             if problem.shape.group > 1:
@@ -47,7 +48,9 @@ class Torch:
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         return tensor[None]
 
-    def _sdpa(self, problem: Problem, kv_type: str, k: Any, v: Any, *, fold: bool) -> Contender:
+    def _sdpa(
+        self, problem: Problem, kv_type: Arithmetic, k: Any, v: Any, *, fold: bool
+    ) -> Contender:
         torch = self._torch
         _, hkv, d = problem.shape.sizes
         q = self._tensor(problem.q, kv_type)
@@ -93,6 +96,7 @@ class Torch:
             tolerance=_TOLERANCE[kv_type],
             bind=bind,
             result=lambda: last[0].float().numpy().reshape(problem.q.shape),
+            arithmetic=kv_type,
         )
 
     def _mask(self, problem: Problem, q: Any) -> Any:
