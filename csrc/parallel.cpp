@@ -5,11 +5,12 @@
 // nothing, so a sleeping worker never delays its caller.
 #include "parallel.h"
 
+#include "cpu_count.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <condition_variable>
-#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -19,9 +20,6 @@
 #include <string>
 #include <thread>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -47,8 +45,12 @@ inline void pause_cpu() {
 
 class Pool {
 public:
-  void run(std::int64_t num_units, int helpers, void (*fn)(void *, std::int64_t, int),
+  /// False where there is no memory for it; nothing was done then.
+  bool run(std::int64_t num_units, int helpers, void (*fn)(void *, std::int64_t, int),
            void *context) {
+    if (!ensure_runs(helpers + 1)) {
+      return false;
+    }
     ensure_workers(helpers);
     fn_ = fn;
     context_ = context;
@@ -70,6 +72,7 @@ public:
         std::this_thread::yield();
       }
     }
+    return true;
   }
 
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
@@ -81,12 +84,21 @@ private:
     std::int64_t end = 0;
   };
 
-  /// Between jobs only: no worker looks at runs then.
-  void cut(std::int64_t num_units, int num_runs) {
-    if (num_runs > capacity_) {
-      runs_.reset(new Run[static_cast<std::size_t>(num_runs)]);
-      capacity_ = num_runs;
+  // The two are called between jobs only: no worker looks at runs then.
+
+  bool ensure_runs(int wanted) {
+    if (wanted > capacity_) {
+      Run *fresh = new (std::nothrow) Run[static_cast<std::size_t>(wanted)];
+      if (fresh == nullptr) {
+        return false;
+      }
+      runs_.reset(fresh);
+      capacity_ = wanted;
     }
+    return true;
+  }
+
+  void cut(std::int64_t num_units, int num_runs) {
     num_runs_ = num_runs;
     for (int i = 0; i < num_runs; ++i) {
       runs_[i].next.store(num_units * i / num_runs, std::memory_order_relaxed);
@@ -184,57 +196,10 @@ Pool &get_pool() {
   return *p;
 }
 
-/// CPUs that the cgroup's quota amounts to, rounded up; 0 where there is none.
-int cgroup_cpus() {
-#if defined(__linux__)
-  auto read_two = [](const char *path, double &a, double &b) {
-    char first[32] = {0};
-    std::FILE *file = std::fopen(path, "r");
-    if (file == nullptr) {
-      return false;
-    }
-    const int n = std::fscanf(file, "%31s %lf", first, &b);
-    std::fclose(file);
-    a = std::atof(first); // "max" reads as 0
-    return n >= 1;
-  };
-  double quota = 0;
-  double period = 0;
-  if (read_two("/sys/fs/cgroup/cpu.max", quota, period)) {
-    return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
-  }
-  double unused = 0;
-  if (read_two("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", quota, unused) &&
-      read_two("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period, unused) && quota > 0 && period > 0) {
-    return static_cast<int>((quota + period - 1) / period);
-  }
-#endif
-  return 0;
-}
-
-int usable_cpus() {
-  int cpus = 0;
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) {
-    cpus = CPU_COUNT(&set);
-  }
-#endif
-  if (cpus <= 0) {
-    cpus = static_cast<int>(std::thread::hardware_concurrency());
-  }
-  const int quota = cgroup_cpus();
-  if (quota > 0) {
-    cpus = std::min(cpus, quota);
-  }
-  return std::clamp(cpus, 1, kMaxThreads);
-}
-
 int default_num_threads() {
   const char *text = std::getenv("MIXEDKV_NUM_THREADS");
   if (text == nullptr || *text == '\0') {
-    return usable_cpus();
+    return std::min(usable_cpus(), kMaxThreads);
   }
   char *end = nullptr;
   errno = 0;
@@ -274,9 +239,11 @@ void parallel_for(std::int64_t num_units, int num_threads, void (*fn)(void *, st
   if (helpers > 0) {
     Pool &p = get_pool();
     if (!p.busy.test_and_set(std::memory_order_acquire)) {
-      p.run(num_units, helpers, fn, context);
+      const bool done = p.run(num_units, helpers, fn, context);
       p.busy.clear(std::memory_order_release);
-      return;
+      if (done) {
+        return;
+      }
     }
   }
   for (std::int64_t unit = 0; unit < num_units; ++unit) {

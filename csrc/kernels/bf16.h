@@ -29,7 +29,7 @@ struct Bf16Kernels {
 
   /// p_j = exp(x_j - m) rounded, and returns the sum of what was rounded, so that weights divided
   /// by it still add up to 1. m finite; x_j <= m or NaN; exp(-inf) is exactly 0. Before rounding
-  /// the relative error is below 1e-5. p has room for a multiple of 32 values: zeros may follow.
+  /// the relative error is below 2e-5. p has room for a multiple of 32 values: zeros may follow.
   float (*exp_sum)(const float *x, bf16_t *p, std::size_t n, float m) noexcept;
 
   /// The panel of the first num_keys <= 16 rows of k, the rest zeros; (head_dim + 1) / 2 pairs;

@@ -96,9 +96,10 @@ def attention(
     compute_type
         "f32", or "bf16" to let queries, keys, weights and values be rounded to bfloat16 (8 bits of
         mantissa) in the products of many query rows: faster where the instruction set in use has
-        it (:func:`mixedkv.isa.compute_types`), f32 elsewhere and for single queries. Sums, softmax
-        and state stay f32. A logit is then off by 2^-8 of ``|sm_scale| * sum(|q_i * k_i|)`` at
-        most, and the result by some 3e-3 of its norm on data like that of models.
+        it (:func:`mixedkv.isa.compute_types`), f32 elsewhere, for single queries, and where the
+        last few rows of a prefill are too few to profit. Sums, softmax and state stay f32. A logit
+        is then off by some 2^-7 of ``|sm_scale| * sum(|q_i * k_i|)`` at most, and the result by
+        some 3e-3 of its norm on data like that of models; magnitudes near 1e-38 may count as 0.
 
     Returns
     -------
