@@ -3,22 +3,13 @@
 #pragma once
 
 #include "../attention.h"
-#include "unified_cache.h"
+#include "key_sources.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace mixedkv {
-
-/// Where keys lie while a slot is pending.
-struct KeySources {
-  const UnifiedCache &cold;  ///< committed tokens; pending ones are read from scratch
-  const UnifiedCache &hot;   ///< pending tokens too
-  const RowStorage *scratch; ///< one layer; row j belongs to cold cell scratch_cells[j]
-  const std::int32_t *scratch_cells;
-  std::int64_t num_scratch;
-};
 
 class Visibility {
 public:
@@ -51,7 +42,6 @@ private:
     std::int32_t pos_min;
     std::int32_t pos_max;
   };
-  enum class Source : std::uint8_t { cold, hot, scratch };
   /// A key segment, but for its layer.
   struct Run {
     Source source;

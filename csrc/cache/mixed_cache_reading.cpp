@@ -1,0 +1,149 @@
+// What can be read of a cache: its tokens and their rows, and the counters. Changes nothing.
+#include "mixed_cache_impl.h"
+
+namespace mixedkv {
+namespace {
+
+using GetRow = void (RowStorage::*)(int layer, int head, std::int64_t cell, float *row) const;
+
+/// Dequantised rows of tokens, of all heads of the layer that has this number.
+void get_rows(const UnifiedCache &hot, const UnifiedCache &cold, const std::vector<Token> &tokens,
+              int number, GetRow get, int width, float *out) {
+  for (int head = 0; head < hot.rows.shape().num_kv_heads; ++head) {
+    for (const Token &token : tokens) {
+      ((token.source == Source::cold ? cold : hot).rows.*get)(number, head, token.cell, out);
+      out += width;
+    }
+  }
+}
+
+/// Rows of tokens as they are stored, of all heads.
+void get_stored_rows(const KeySources &sources, const std::vector<Token> &tokens, int number,
+                     const RowShape &shape, const StoredRows &to) {
+  char *k = static_cast<char *>(to.k);
+  char *v = static_cast<char *>(to.v);
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    to.pos[i] = tokens[i].pos;
+  }
+  for (int head = 0; head < shape.num_kv_heads; ++head) {
+    for (const Token &token : tokens) {
+      const bool scratch = token.source == Source::scratch;
+      const RowStorage &rows = scratch                        ? *sources.scratch
+                               : token.source == Source::cold ? sources.cold.rows
+                                                              : sources.hot.rows;
+      const int layer = scratch ? 0 : number;
+      rows.get_stored_k(layer, head, token.cell, k);
+      rows.get_stored_v(layer, head, token.cell, v);
+      k += shape.k_row_bytes();
+      v += shape.v_row_bytes();
+    }
+  }
+}
+
+} // namespace
+
+std::vector<Token> MixedCache::Impl::committed(std::int64_t seq) const {
+  check_seq("seq", seq, config.n_seq_max);
+  return committed_tokens(hot, cold, static_cast<int>(seq));
+}
+
+std::vector<Token> MixedCache::Impl::attended(std::int64_t seq, bool in_cold) const {
+  check_seq("seq", seq, config.n_seq_max);
+  return attended_tokens(sources(), static_cast<int>(seq), in_cold);
+}
+
+const CacheConfig &MixedCache::config() const { return impl_->config; }
+
+bool MixedCache::has_slot() const { return impl_->slot.active; }
+
+std::int64_t MixedCache::slot_tokens() const {
+  return impl_->slot.active ? impl_->slot.num_tokens() : 0;
+}
+
+std::int64_t MixedCache::size() const {
+  return impl_->hot.cells.num_committed() + impl_->cold.cells.num_committed();
+}
+
+std::int64_t MixedCache::seq_len(std::int64_t seq) const {
+  check_seq("seq", seq, impl_->config.n_seq_max);
+  std::int64_t n = 0;
+  for (const Cells *cells : {&impl_->hot.cells, &impl_->cold.cells}) {
+    for (std::int32_t cell = 0; cell < cells->end(); ++cell) {
+      n += cells->committed(cell) && cells->owned_by(cell, static_cast<int>(seq));
+    }
+  }
+  return n;
+}
+
+void MixedCache::positions(std::int64_t seq, std::int64_t *pos, std::uint8_t *in_cold) const {
+  std::size_t i = 0;
+  for (const Token &token : impl_->committed(seq)) {
+    if (pos != nullptr) {
+      pos[i] = token.pos;
+    }
+    if (in_cold != nullptr) {
+      in_cold[i] = token.source == Source::cold;
+    }
+    ++i;
+  }
+}
+
+void MixedCache::keys(int layer, std::int64_t seq, float *out) const {
+  const Impl &m = *impl_;
+  const int number = m.layer_number(layer);
+  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_k, m.config.head_dim, out);
+}
+
+void MixedCache::values(int layer, std::int64_t seq, float *out) const {
+  const Impl &m = *impl_;
+  const int number = m.layer_number(layer);
+  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_v, m.config.head_dim_v, out);
+}
+
+void MixedCache::export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const {
+  num_hot = static_cast<std::int64_t>(impl_->attended(seq, false).size());
+  num_cold = static_cast<std::int64_t>(impl_->attended(seq, true).size());
+}
+
+void MixedCache::export_rows(int layer, std::int64_t seq, const StoredRows &to_hot,
+                             const StoredRows &to_cold) const {
+  const Impl &m = *impl_;
+  const int number = m.layer_number(layer);
+  if (m.slot.active) {
+    m.need_stored(layer, number, "be stored before its rows are exported");
+  }
+  get_stored_rows(m.sources(), m.attended(seq, false), number, m.hot.rows.shape(), to_hot);
+  get_stored_rows(m.sources(), m.attended(seq, true), number, m.cold.rows.shape(), to_cold);
+}
+
+CacheStats MixedCache::stats() const {
+  const Impl &m = *impl_;
+  CacheStats stats;
+  stats.hot_tokens = m.hot.cells.num_committed();
+  stats.cold_tokens = m.cold.cells.num_committed();
+  stats.hot_size = m.hot.cells.size();
+  stats.cold_size = m.cold.cells.size();
+  stats.tokens_seen = m.counters.tokens_seen;
+  stats.moved = m.counters.moved;
+  stats.events = m.counters.events;
+  stats.seconds = m.counters.seconds;
+  stats.hot_bytes = static_cast<std::int64_t>(m.hot.rows.bytes());
+  stats.cold_bytes = static_cast<std::int64_t>(m.cold.rows.bytes());
+  stats.journal_bytes = static_cast<std::int64_t>(m.journal.bytes());
+  stats.books_bytes = static_cast<std::int64_t>(
+      m.hot.cells.bytes() + m.hot.placement.bytes() + m.cold.cells.bytes() +
+      m.cold.placement.bytes() + m.slot.bytes() + m.visibility.bytes() + m.movable.bytes() +
+      m.targets.capacity() * sizeof(std::int32_t) +
+      m.owner_words.capacity() * sizeof(std::uint64_t) + m.layer_numbers.capacity() * sizeof(int) +
+      sizeof(Impl));
+  stats.scratch_bytes = static_cast<std::int64_t>(m.slot.scratch_bytes());
+  RowShape f16 = m.cold.rows.shape();
+  f16.k_type = KvType::f16;
+  f16.v_type = KvType::f16;
+  stats.bytes_saved =
+      stats.cold_tokens * (static_cast<std::int64_t>(f16.bytes_per_cell()) -
+                           static_cast<std::int64_t>(m.cold.rows.shape().bytes_per_cell()));
+  return stats;
+}
+
+} // namespace mixedkv
