@@ -8,10 +8,10 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -164,35 +164,18 @@ inline int narrow(std::int64_t value, const char *name) {
   return static_cast<int>(value);
 }
 
-/// Lets go of the GIL for its life. Unlike pybind11's, its destructor may be unwound through: an
-/// interpreter that ends while a daemon thread computes ends that thread where it takes the GIL.
-class GilRelease {
-public:
-  GilRelease() : state_(PyEval_SaveThread()) {}
-  ~GilRelease() noexcept(false) { PyEval_RestoreThread(state_); }
-  GilRelease(const GilRelease &) = delete;
-  GilRelease &operator=(const GilRelease &) = delete;
+using OptionalArray = std::optional<py::array>;
 
-private:
-  PyThreadState *state_;
-};
-
-/// Lets one thread in at a time and refuses the others, instead of letting them wait: two threads
-/// on one object is a mistake of the caller's.
-class Busy {
-public:
-  Busy(std::atomic_flag &flag, const char *what) : flag_(flag) {
-    if (flag_.test_and_set(std::memory_order_acquire)) {
-      throw std::runtime_error(std::string(what) + " is in use by another thread");
-    }
+/// [num_qo_heads] floats, or null.
+inline const float *per_head(const OptionalArray &array, const char *name,
+                             std::int64_t num_qo_heads) {
+  if (!array) {
+    return nullptr;
   }
-  ~Busy() { flag_.clear(std::memory_order_release); }
-  Busy(const Busy &) = delete;
-  Busy &operator=(const Busy &) = delete;
-
-private:
-  std::atomic_flag &flag_;
-};
+  const ArrayView view = view_contiguous(*array, name, 1, {DType::f32});
+  check_shape(view, name, {num_qo_heads});
+  return view.as<const float>();
+}
 
 void register_machine(py::module_ &m);
 void register_quantize(py::module_ &m);

@@ -1,27 +1,15 @@
 // Attention on arrays, and the algebra of states.
 #include "arrays.h"
+#include "threads.h"
 
 #include "../attention.h"
 
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <vector>
 
 namespace mixedkv::bindings {
 namespace {
-
-using OptionalArray = std::optional<py::array>;
-
-/// [num_qo_heads] floats, or null.
-const float *per_head(const OptionalArray &array, const char *name, std::int64_t num_qo_heads) {
-  if (!array) {
-    return nullptr;
-  }
-  const ArrayView view = view_contiguous(*array, name, 1, {DType::f32});
-  check_shape(view, name, {num_qo_heads});
-  return view.as<const float>();
-}
 
 /// q [B, Hq, Lq, D], k [B, Hkv, Lkv, row], v likewise; ms [B, Hq * Lq, 2] and acc
 /// [B, Hq * Lq, Dv] continue and are continued, out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] receive;
@@ -214,13 +202,6 @@ void merge_states_arrays(const py::array &outs_array, const py::array &lses_arra
                lse.as<float>());
 }
 
-/// A context manager that refuses a second thread.
-struct Guard {
-  explicit Guard(std::string text) : what(std::move(text)) {}
-  std::string what;
-  std::atomic_flag flag = ATOMIC_FLAG_INIT;
-};
-
 } // namespace
 
 void register_attention(py::module_ &m) {
@@ -235,17 +216,16 @@ void register_attention(py::module_ &m) {
         py::arg("acc_b"));
   m.def("merge_states", &merge_states_arrays, py::arg("outs"), py::arg("lses"), py::arg("out"),
         py::arg("lse"));
+  // A context manager.
   py::class_<Guard>(m, "Guard")
       .def(py::init<std::string>(), py::arg("what"))
       .def("__enter__",
            [](Guard &guard) -> Guard & {
-             if (guard.flag.test_and_set(std::memory_order_acquire)) {
-               throw std::runtime_error(guard.what + " is in use by another thread");
-             }
+             guard.enter();
              return guard;
            })
       .def("__exit__", [](Guard &guard, const py::object &, const py::object &,
-                          const py::object &) { guard.flag.clear(std::memory_order_release); });
+                          const py::object &) { guard.leave(); });
 }
 
 } // namespace mixedkv::bindings

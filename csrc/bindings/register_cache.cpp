@@ -1,5 +1,6 @@
 // The caches.
 #include "arrays.h"
+#include "threads.h"
 
 #include "../cache/errors.h"
 #include "../cache/mixed_cache.h"
@@ -24,25 +25,31 @@ KvType parse_kv_type(const std::string &text, const char *name) {
                               "'");
 }
 
-/// A cache and the flag that keeps a second thread out.
+/// A cache and the guard that keeps a second thread out.
 class Handle {
 public:
   explicit Handle(const CacheConfig &config) : cache_(config) {}
 
   /// Runs f on the cache without the GIL.
   template <typename F> auto with(F &&f) {
-    Busy busy(flag_, "the cache");
+    const Guarded guarded(guard_);
     GilRelease release;
     return f(cache_);
   }
   /// For what is short: runs f with the GIL held.
   template <typename F> auto quickly(F &&f) {
-    Busy busy(flag_, "the cache");
+    const Guarded guarded(guard_);
     return f(cache_);
   }
   const CacheConfig &config() const { return cache_.config(); }
+  /// Arrays are made before the cache is entered: refuses where it was changed in between.
+  void need_unchanged(bool unchanged) const {
+    if (!unchanged) {
+      guard_.refuse();
+    }
+  }
   CacheStats stats() {
-    Busy busy(flag_, "the cache");
+    const Guarded guarded(guard_);
     CacheStats stats = cache_.stats();
     stats.books_bytes += static_cast<std::int64_t>(tokens_.capacity() * sizeof(tokens_[0]));
     return stats;
@@ -52,7 +59,7 @@ public:
   /// GIL is gone must not change between check and use. n tokens, n + 1 begins, num_ids ids.
   std::optional<Slot> find_slot(const std::int64_t *pos, const std::int64_t *begin,
                                 const std::int64_t *ids, std::int64_t n, std::int64_t num_ids) {
-    Busy busy(flag_, "the cache");
+    const Guarded guarded(guard_);
     tokens_.assign(pos, pos + n);
     tokens_.insert(tokens_.end(), begin, begin + n + 1);
     tokens_.insert(tokens_.end(), ids, ids + num_ids);
@@ -68,7 +75,7 @@ public:
 private:
   MixedCache cache_;
   std::vector<std::int64_t> tokens_; ///< kept for its memory
-  std::atomic_flag flag_ = ATOMIC_FLAG_INIT;
+  Guard guard_{"the cache"};
 };
 
 std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_heads,
@@ -135,18 +142,16 @@ void store(Handle &handle, std::int64_t layer, const py::array &k, const py::arr
   const RowsView v_rows = rows_view(v, "v", config.num_kv_heads, n, config.head_dim_v);
   const int layer_index = narrow(layer, "layer");
   handle.with([&](MixedCache &cache) {
-    if (cache.slot_tokens() != n) {
-      throw std::runtime_error("the cache is in use by another thread");
-    }
+    handle.need_unchanged(cache.slot_tokens() == n);
     cache.store(layer_index, k_rows, v_rows);
   });
 }
 
 void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
-                  const py::array &out_array, const std::optional<py::array> &lse_array,
-                  double sm_scale, double logits_soft_cap, std::optional<std::int64_t> window_left,
-                  const std::optional<py::array> &alibi_array,
-                  const std::optional<py::array> &sinks_array, int threads, bool allow_bf16) {
+                  const py::array &out_array, const OptionalArray &lse_array, double sm_scale,
+                  double logits_soft_cap, std::optional<std::int64_t> window_left,
+                  const OptionalArray &alibi_array, const OptionalArray &sinks_array, int threads,
+                  bool allow_bf16) {
   const std::int64_t n = handle.quickly([](MixedCache &cache) {
     if (!cache.has_slot()) {
       throw std::invalid_argument("attend without a slot: call find_slot first");
@@ -170,17 +175,8 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   options.window_left = window_left;
   options.num_threads = threads;
   options.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
-  auto per_head = [heads](const std::optional<py::array> &array,
-                          const char *name) -> const float * {
-    if (!array) {
-      return nullptr;
-    }
-    const ArrayView view = view_contiguous(*array, name, 1, {DType::f32});
-    check_shape(view, name, {heads});
-    return view.as<const float>();
-  };
-  options.alibi_slopes = per_head(alibi_array, "alibi_slopes");
-  options.sinks = per_head(sinks_array, "sinks");
+  options.alibi_slopes = per_head(alibi_array, "alibi_slopes", heads);
+  options.sinks = per_head(sinks_array, "sinks", heads);
 
   QueryView queries;
   queries.data = q.data;
@@ -203,9 +199,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   const int layer_index = narrow(layer, "layer");
   const int num_heads = narrow(heads, "Hq");
   handle.with([&](MixedCache &cache) {
-    if (cache.slot_tokens() != n) {
-      throw std::runtime_error("the cache is in use by another thread");
-    }
+    handle.need_unchanged(cache.slot_tokens() == n);
     cache.attend(layer_index, queries, num_heads, options, output);
   });
 }
@@ -216,9 +210,7 @@ py::tuple positions(Handle &handle, std::int64_t seq) {
   py::array_t<bool> in_cold(n);
   std::vector<std::uint8_t> cold(static_cast<std::size_t>(n));
   handle.quickly([&](MixedCache &cache) {
-    if (cache.seq_len(seq) != n) {
-      throw std::runtime_error("the cache is in use by another thread");
-    }
+    handle.need_unchanged(cache.seq_len(seq) == n);
     cache.positions(seq, pos.mutable_data(), cold.data());
   });
   for (std::int64_t i = 0; i < n; ++i) {
@@ -233,9 +225,7 @@ py::array_t<float> rows_copy(Handle &handle, std::int64_t seq, std::int64_t widt
   py::array_t<float> out({static_cast<std::int64_t>(handle.config().num_kv_heads), n, width});
   float *data = out.mutable_data();
   handle.with([&](MixedCache &cache) {
-    if (cache.seq_len(seq) != n) {
-      throw std::runtime_error("the cache is in use by another thread");
-    }
+    handle.need_unchanged(cache.seq_len(seq) == n);
     fill(cache, data);
   });
   return out;
@@ -280,9 +270,7 @@ py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
     std::int64_t hot_now = 0;
     std::int64_t cold_now = 0;
     cache.export_len(seq, hot_now, cold_now);
-    if (hot_now != num_hot || cold_now != num_cold) {
-      throw std::runtime_error("the cache is in use by another thread");
-    }
+    handle.need_unchanged(hot_now == num_hot && cold_now == num_cold);
     cache.export_rows(index, seq, to_hot, to_cold);
   });
   return py::make_tuple(py::make_tuple(hot.pos, hot.k, hot.v),

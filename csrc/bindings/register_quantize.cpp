@@ -1,5 +1,6 @@
 // Q4_0 conversion of whole arrays.
 #include "arrays.h"
+#include "threads.h"
 
 #include "../parallel.h"
 #include "../quantize.h"
