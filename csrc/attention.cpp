@@ -34,6 +34,7 @@ struct ProblemPlan {
   std::int64_t num_tiles;     ///< tiles a kv head
   std::int64_t piece_begin;   ///< where pieces are cut: into the list of pieces
   std::int64_t num_pieces;    ///< 1 where keys are not cut
+  std::int64_t piece_keys;    ///< most keys of a piece, where they are cut
   std::int64_t counter_begin; ///< unfinished pieces, one counter a kv head
   std::size_t partial_begin;  ///< floats
 };
@@ -106,10 +107,13 @@ private:
       const AttentionProblem &problem = problems_[i];
       const std::int64_t rows = problem.q.len * group_;
       ProblemPlan &p = plans_[i];
-      p = {num_units, (rows + kTileRows - 1) / kTileRows, num_pieces, 1, num_counters, num_floats};
+      p = {num_units, (rows + kTileRows - 1) / kTileRows, num_pieces, 1, 0, num_counters,
+           num_floats};
       if (p.num_tiles == 1) {
-        const std::int64_t count = count_pieces(problem, piece_keys(problem, max_pieces()));
+        const std::int64_t step = piece_keys(problem, max_pieces());
+        const std::int64_t count = count_pieces(problem, step);
         if (count > 1) {
+          p.piece_keys = step;
           p.num_pieces = count;
           num_pieces += count;
           num_counters += params_.num_kv_heads;
@@ -130,8 +134,7 @@ private:
     counters_ = ws_.counters.get();
     for (int i = 0; i < num_problems_; ++i) {
       if (plans_[i].num_pieces > 1) {
-        list_pieces(problems_[i], piece_keys(problems_[i], max_pieces()),
-                    pieces_ + plans_[i].piece_begin);
+        list_pieces(problems_[i], plans_[i].piece_keys, pieces_ + plans_[i].piece_begin);
         for (int h = 0; h < params_.num_kv_heads; ++h) {
           counters_[plans_[i].counter_begin + h].store(plans_[i].num_pieces,
                                                        std::memory_order_relaxed);
@@ -251,14 +254,8 @@ void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int he
   for (int h = 0; h < num_qo_heads; ++h) {
     for (std::int64_t i = 0; i < len; ++i) {
       const std::int64_t row = h * len + i;
-      const std::int64_t to = out.index != nullptr ? out.index[i] : i;
-      const float lse =
-          finalize_row({state.ms[2 * row], state.ms[2 * row + 1]}, state.acc + row * head_dim_v,
-                       head_dim_v, sinks != nullptr ? sinks + h : nullptr,
-                       out.data + h * out.head_stride + to * out.row_stride);
-      if (out.lse != nullptr) {
-        out.lse[h * out.lse_head_stride + to * out.lse_row_stride] = lse;
-      }
+      finalize_row({state.ms[2 * row], state.ms[2 * row + 1]}, state.acc + row * head_dim_v,
+                   head_dim_v, sinks, out, h, i);
     }
   }
 }

@@ -1,4 +1,5 @@
-// Rows of a head, as tile*.cpp find them in a segment.
+// Rows of a head, as tile*.cpp find them in a segment. Kernels have row_at and rows_from of their
+// own (kernels/attention.inl), which are inlined whatever the compiler thinks of it.
 #pragma once
 
 #include "types.h"
@@ -10,9 +11,22 @@ namespace mixedkv {
 
 inline bool is_packed(KvType type) { return type == KvType::q4_0_packed; }
 
+inline const void *row_at(const Rows &rows, int j) {
+  return static_cast<const char *>(rows.base) +
+         rows.stride * (rows.index != nullptr ? rows.index[j] : j);
+}
+
+/// The rows from row j on.
+inline Rows rows_from(const Rows &rows, int j) {
+  if (rows.index != nullptr) {
+    return {rows.base, rows.stride, rows.index + j};
+  }
+  return {static_cast<const char *>(rows.base) + rows.stride * j, rows.stride, nullptr};
+}
+
 /// Rows [begin, begin + n) of a kv head.
-inline Rows rows_from(const void *base, std::ptrdiff_t head_stride, std::ptrdiff_t row_stride,
-                      const std::int32_t *index, int kv_head, std::int64_t begin, int n) {
+inline Rows rows_of_head(const void *base, std::ptrdiff_t head_stride, std::ptrdiff_t row_stride,
+                         const std::int32_t *index, int kv_head, std::int64_t begin, int n) {
   const char *data = static_cast<const char *>(base) + kv_head * head_stride;
   if (index == nullptr) {
     return {data + begin * row_stride, row_stride, nullptr};
@@ -23,19 +37,6 @@ inline Rows rows_from(const void *base, std::ptrdiff_t head_stride, std::ptrdiff
     return {data + index[0] * row_stride, row_stride, nullptr};
   }
   return {data, row_stride, index};
-}
-
-/// The rows from row j on.
-inline Rows rows_after(const Rows &rows, int j) {
-  if (rows.index != nullptr) {
-    return {rows.base, rows.stride, rows.index + j};
-  }
-  return {static_cast<const char *>(rows.base) + j * rows.stride, rows.stride, nullptr};
-}
-
-inline const void *row_at(const Rows &rows, int j) {
-  return static_cast<const char *>(rows.base) +
-         rows.stride * (rows.index != nullptr ? rows.index[j] : j);
 }
 
 } // namespace mixedkv

@@ -3,10 +3,12 @@
 // is never read, whatever it holds.
 #pragma once
 
+#include "attention.h"
 #include "kernels/kernels.h"
 
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 
 namespace mixedkv {
@@ -66,6 +68,18 @@ inline float finalize_row(const RowState &state, const float *acc, std::size_t h
     out[i] = acc[i] * factor;
   }
   return m + std::log(s);
+}
+
+/// The same into the row of a query and head of out, lse too where it is asked for. sinks: of all
+/// query heads, or null.
+inline void finalize_row(const RowState &state, const float *acc, std::size_t head_dim_v,
+                         const float *sinks, const OutputView &out, int head, std::int64_t query) {
+  const std::int64_t row = out.index != nullptr ? out.index[query] : query;
+  const float lse = finalize_row(state, acc, head_dim_v, sinks != nullptr ? sinks + head : nullptr,
+                                 out.data + head * out.head_stride + row * out.row_stride);
+  if (out.lse != nullptr) {
+    out.lse[head * out.lse_head_stride + row * out.lse_row_stride] = lse;
+  }
 }
 
 } // namespace mixedkv

@@ -142,15 +142,7 @@ void Tile::merge_partial(const float *partial) {
 
 void Tile::finalize(const float *sinks, const OutputView &out) const {
   for (int r = 0; r < num_rows_; ++r) {
-    const int h = head(r);
-    const std::int64_t i = query(r);
-    const std::int64_t row = out.index != nullptr ? out.index[i] : i;
-    const float lse =
-        finalize_row(states_[r], acc(r), head_dim_v_, sinks != nullptr ? sinks + h : nullptr,
-                     out.data + h * out.head_stride + row * out.row_stride);
-    if (out.lse != nullptr) {
-      out.lse[h * out.lse_head_stride + row * out.lse_row_stride] = lse;
-    }
+    finalize_row(states_[r], acc(r), head_dim_v_, sinks, out, head(r), query(r));
   }
 }
 
@@ -384,8 +376,8 @@ void Tile::compute_scores(const Chunk &chunk) {
   const KeySegment &segment = chunk.segment;
   const int d = static_cast<int>(head_dim_);
   if (!is_packed(segment.k_type)) {
-    const Rows k = rows_from(segment.k, segment.k_head_stride, segment.k_row_stride, segment.index,
-                             kv_head_, chunk.begin, chunk.n);
+    const Rows k = rows_of_head(segment.k, segment.k_head_stride, segment.k_row_stride,
+                                segment.index, kv_head_, chunk.begin, chunk.n);
     const int type = static_cast<int>(segment.k_type);
     if (num_rows_ < kUnpackRows) {
       kernels_.qk[type](q_, head_dim_, num_rows_, &k, chunk.n, d, chunk.x, ld_);
@@ -393,7 +385,7 @@ void Tile::compute_scores(const Chunk &chunk) {
     }
     int num_tiles = 0;
     for (int j = 0; j < chunk.n; j += kPackedTokens, ++num_tiles) {
-      const Rows part = rows_after(k, j);
+      const Rows part = rows_from(k, j);
       kernels_.transpose_keys[type](&part, std::min<int>(kPackedTokens, chunk.n - j), d,
                                     keys_ + j * head_dim_);
     }
@@ -494,8 +486,8 @@ void Tile::weigh_values(const Chunk &chunk, bool some_hidden) {
     weigh_packed_values(chunk, some_hidden);
     return;
   }
-  const Rows v = rows_from(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
-                           kv_head_, chunk.begin, chunk.n);
+  const Rows v = rows_of_head(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
+                              kv_head_, chunk.begin, chunk.n);
   if (!some_hidden && (num_rows_ < kUnpackRows || segment.v_type == KvType::f32)) {
     kernels_.pv[static_cast<int>(segment.v_type)](chunk.x, ld_, num_rows_, &v, chunk.n,
                                                   static_cast<int>(head_dim_v_), acc_, head_dim_v_);

@@ -65,10 +65,10 @@ void Tile::compute_scores_bf16(const Chunk &chunk) {
       bf16_->packed_keys(row_at(tiles, num_panels), d, key_panels_ + num_panels * ld);
     }
   } else {
-    const Rows k = rows_from(segment.k, segment.k_head_stride, segment.k_row_stride, segment.index,
-                             kv_head_, chunk.begin, chunk.n);
+    const Rows k = rows_of_head(segment.k, segment.k_head_stride, segment.k_row_stride,
+                                segment.index, kv_head_, chunk.begin, chunk.n);
     for (int j = 0; j < chunk.n; j += kPanelColumns, ++num_panels) {
-      const Rows part = rows_after(k, j);
+      const Rows part = rows_from(k, j);
       bf16_->keys[static_cast<int>(segment.k_type)](
           &part, std::min<int>(kPanelColumns, chunk.n - j), d, key_panels_ + num_panels * ld);
     }
@@ -153,8 +153,8 @@ void Tile::weigh_values_bf16(const Chunk &chunk, bool some_hidden) {
                            ld);
     }
   } else {
-    const Rows v = rows_from(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
-                             kv_head_, chunk.begin, chunk.n);
+    const Rows v = rows_of_head(segment.v, segment.v_head_stride, segment.v_row_stride,
+                                segment.index, kv_head_, chunk.begin, chunk.n);
     bf16_->values[static_cast<int>(segment.v_type)](&v, chunk.n, dv, value_panels_, ld);
   }
   if (some_hidden && !bf16_->all_finite(value_panels_, panels_of(head_dim_v_) * ld)) {
