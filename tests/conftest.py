@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for reference.py
+sys.path.insert(0, str(Path(__file__).parent))  # for reference.py and caches.py
 
 import mixedkv as mkv
 import reference as ref
@@ -180,6 +180,14 @@ def trained_model() -> Path:
         return models.fetch()
     except (ImportError, RuntimeError) as error:
         lacking("model", f"the model can't be had: {error}")
+
+
+@pytest.fixture(params=["mixed", "unified", "mixed_one_tier"])
+def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Each kind of cache (see caches.py), for what they have in common."""
+    from caches import MAKERS  # it takes tolerances from here
+
+    return MAKERS[request.param]
 
 
 def pytest_configure(config: pytest.Config) -> None:
