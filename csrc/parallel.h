@@ -14,10 +14,11 @@ void set_num_threads(int n);
 
 /// Calls fn(context, unit, worker) once for every unit in [0, num_units), on up to num_threads
 /// threads, the caller's among them. A thread begins with a run of units of its own, the same from
-/// call to call, so that what they read may still lie in its caches; then it helps with the others'.
-/// worker, in [0, num_threads), is one thread's own for the duration of the call; the caller's is 0.
-/// Returns when all are done. fn must not throw. What is computed must not depend on which thread runs a
-/// unit. Where the pool is busy with another caller's work, the caller does its own work alone.
+/// call to call, so that what they read may still lie in its caches; then it helps with the
+/// others'. worker, in [0, num_threads), is one thread's own for the duration of the call; the
+/// caller's is 0. Returns when all are done. fn must not throw. What is computed must not depend on
+/// which thread runs a unit. Where the pool is busy with another caller's work, the caller does its
+/// own work alone.
 void parallel_for(std::int64_t num_units, int num_threads,
                   void (*fn)(void *context, std::int64_t unit, int worker), void *context);
 

@@ -414,9 +414,9 @@ struct RowSet {
   const double *row(int j) const { return values.data() + j * dim; }
 };
 
-/// What rounding a query to the two 8-bit terms of neon_dotprod and its kin may add to a score: half a step of
-/// 1/254 of the block's scale (its largest magnitude / 127) for each value, and the roundings of
-/// the split itself, which are below one part in a hundred of it.
+/// What rounding a query to the two 8-bit terms of neon_dotprod and its kin may add to a score:
+/// half a step of 1/254 of the block's scale (its largest magnitude / 127) for each value, and the
+/// roundings of the split itself, which are below one part in a hundred of it.
 double split_error(const float *q, const double *k, int dim) {
   double error = 0;
   for (int b = 0; b < dim; b += 32) {
