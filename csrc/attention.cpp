@@ -1,7 +1,8 @@
-// How a call is cut into units of work. Query rows of a kv head form tiles. Where a problem has
-// one tile a head (a decode step), its keys are cut into pieces besides, each attended into a
-// partial state of its own; whoever finishes a head's last piece merges them, in order. Cuts and
-// order follow from the shapes alone, so the result has the same bits for any number of threads.
+// How a call is cut into units of work. Query rows of a kv head form tiles. Where a call has few of
+// them (a decode step, a short prefill of one head), keys are cut into pieces besides, each
+// attended into a partial state of its own; whoever finishes a tile's last piece merges them, in
+// order. Cuts and order follow from the shapes alone, so the result has the same bits for any
+// number of threads.
 #include "attention.h"
 
 #include "kernels/dispatch.h"
@@ -32,11 +33,11 @@ struct Piece {
 struct ProblemPlan {
   std::int64_t unit_begin;    ///< first unit of the problem
   std::int64_t num_tiles;     ///< tiles a kv head
-  std::int64_t piece_begin;   ///< where pieces are cut: into the list of pieces
-  std::int64_t num_pieces;    ///< 1 where keys are not cut
-  std::int64_t piece_keys;    ///< most keys of a piece, where they are cut
-  std::int64_t counter_begin; ///< unfinished pieces, one counter a kv head
+  std::int64_t num_pieces;    ///< of each tile; 1 where keys are not cut
+  std::int64_t piece_begin;   ///< where they are: into the list of pieces
+  std::int64_t counter_begin; ///< unfinished pieces, one counter a tile of a kv head
   std::size_t partial_begin;  ///< floats
+  std::size_t partial_stride; ///< floats of a piece's partial state
 };
 
 /// What a calling thread's calls need, the scratch of all their workers included; it grows in a
@@ -61,12 +62,6 @@ std::int64_t total_keys(const AttentionProblem &problem) {
     n += problem.segments[s].len;
   }
   return n;
-}
-
-/// Keys of a piece where a head's keys are cut into some max_pieces.
-std::int64_t piece_keys(const AttentionProblem &problem, std::int64_t max_pieces) {
-  const std::int64_t even = (total_keys(problem) + max_pieces - 1) / max_pieces;
-  return std::max(kMinPieceKeys, (even + kChunkKeys - 1) / kChunkKeys * kChunkKeys);
 }
 
 std::int64_t count_pieces(const AttentionProblem &problem, std::int64_t step) {
@@ -96,9 +91,25 @@ public:
   }
 
 private:
+  std::int64_t tiles_of(const AttentionProblem &problem) const {
+    return (problem.q.len * group_ + kTileRows - 1) / kTileRows;
+  }
+
+  /// Most keys of a piece: so many that the call's tiles and their keys make about kUnits units.
+  /// By keys, not by problems: one long sequence among short ones is cut all the same.
+  std::int64_t piece_keys() const {
+    std::int64_t visits = 0;
+    for (int i = 0; i < num_problems_; ++i) {
+      visits += tiles_of(problems_[i]) * params_.num_kv_heads * total_keys(problems_[i]);
+    }
+    const std::int64_t even = (visits + kUnits - 1) / kUnits;
+    return std::max(kMinPieceKeys, (even + kChunkKeys - 1) / kChunkKeys * kChunkKeys);
+  }
+
   /// Cuts all problems and returns the number of units.
   std::int64_t plan() {
     plans_ = ws_.plans.get(num_problems_);
+    const std::int64_t step = piece_keys();
     std::int64_t num_units = 0;
     std::int64_t num_pieces = 0;
     std::int64_t num_counters = 0;
@@ -106,22 +117,19 @@ private:
     for (int i = 0; i < num_problems_; ++i) {
       const AttentionProblem &problem = problems_[i];
       const std::int64_t rows = problem.q.len * group_;
+      const std::int64_t count = count_pieces(problem, step);
       ProblemPlan &p = plans_[i];
-      p = {num_units, (rows + kTileRows - 1) / kTileRows, num_pieces, 1, 0, num_counters,
-           num_floats};
-      if (p.num_tiles == 1) {
-        const std::int64_t step = piece_keys(problem, max_pieces());
-        const std::int64_t count = count_pieces(problem, step);
-        if (count > 1) {
-          p.piece_keys = step;
-          p.num_pieces = count;
-          num_pieces += count;
-          num_counters += params_.num_kv_heads;
-          num_floats += Tile::partial_floats(static_cast<int>(rows), params_.head_dim_v) *
-                        static_cast<std::size_t>(count) * params_.num_kv_heads;
-        }
+      p = {num_units, tiles_of(problem), 1, num_pieces, num_counters, num_floats, 0};
+      const std::int64_t tiles = p.num_tiles * params_.num_kv_heads;
+      if (count > 1) {
+        p.num_pieces = count;
+        p.partial_stride = Tile::partial_floats(
+            static_cast<int>(std::min<std::int64_t>(rows, kTileRows)), params_.head_dim_v);
+        num_pieces += count;
+        num_counters += tiles;
+        num_floats += p.partial_stride * static_cast<std::size_t>(count * tiles);
       }
-      num_units += p.num_tiles * p.num_pieces * params_.num_kv_heads;
+      num_units += tiles * p.num_pieces;
       work_ += rows * params_.num_kv_heads * total_keys(problem) *
                (params_.head_dim + params_.head_dim_v);
     }
@@ -133,20 +141,15 @@ private:
     }
     counters_ = ws_.counters.get();
     for (int i = 0; i < num_problems_; ++i) {
-      if (plans_[i].num_pieces > 1) {
-        list_pieces(problems_[i], plans_[i].piece_keys, pieces_ + plans_[i].piece_begin);
-        for (int h = 0; h < params_.num_kv_heads; ++h) {
-          counters_[plans_[i].counter_begin + h].store(plans_[i].num_pieces,
-                                                       std::memory_order_relaxed);
+      const ProblemPlan &p = plans_[i];
+      if (p.num_pieces > 1) {
+        list_pieces(problems_[i], step, pieces_ + p.piece_begin);
+        for (std::int64_t t = 0; t < p.num_tiles * params_.num_kv_heads; ++t) {
+          counters_[p.counter_begin + t].store(p.num_pieces, std::memory_order_relaxed);
         }
       }
     }
     return num_units;
-  }
-
-  std::int64_t max_pieces() const {
-    const std::int64_t heads = std::int64_t{num_problems_} * params_.num_kv_heads;
-    return std::max<std::int64_t>(1, (kUnits + heads - 1) / heads);
   }
 
   static void list_pieces(const AttentionProblem &problem, std::int64_t step, Piece *piece) {
@@ -176,7 +179,8 @@ private:
     unit -= plan->unit_begin;
     const std::int64_t piece = unit % plan->num_pieces;
     unit /= plan->num_pieces;
-    // The last queries see the most keys: long units first, so that none is left over at the end.
+    // The last queries see the most keys: a head's long units first, so that none is left over at
+    // the end.
     const std::int64_t tile_index = plan->num_tiles - 1 - unit % plan->num_tiles;
     const int kv_head = static_cast<int>(unit / plan->num_tiles);
     const std::int64_t rows = problem.q.len * group_;
@@ -196,25 +200,25 @@ private:
       finish(tile, problem);
       return;
     }
-    const std::size_t stride = Tile::partial_floats(num_rows, params_.head_dim_v);
+    const std::int64_t index = kv_head * plan->num_tiles + tile_index;
     float *partials = partials_ + plan->partial_begin +
-                      static_cast<std::size_t>(kv_head) * plan->num_pieces * stride;
+                      static_cast<std::size_t>(index * plan->num_pieces) * plan->partial_stride;
     const Piece &p = pieces_[plan->piece_begin + piece];
     tile.attend(problem.segments[p.segment], p.begin, p.end, mask_begin(problem, p.segment));
-    tile.store_partial(partials + static_cast<std::size_t>(piece) * stride);
-    if (counters_[plan->counter_begin + kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      merge_pieces(problem, *plan, kv_head, num_rows, partials, stride, scratch);
+    tile.store_partial(partials + static_cast<std::size_t>(piece) * plan->partial_stride);
+    if (counters_[plan->counter_begin + index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      Tile whole(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
+      merge_pieces(whole, problem, *plan, partials);
     }
   }
 
-  void merge_pieces(const AttentionProblem &problem, const ProblemPlan &plan, int kv_head,
-                    int num_rows, const float *partials, std::size_t stride, float *scratch) {
-    Tile tile(kernels_, scratch, params_, problem, kv_head, 0, num_rows);
+  void merge_pieces(Tile &tile, const AttentionProblem &problem, const ProblemPlan &plan,
+                    const float *partials) const {
     if (problem.state.ms != nullptr) {
       tile.load_state(problem.state);
     }
     for (std::int64_t i = 0; i < plan.num_pieces; ++i) {
-      tile.merge_partial(partials + static_cast<std::size_t>(i) * stride);
+      tile.merge_partial(partials + static_cast<std::size_t>(i) * plan.partial_stride);
     }
     finish(tile, problem);
   }

@@ -523,8 +523,13 @@ def test_attention_nan_in_mask_reaches_its_row_alone(rng: np.random.Generator) -
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 4, 2, 1, 5000, 64, 64), (1, 3, 1, 1, 20_000, 32, 32), (2, 6, 3, 70, 300, 32, 96)],
-    ids=["decode", "decode_long_one_head", "prefill"],
+    [
+        (1, 4, 2, 1, 5000, 64, 64),
+        (1, 3, 1, 1, 20_000, 32, 32),
+        (2, 6, 3, 70, 300, 32, 96),
+        (1, 8, 1, 33, 1500, 32, 64),
+    ],
+    ids=["decode", "decode_long_one_head", "prefill", "prefill_few_tiles_long_context"],
 )
 def test_attention_threads_same_bits(
     isa: str, rng: np.random.Generator, sizes: tuple[int, ...], kv_type: str
@@ -540,6 +545,18 @@ def test_attention_threads_same_bits(
 def test_attention_long_decode(isa: str, rng: np.random.Generator, kv_type: str) -> None:
     """Long enough to be cut into chunks and merged."""
     check(*make(rng, (1, 6, 2, 1, 9001, 32, 64), kv_type, kv_type), tolerance(kv_type))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_attention_few_tiles_over_long_context(
+    isa: str, rng: np.random.Generator, kv_type: str, causal: bool
+) -> None:
+    """Query rows make several tiles, but so few that their keys are cut as well."""
+    q, k, v = make(rng, (1, 8, 1, 33, 1500, 32, 64), kv_type, kv_type)
+    check(q, k, v, tolerance(kv_type), causal=causal)
+    state = mkv.AttentionState(num_qo_heads=8, qo_len=33, head_dim=64)
+    state.update(q, k, v, causal=causal, q_start=1500 - 33, kv_start=0)
+    np.testing.assert_array_equal(state.finalize(), mkv.attention(q, k, v, causal=causal))
 
 
 # --- torch ----------------------------------------------------------------------------------------

@@ -246,6 +246,30 @@ def test_cache_attend_threads_same_bits(isa: str, rng: np.random.Generator) -> N
         np.testing.assert_array_equal(lse, one_lse)
 
 
+def test_cache_attend_one_long_sequence_among_short_ones(
+    isa: str, rng: np.random.Generator
+) -> None:
+    """Its keys are cut among threads, those of the others are not; each sees its own alone."""
+    lengths = [1700, 3, 40, 1]
+    cache = unified(size=2048, n_seq_max=len(lengths))
+    stored = []
+    for seq, n in enumerate(lengths):
+        cache.find_slot(pos=range(n), seq_id=[seq] * n)
+        stored.append((normal(rng, HKV, n + 1, D), normal(rng, HKV, n + 1, DV)))
+        for layer in range(LAYERS):
+            cache.store(layer, stored[seq][0][:, :n], stored[seq][1][:, :n])
+        cache.commit()
+    cache.find_slot(pos=lengths, seq_id=range(len(lengths)))
+    cache.store(0, *(np.stack([s[part][:, -1] for s in stored], 1) for part in (0, 1)))
+    q = normal(rng, HQ, len(lengths), D)
+    out = cache.attend(0, q, threads=1)
+    for threads in (2, 5):
+        np.testing.assert_array_equal(cache.attend(0, q, threads=threads), out)
+    for seq, (k, v) in enumerate(stored):
+        want, _ = ref.attention(q[:, [seq]], ref.stored_as(k, "f16"), ref.stored_as(v, "f16"))
+        assert_close(out[:, [seq]], want[0])
+
+
 @pytest.mark.parametrize("head_dims", [(4, 12), (80, 96), (7, 1)], ids=str)
 def test_cache_head_dims_without_q4_0(rng: np.random.Generator, head_dims: tuple[int, int]) -> None:
     d, dv = head_dims
