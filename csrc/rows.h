@@ -2,10 +2,12 @@
 // own (kernels/attention.inl), which are inlined whatever the compiler thinks of it.
 #pragma once
 
+#include "kernels/kernels.h"
 #include "types.h"
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace mixedkv {
 
@@ -37,6 +39,24 @@ inline Rows rows_of_head(const void *base, std::ptrdiff_t head_stride, std::ptrd
     return {data + index[0] * row_stride, row_stride, nullptr};
   }
   return {data, row_stride, index};
+}
+
+/// A row of n values as f32.
+inline void unpack_row(const Kernels &kernels, KvType type, const void *x, float *y,
+                       std::size_t n) {
+  switch (type) {
+  case KvType::f32:
+    std::memcpy(y, x, n * sizeof(float));
+    break;
+  case KvType::f16:
+    kernels.f16_to_f32(static_cast<const f16_t *>(x), y, n);
+    break;
+  case KvType::q4_0:
+    kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(x), y, n);
+    break;
+  case KvType::q4_0_packed:
+    break; // has no rows
+  }
 }
 
 } // namespace mixedkv

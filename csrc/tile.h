@@ -16,6 +16,9 @@
 namespace mixedkv {
 
 constexpr int kTileRows = 128;
+/// From this many rows on, a run of keys or values is unpacked once to f32 for all of them, keys
+/// side by side; below, the kernels unpack in registers.
+constexpr int kUnpackRows = 9;
 /// Keys whose scores are held at a time: with the scores of a decode step's rows, and with an
 /// unpacked run of keys for a full tile, they stay in the first and second cache.
 constexpr int kChunkKeys = 256;
