@@ -175,7 +175,7 @@ def check_target(target: NDArray[Any], sources: dict[str, NDArray[Any] | None], 
     ValueError
         Naming both.
     """
-    if target.size and _overlaps_itself(target):
+    if target.size and not target.flags.c_contiguous and _overlaps_itself(target):
         raise ValueError(
             f"{name} must not overlap itself, got strides {target.strides} for shape {target.shape}"
         )
