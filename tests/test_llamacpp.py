@@ -57,6 +57,24 @@ def test_llama_cpp_chain_on_two_layers(kind: str, trained_model: Path, tmp_path:
     assert [step["passed"] for step in found["steps"]] == [False] * 10
 
 
+@pytest.mark.usefixtures("llama_cpp")
+def test_llama_cpp_says_what_its_attention_reads(trained_model: Path, tmp_path: Path) -> None:
+    """A cache of f32 is cast before flash attention: the trace holds f16, and says so."""
+    path = tmp_path / "t.gguf"
+    options = ["--layer", "0", "--prompt-tokens", "5", "-n", "0", "-ctk", "f32", "-ctv", "f32"]
+    model = ["--engine", "llama.cpp", "-m", trained_model]
+    result = call("trace", *model, "-o", path, *options)
+    assert result.exit_code == 0
+    trace = read_trace(path)
+    assert trace.header is not None
+    for role in "kv":
+        said = f"{role.upper()} is f32 in the cache, f16 in attention"
+        assert trace.header.notes[f"cast_{role}"] == said.removeprefix(f"{role.upper()} is ")
+        assert said in result.stdout
+        assert trace.steps[0].tensors[role].type_name == "f16"
+    assert "cast" not in call("trace", *model, "-o", path, *options[:6]).stdout
+
+
 def test_llama_cpp_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     model = tmp_path / "model.gguf"

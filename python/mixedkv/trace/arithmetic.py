@@ -25,6 +25,8 @@ from .layout import as_float32, watched
 
 _MOST_LOGITS = 1 << 24
 """Logits held at a time: heads, and queries, are taken in turns where a step has more."""
+_MOST_PATTERNS = 64
+"""Ways in which queries see the keys that are not finite, up to which each is looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,37 @@ def sees_quantised(data: StepData) -> bool:
 def attend_torch(problem: Problem, dtype: Any) -> NDArray[np.float64]:
     """Compute the output [n, Hq, Dv] with PyTorch in `dtype` (torch.float32 or float64).
 
-    Rows that see no key are zeros.
+    Rows that see no key are zeros. NaN and Inf in a key or value reach the rows that see it and no
+    others: PyTorch by itself multiplies hidden values by 0, which makes NaN of them.
     """
+    odd: NDArray[np.intp] = np.flatnonzero(~(_finite(problem.k) & _finite(problem.v)))
+    if not odd.size:
+        return _attend_torch(problem, dtype)
+    seen = ~np.isneginf(problem.mask[:, odd])
+    patterns, of_row = np.unique(seen, axis=0, return_inverse=True)
+    if len(patterns) > _MOST_PATTERNS:  # many such keys: those who see one are taken to see all
+        patterns, of_row = np.array([[False], [True]]), np.asarray(seen.any(1), np.intp)
+    of_row = of_row.reshape(-1)
+    n, heads = len(problem.mask), problem.q.shape[0]
+    out = np.empty((n, heads, problem.v.shape[2]), np.float64)
+    for index, pattern in enumerate(patterns):
+        rows = np.flatnonzero(of_row == index)
+        if not rows.size:
+            continue
+        hidden = odd[~np.broadcast_to(pattern, odd.shape)]
+        k, v = np.array(problem.k), np.array(problem.v)
+        k[:, hidden], v[:, hidden] = 0, 0
+        part = dataclasses.replace(problem, q=problem.q[:, rows], k=k, v=v, mask=problem.mask[rows])
+        out[rows] = _attend_torch(part, dtype)
+    return out
+
+
+def _finite(rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell of each key of [Hkv, kv, D] whether all that it holds is finite."""
+    return np.asarray(np.isfinite(rows).all((0, 2)))
+
+
+def _attend_torch(problem: Problem, dtype: Any) -> NDArray[np.float64]:
     info = problem.info
     heads, n, _ = problem.q.shape
     out = np.empty((heads, n, problem.v.shape[2]), np.float64)

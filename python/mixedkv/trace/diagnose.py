@@ -1,73 +1,136 @@
 """Guessing what went wrong: known mistakes are made on purpose, to see which one explains a trace.
 
-A hypothesis is a problem, changed by one mistake, or another reading of the recorded output. One
-that brings the recorded output within the tolerance is named. Where none does, what is said is
-where the error lies: heads, queries, and whether the queries that see every key are right.
+A hypothesis is an output that a known mistake gives, or another reading of the recorded output. The
+one that comes nearest is named, if it is near enough. Where none is, what is said is where the
+error lies: heads, queries, and whether the queries that see every key are right.
 """
-
-# mypy: allow-untyped-calls
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from .arithmetic import Problem, attend_torch
+from .arithmetic import Problem
 from .format import StepData
+from .masks import mistaken, visible
 from .metrics import difference
+from .mistakes import MASK_BY_POSITIONS, Sample, mistakes
 
 _MOST_F16_ERROR = 2e-2
 """Relative errors above are more than rounding in f16."""
-_MOST_F16_LOGITS = 1 << 24
-"""Logits that are held at once to see what an f16 accumulator makes of them."""
-_MOST_ROLLED = 4096
-_MOST_ROLLED_LOGITS = 1 << 30
-"""Keys, and logits of a query, up to which every rotation of the hot part is tried."""
+_MOST_KEYS = 1 << 16
+"""Of a step in which mistakes are looked for."""
+_MOST_SUMMED = 1 << 13
+"""Keys that are summed up one by one, to see what an f16 accumulator makes of them."""
+_MOST_ROLLED = 1 << 12
+"""Keys up to which every rotation of the hot part is tried: the time grows with their square."""
+_ROLLED_TOGETHER = 512
+_AS_NEAR = 2.0
+"""Of two explanations, a later one must be nearer by this factor: the first is the likelier."""
 
 
 def diagnose(
-    data: StepData, problem: Problem, want: NDArray[np.float64], tolerance: float
+    data: StepData,
+    problem: Problem,
+    want: NDArray[np.float64],
+    tolerance: float,
+    shown: NDArray[np.bool_] | None = None,
 ) -> list[str]:
-    """Give lines that help to find a mistake.
+    """Give lines that help to find a mistake: the best explanation, or where the error lies.
+
+    Takes a bounded time, a few seconds at most: of a long step some heads and queries are looked
+    at, and a line says so.
 
     Parameters
     ----------
     want
         The right output [n, Hq, Dv].
     tolerance
-        Relative error at which a hypothesis explains the recorded output.
+        Relative error at which nothing is to be explained.
+    shown
+        Which keys the queries see by the positions [n, kv], cold keys first; None: not known.
     """
     out = data.out
+    odd = np.flatnonzero(~np.isfinite(want).all((1, 2)))
+    if odd.size:
+        word = "query" if odd.size == 1 else "queries"
+        return [
+            f"the output of {word} {_ranges(odd)} should hold NaN or infinite values: recorded "
+            "queries, keys or values that take part in it do"
+        ]
     if not np.isfinite(out).all():
         return _where(problem, out, want, tolerance)
-    # A right explanation leaves rounding (the output may well have been computed in f16), and far
-    # less than there was: an error that is small anyway is explained by nothing.
-    enough = min(max(tolerance, 1e-3), difference(out, want).relative / 10)
-    hints = []
-    for words, read in _readings(out):
-        if difference(read, want).relative <= enough:
-            hints.append(words)
-    for words, changed, order in _mistakes(problem):
-        made = attend_torch(changed, torch.float32)
-        if order is not None:
-            made = made[:, np.argsort(order)]
-        if difference(out, made).relative <= enough:
-            hints.append(words)
-    if not hints:
-        hints = list(_rotations(problem, out, enough))
-    if not hints:
-        hints = list(_rounding(problem, out, difference(out, want).relative))
-    return hints[:3] or _where(problem, out, want, tolerance)
+    if not out.any():
+        return ["the output is all zero: it was never computed, or recorded before it was"]
+    kv = problem.k.shape[1]
+    if kv > _MOST_KEYS:
+        best = _best(
+            _readings(out, problem.k.shape[0]), out, want, difference(out, want).relative, tolerance
+        )
+        cut = (
+            f"known mistakes were not tried: the step has {kv:,} keys, {_MOST_KEYS:,} at most are "
+            "looked at"
+        )
+        return [best] if best else [*_where(problem, out, want, tolerance), cut]
+    with np.errstate(invalid="ignore", over="ignore"):
+        sample = Sample(problem, np.nan_to_num(np.linalg.norm(out - want, axis=2)))
+    got, right = sample.of(out), sample.of(want)
+    error = difference(got, right).relative
+    cuts = []
+    if not sample.whole:
+        cuts.append(
+            f"known mistakes were tried on {len(sample.heads)} of {out.shape[1]} heads and "
+            f"{len(sample.queries)} of {out.shape[0]} queries"
+        )
+    readings = ((words, sample.of(read)) for words, read in _readings(out, problem.k.shape[0]))
+    best = _best(readings, got, right, error, tolerance, mistakes(sample, shown))
+    if best == MASK_BY_POSITIONS and shown is not None:
+        how = mistaken(visible(data), shown, problem.cold)
+        best = f"{how or 'the recorded mask is wrong'}; {best}"
+    if best is None:
+        hot = kv - problem.cold
+        if hot > _MOST_ROLLED:
+            cuts.append(f"rotations of the hot part were not tried: it has {hot:,} keys")
+        else:
+            best = _rotation(sample, got, right, _enough(error, tolerance))
+    if best is None:
+        best = _rounding(sample, got, right, difference(out, want).relative)
+    return [best] if best else [*_where(problem, out, want, tolerance), *cuts]
 
 
-def _readings(out: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _enough(error: float, tolerance: float) -> float:
+    """Give the relative error at which a hypothesis explains an output that is off by `error`.
+
+    A right explanation leaves rounding (the output may well have been computed in f16), and far
+    less than there was: an error that is small anyway is explained by nothing.
+    """
+    return min(max(tolerance, 1e-3), error / 10)
+
+
+def _best(
+    readings: Iterable[tuple[str, NDArray[np.float32]]],
+    got: NDArray[np.float32],
+    want: NDArray[np.float64],
+    error: float,
+    tolerance: float,
+    made: Iterable[tuple[str, NDArray[np.float32]]] = (),
+) -> str | None:
+    """Name the explanation that leaves least; None where each leaves too much."""
+    best, least = None, _enough(error, tolerance) * _AS_NEAR
+    for words, left in itertools.chain(
+        ((words, difference(read, want).relative) for words, read in readings),
+        ((words, difference(got, one).relative) for words, one in made),
+    ):
+        if left * _AS_NEAR <= least:
+            best, least = words, left
+    return best
+
+
+def _readings(out: NDArray[np.float32], kv_heads: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Other orders in which the output may lie in memory."""
     n, heads, width = out.shape
     names = ("query", "head", "dim")
@@ -85,201 +148,104 @@ def _readings(out: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float3
             "wanted",
             read,
         )
-
-
-class _Mistake(NamedTuple):
-    """What was done wrong, and the problem that gives the same when done right.
-
-    `order` are the query heads in the order in which that problem has them; None: as they are.
-    """
-
-    words: str
-    problem: Problem
-    order: NDArray[np.intp] | None = None
-
-
-def _mistakes(problem: Problem) -> Iterator[_Mistake]:
-    """Right data, wrong use of it (or wrong data, read so that it would be right)."""
-    replace = dataclasses.replace
-    q, k, v, mask, info = problem.q, problem.k, problem.v, problem.mask, problem.info
-    heads, n, _ = q.shape
-    kv_heads, kv, _ = k.shape
-    cold = problem.cold
-    ratio = heads // kv_heads
-
-    if ratio > 1 and kv_heads > 1:
-        # Query head h reading kv head h % Hkv is the right thing on heads in another order.
-        order = np.argsort(np.arange(heads) % kv_heads, kind="stable")
-        sinks = None if info.sinks is None else tuple(info.sinks[head] for head in order)
-        yield _Mistake(
-            "GQA is tiled: query head h read kv head h % num_kv_heads; h // (num_qo_heads / "
-            "num_kv_heads) is wanted (repeat_interleave, not tile)",
-            replace(problem, q=q[order], info=replace(info, sinks=sinks)),
-            order,
-        )
-
-    for letter in ("K", "V", "K and V"):
-        for part, where in (
-            (slice(None), ""),
-            (slice(0, cold), "the cold part of "),
-            (slice(cold, None), "the hot part of "),
+    group = heads // kv_heads
+    if min(group, kv_heads) > 1:
+        for (a, b), words in (
+            ((group, kv_heads), "lie as [group][kv head], [kv head][group] is wanted"),
+            ((kv_heads, group), "were [kv head][group], and were taken for [group][kv head]"),
         ):
-            if where and not 0 < cold < kv:
-                continue
-            for fits, turn in (
-                ("when its memory is read as [key][head][dim]", _as_nhd),
-                ("when it is laid out as [key][head][dim] and read as [head][key][dim]", _as_hnd),
-            ):
-                changed_k, changed_v = np.array(k), np.array(v)
-                if "K" in letter:
-                    changed_k[:, part] = turn(k[:, part])
-                if "V" in letter:
-                    changed_v[:, part] = turn(v[:, part])
-                if np.array_equal(changed_k, k) and np.array_equal(changed_v, v):
-                    continue
-                yield _Mistake(
-                    f"wrong strides: {where}{letter} fits the output {fits} (the strides of a "
-                    "view were dropped between the cache and the trace, or in the op)",
-                    replace(problem, k=changed_k, v=changed_v),
-                )
-    if n > 1 and heads > 1:
-        yield _Mistake(
-            "wrong strides: Q was taken as [query][head][dim] in memory, [head][query][dim] is "
-            "wanted",
-            replace(problem, q=np.ascontiguousarray(q).reshape(n, heads, -1).transpose(1, 0, 2)),
-        )
-
-    if np.isneginf(mask).any():
-        yield _Mistake(
-            "the mask was ignored: every query saw every key",
-            replace(problem, mask=np.zeros_like(mask)),
-        )
-        for by, words in ((1, "late"), (-1, "early")):
-            shifted = np.roll(mask, by, 1)
-            shifted[:, 0 if by > 0 else -1] = 0.0 if by > 0 else -np.inf
-            yield _Mistake(f"the mask is one key too {words}", replace(problem, mask=shifted))
-    if 0 < cold < kv:
-        swapped = np.concatenate([mask[:, kv - cold :], mask[:, : kv - cold]], 1)
-        if not np.array_equal(swapped, mask):
-            yield _Mistake(
-                "the mask's parts are exchanged: it was taken as hot then cold, cold then hot is "
-                "wanted",
-                replace(problem, mask=swapped),
-            )
-        for words, part in (("cold", slice(0, cold)), ("hot", slice(cold, None))):
-            blind = np.array(mask)
-            blind[:, part] = -np.inf
-            yield _Mistake(f"the {words} part was not attended", replace(problem, mask=blind))
-        yield _Mistake(
-            "the accumulator was reset between the tiers, or the tiers' results were averaged "
-            "without their weights (the cold part counted as if it were alone)",
-            replace(problem, mask=np.where(np.arange(kv) < cold, mask, -np.inf)),
-        )
-
-    width = info.head_dim
-    for words, scale in (
-        ("left out (1 was used)", 1.0),
-        ("1 / head_dim", 1.0 / width),
-        ("1 / sqrt(head_dim)", 1.0 / math.sqrt(width)),
-        ("applied twice", info.sm_scale**2),
-    ):
-        if not math.isclose(scale, info.sm_scale, rel_tol=1e-6):
-            yield _Mistake(
-                f"the scale of the logits is wrong: {words}; {info.sm_scale:.6g} is wanted",
-                replace(problem, info=replace(info, sm_scale=scale)),
-            )
-    if info.logits_soft_cap:
-        yield _Mistake(
-            "the soft cap of the logits was left out",
-            replace(problem, info=replace(info, logits_soft_cap=0.0)),
-        )
-    if info.sinks is not None:
-        yield _Mistake(
-            "the learned sinks were left out", replace(problem, info=replace(info, sinks=None))
-        )
-    if cold:
-        for letter in ("K", "V", "K and V"):
-            changed_k, changed_v = np.array(k), np.array(v)
-            if "K" in letter:
-                changed_k[:, :cold] = _paired_nibbles(k[:, :cold])
-            if "V" in letter:
-                changed_v[:, :cold] = _paired_nibbles(v[:, :cold])
-            yield _Mistake(
-                f"the nibbles of {letter} in the cold part are in the wrong order: byte j of a "
-                "block holds values j and j + 16, not 2j and 2j + 1",
-                replace(problem, k=changed_k, v=changed_v),
-            )
+            read = out.reshape(n, a, b, width).swapaxes(1, 2).reshape(out.shape)
+            yield f"the output's heads are interleaved: they {words}", read
 
 
-def _as_nhd(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Read the memory of [head, key, dim] as if it were [key][head][dim]."""
-    heads, kv, width = rows.shape
-    read: NDArray[np.float32] = np.ascontiguousarray(rows).reshape(kv, heads, width)
-    turned: NDArray[np.float32] = read.transpose(1, 0, 2)
-    return turned
+def _rotation(
+    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], enough: float
+) -> str | None:
+    """Find the order in which the hot part stands: rotated, as a ring buffer is, or reversed.
 
-
-def _as_hnd(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lay [head, key, dim] out as [key][head][dim] and read that as [head][key][dim]."""
-    laid: NDArray[np.float32] = np.ascontiguousarray(rows.transpose(1, 0, 2))
-    return laid.reshape(rows.shape)
-
-
-def _paired_nibbles(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bring each block from the order (j, j + 16) to (2j, 2j + 1)."""
-    if rows.shape[-1] % 32:
-        return rows
-    blocks = rows.reshape(*rows.shape[:-1], -1, 2, 16)
-    return np.ascontiguousarray(blocks.swapaxes(-1, -2)).reshape(rows.shape)
-
-
-def _rotations(problem: Problem, out: NDArray[np.float32], enough: float) -> Iterator[str]:
-    """Orders in which the hot part may stand: rotated, as a ring buffer is, or reversed."""
-    cold = problem.cold
-    kv = problem.k.shape[1]
+    One head of one query, the one that is farthest off, tells which order it might be; the whole
+    sample whether it is.
+    """
+    cold, kv = sample.cold, sample.kv
     hot = kv - cold
-    if not 1 < hot <= _MOST_ROLLED or hot * problem.q.shape[0] * kv > _MOST_ROLLED_LOGITS:
-        return
-    # Few queries settle it: the last, and, where the mask hides something, some others.
-    n = problem.q.shape[1]
-    picked = sorted({n - 1, n // 2, n // 4, 0})
-    small = dataclasses.replace(problem, q=problem.q[:, picked], mask=problem.mask[picked])
-    got = out[picked]
-    reverse = cold + np.arange(hot)[::-1]
-    orders = [(f"rotated by {by} keys", cold + np.roll(np.arange(hot), by)) for by in range(1, hot)]
-    for words, order in [("reversed", reverse), *orders]:
-        whole = np.concatenate([np.arange(cold), order])
-        for letter in ("K", "V", "K and V"):
-            changed = dataclasses.replace(
-                small,
-                k=small.k[:, whole] if "K" in letter else small.k,
-                v=small.v[:, whole] if "V" in letter else small.v,
+    if hot < 2:
+        return None
+    found: list[tuple[float, str]] = []
+    orders = [np.arange(hot)[::-1], *(np.roll(np.arange(hot), by) for by in range(1, hot))]
+    names = ["reversed", *(f"rotated by {by} keys" for by in range(1, hot))]
+    for letter, against in (("K", "V"), ("V", "K"), ("K and V", "the mask")):
+        errors = _errors_of_orders(sample, got, want, letter)
+        for index in np.argsort(errors, kind="stable")[:2]:
+            whole = np.concatenate([np.arange(cold), cold + orders[index]])
+            made = sample.attend(
+                sample.x[..., whole] if "K" in letter else None,
+                sample.v[:, whole] if "V" in letter else None,
             )
-            made = attend_torch(changed, torch.float32)
-            if difference(got, made).relative <= enough:
-                against = "the mask" if letter == "K and V" else ("V" if letter == "K" else "K")
-                yield (
-                    f"the hot part is ordered wrongly: its {letter} stand {words} against {against}"
-                )
-                return
+            left = difference(got, made).relative
+            if left <= enough:
+                words = f"its {letter} stand {names[index]} against {against}"
+                found.append((left, f"the hot part is ordered wrongly: {words}"))
+    return min(found)[1] if found else None
 
 
-def _rounding(problem: Problem, out: NDArray[np.float32], error: float) -> Iterator[str]:
+def _errors_of_orders(
+    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], letter: str
+) -> NDArray[np.float64]:
+    """Give the errors that reversing and then each rotation leave in the worst row of a sample."""
+    cold, kv = sample.cold, sample.kv
+    hot = kv - cold
+    row, head = np.unravel_index(np.linalg.norm(got - want, axis=2).argmax(), got.shape[:2])
+    x, mask, v = sample.x[head, row], sample.mask[row], sample.v[head]
+    masked = x + mask
+    errors = np.empty(hot)
+    for start in range(0, hot, _ROLLED_TOGETHER):
+        by = np.arange(start, min(start + _ROLLED_TOGETHER, hot))[:, None]
+        # Where keys come from, and, the other way round, where they go; row 0 is the reverse.
+        source, target = ((np.arange(hot) + sign * by) % hot for sign in (-1, 1))
+        if start == 0:
+            source[0] = target[0] = np.arange(hot)[::-1]
+        logits = np.repeat(masked[None], len(by), 0)
+        if letter == "K":
+            logits[:, cold:] = x[cold:][source] + mask[cold:]
+        elif letter == "V":
+            logits[:, cold:] = masked[cold:][target]
+        else:
+            logits[:, cold:] = x[cold:] + mask[cold:][target]
+        largest = logits.max(1, keepdims=True)
+        p = np.exp(logits - np.where(np.isneginf(largest), 0, largest))
+        total = p.sum(1, keepdims=True)
+        if sample.sinks is not None:
+            total += np.exp(sample.sinks[head] - largest)
+        made = (p @ v) / np.maximum(total, 1e-30)
+        errors[by[:, 0]] = np.linalg.norm(made - got[row, head], axis=1)
+    return errors
+
+
+def _rounding(
+    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], error: float
+) -> str | None:
     """Recognise rounding in f16, which is no mistake, and costs what it costs."""
-    info = problem.info
+    info = sample.problem.info
     if error > _MOST_F16_ERROR or info.logits_soft_cap or info.sinks is not None:
-        return
-    picked = sorted({problem.q.shape[1] - 1, problem.q.shape[1] // 2})
-    small = dataclasses.replace(problem, q=problem.q[:, picked], mask=problem.mask[picked])
-    plain = difference(out[picked], attend_torch(small, torch.float32)).relative
-    if small.q.shape[0] * len(picked) * small.k.shape[1] > _MOST_F16_LOGITS:
-        return
-    made = _attend_f16(small)
-    if difference(out[picked], made).relative <= plain / 4:
-        yield (
-            f"an f16 accumulator: the output is what rounding the query and each partial sum of "
-            f"values to f16 gives; that alone costs {error:.2g} here"
-        )
+        return None
+    if sample.kv > _MOST_SUMMED:
+        return None
+    n = len(sample.queries)
+    picked = sorted({n - 1, n // 2})
+    small = dataclasses.replace(
+        sample.problem,
+        q=sample.q[:, picked],
+        k=sample.k,
+        v=sample.v,
+        mask=sample.mask[picked],
+    )
+    plain = difference(got[picked], want[picked]).relative
+    if difference(got[picked], _attend_f16(small)).relative > plain / 4:
+        return None
+    return (
+        f"an f16 accumulator: the output is what rounding the query and each partial sum of "
+        f"values to f16 gives; that alone costs {error:.2g} here"
+    )
 
 
 def _attend_f16(problem: Problem) -> NDArray[np.float32]:
@@ -321,14 +287,17 @@ def _where(
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.linalg.norm(out - want, axis=2)
         size = np.linalg.norm(want, axis=2)
-        wrong = ~(error <= tolerance * np.maximum(size, 1e-30))
+        wrong = ~(error <= tolerance * np.maximum(size, 1e-30)) | ~np.isfinite(error)
     if not wrong.any():
         return ["every head of every query is near, single elements are off"]
     lines = ["no known mistake explains it"]
-    for what, axis, count in (("heads", 0, heads), ("queries", 1, n)):
+    for what, axis, count in (("head", 0, heads), ("query", 1, n)):
         hit = np.flatnonzero(wrong.any(axis))
-        which = f"all {what}" if len(hit) == count else f"{what} {_ranges(hit)} of 0-{count - 1}"
-        lines[0] += f"; {which} are off"
+        if len(hit) == count:
+            lines[0] += f"; {f'all {_plural(what)} are' if count > 1 else f'the one {what} is'} off"
+        else:
+            word = f"{what} {hit[0]}" if len(hit) == 1 else f"{_plural(what)} {_ranges(hit)}"
+            lines[0] += f"; {word} of 0-{count - 1} {'is' if len(hit) == 1 else 'are'} off"
     hidden = np.isneginf(problem.mask)
     sees_all = ~hidden[:, ~hidden.all(0)].any(1)  # every key that anyone sees
     if sees_all.any() and not sees_all.all():
@@ -346,6 +315,10 @@ def _where(
         f"{size[query, head]:.3g}"
     )
     return lines
+
+
+def _plural(word: str) -> str:
+    return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
 
 
 def _ranges(indices: NDArray[np.intp]) -> str:

@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 
 from .format import Step, StepData, Trace
-from .gguf_file import TraceError
 from .layout import as_float32
+from .masks import HIDDEN, contradiction, implied, mistaken, visible
 
 _MOST_FAILURES = 8
 _MOST_CELLS = 1 << 22
 """Cells of a mask that are looked at at a time."""
-_SURELY_SEEN = -1e4
-"""A mask's entry above shows the key: others may be another tool's way to write -inf."""
 
 
 class Follower:
@@ -35,6 +33,8 @@ class Follower:
         Rows that were held against those of an earlier step.
     unknown
         Cold rows that no step of the trace has while they were hot.
+    biased
+        Layers whose masks add other numbers than 0 to the logits of keys that are seen.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -42,6 +42,7 @@ class Follower:
         self.failures: list[str] = []
         self.rows = 0
         self.unknown = 0
+        self.biased: set[int] = set()
         self._checked: set[int] = set()
         # layer -> position -> (k, v) [Hkv, D or Dv] as they were while hot
         self._hot: dict[int, dict[int, tuple[NDArray[Any], NDArray[Any]]]] = {}
@@ -52,11 +53,6 @@ class Follower:
         """Check a step's rows; give its K and V [Hkv, kv, D or Dv] as if nothing were quantised.
 
         None where the trace does not tell where tokens are, or does not hold the rows.
-
-        Raises
-        ------
-        TraceError
-            The mask shows a query a key that is said to be padding.
         """
         if step.positions is None:
             return None
@@ -127,6 +123,7 @@ class Follower:
     def _check_mask(self, step: Step, data: StepData) -> None:
         """Hold the mask against the positions, as far as the trace tells what is right."""
         window = step.info.window_left
+        wrong = None
         for name, mask, keys in (
             ("K_quant", data.mask_quant, step.positions_quant),
             ("K", data.mask, step.positions),
@@ -136,70 +133,26 @@ class Follower:
             together = max(1, _MOST_CELLS // len(keys))
             for start in range(0, step.n, together):
                 part = mask[start : start + together]
-                found = _contradiction(
+                if step.first is not None and ((part > HIDDEN) & (part != 0)).any():
+                    self.biased.add(step.layer)
+                found = contradiction(
                     part, keys, None if step.first is None else step.first + start, window
                 )
-                if found is None:
-                    continue
-                query, key, words = found
-                where = (
-                    f"step {step.step} of layer {step.layer}: the mask contradicts the positions: "
-                    f"query {start + query} {words.format(at=f'key {key} of {name}')}"
-                )
-                if keys[key] < 0:
-                    raise TraceError(f"{self.trace.path.name}: {where}")
-                self._fail(where)
-                return
+                if found is not None and wrong is None:
+                    query, key, words = found
+                    wrong = f"query {start + query} {words.format(at=f'key {key} of {name}')}"
+        if wrong is None:
+            return
+        right = implied(step)
+        how = None if right is None else mistaken(visible(data), right, step.kv_cold)
+        self._fail(
+            f"step {step.step} of layer {step.layer}: the mask contradicts the positions: {wrong}"
+            + (f"; {how}" if how else "")
+        )
 
     def _fail(self, message: str) -> None:
         if len(self.failures) < _MOST_FAILURES:
             self.failures.append(message)
-
-
-def _contradiction(
-    mask: NDArray[np.float32],
-    keys: NDArray[np.int64],
-    first: int | None,
-    window: int | None,
-) -> tuple[int, int, str] | None:
-    """Find the first cell of a mask [queries, keys] that its positions don't allow.
-
-    Gives (query, key, what is wrong; `{at}` stands for the key). Without `first`, the position of
-    the first query, padding alone is certain; without `window`, a hidden key may be right.
-    """
-    seen, hidden = mask > _SURELY_SEEN, np.isneginf(mask)
-    padding = keys < 0
-    found = _first(seen & padding)
-    if found is not None:
-        return *found, "sees {at}, which is padding (-1)"
-    if first is None:
-        return None
-    queries = first + np.arange(len(mask))
-    distance = queries[:, None] - keys[None, :]
-    later = distance < 0
-    checks = [(seen & later, "sees {at} at position {key}, which comes later")]
-    if window is not None:
-        within = ~padding & ~later
-        if window >= 0:
-            outside = within & (distance > window)
-            within &= ~outside
-            words = f"sees {{at}} at position {{key}}, outside of its window of {window}"
-            checks.append((seen & outside, words))
-        checks.append((hidden & within, "does not see {at} at position {key}, which it should"))
-    for wrong, words in checks:
-        found = _first(wrong)
-        if found is not None:
-            query, key = found
-            words = words.replace("{key}", str(keys[key]))
-            return query, key, f"(position {queries[query]}) {words}"
-    return None
-
-
-def _first(wrong: NDArray[np.bool_]) -> tuple[int, int] | None:
-    if not wrong.any():
-        return None
-    query, key = np.unravel_index(int(wrong.argmax()), wrong.shape)
-    return int(query), int(key)
 
 
 def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:

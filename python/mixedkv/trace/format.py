@@ -179,12 +179,11 @@ class Step:
             return array.reshape(self.info.num_kv_heads, -1, array.shape[-1])
 
         q = np.asarray(raw["q"], np.float32)
-        masks = np.asarray(raw["mask"], np.float32).reshape(-1, raw["mask"].shape[-1])[: self.n]
+        masks = self._mask(raw["mask"])
         out = np.asarray(raw["kqv_out"], np.float32)
         cold = None
         if "mask_quant" in raw:
-            cold = np.asarray(raw["mask_quant"], np.float32)
-            cold = cold.reshape(-1, cold.shape[-1])[: self.n]
+            cold = self._mask(raw["mask_quant"])
         elif self.kv_cold:
             cold, masks = masks[:, : self.kv_cold], masks[:, self.kv_cold :]
         return StepData(
@@ -198,6 +197,10 @@ class Step:
             mask_quant=cold,
         )
 
+    def _mask(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+        """Give the rows of the queries: a plain file's mask may have more, for padding."""
+        return np.asarray(raw.reshape(-1, raw.shape[-1])[: self.n], np.float32)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -209,11 +212,14 @@ class Trace:
         None for a plain file: one without this format's metadata, read by the order of its tensors.
     steps
         In order of (step, layer).
+    unnamed
+        Tensors of the file that are of no step.
     """
 
     path: Path
     header: TraceHeader | None
     steps: list[Step]
+    unnamed: tuple[str, ...] = ()
 
     @property
     def engine(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,13 @@ _MEMORY_ALIGNMENT = 4
 """Bytes that suit every type: 4 for float32, 2 for float16 and a Q4_0 block's scale."""
 _MAX_STRING = 1 << 24
 _MAX_STRINGS = 1 << 22
+_MAX_VALUES = 1 << 22
+"""Of an array of numbers. A trace's longest have a number for each token, or for each key of a
+step: contexts are of a million or so at most."""
+_MAX_ENTRIES = 1 << 19
+_MAX_METADATA = 1 << 27
+"""Bytes of all keys and values: a file may be sparse, so that its size says nothing of what it took
+to make it. 30 million positions, over all steps."""
 _MAX_TENSORS = 1 << 20
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
@@ -111,6 +119,10 @@ def read_gguf(path: Path) -> GGUFFile:
         It is not there, no GGUF file, or not a sound one.
     """
     try:
+        kind = path.stat().st_mode
+        # Opening a pipe that nobody writes to would wait for ever; a folder is refused by open.
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise TraceError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             return _Header(path, file).read()
     except OSError as error:
@@ -122,6 +134,7 @@ class _Header:
         self.path = path
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
+        self.end = self.size  # how far it may be read
         self.at = 0
 
     def refuse(self, why: str) -> TraceError:
@@ -137,13 +150,15 @@ class _Header:
             raise self.refuse(f"is GGUF of version {version}; 2 and 3 are known")
         # The least that an entry takes says how many there can be.
         num_tensors = self.count("Q", "tensors", least_bytes=8 + 4 + 4 + 8, most=_MAX_TENSORS)
-        num_entries = self.count("Q", "metadata entries", least_bytes=8 + 4 + 1)
+        num_entries = self.count("Q", "metadata entries", least_bytes=8 + 4 + 1, most=_MAX_ENTRIES)
+        self.end = min(self.size, self.at + _MAX_METADATA)
         metadata: dict[str, Any] = {}
         for _ in range(num_entries):
             key = self.string("a key", MAX_NAME)
             if key in metadata:
                 raise self.refuse(f"has the key {key!r} twice")
             metadata[key] = self.value(self.number("I", f"the type of {key!r}"), key)
+        self.end = self.size
         alignment = metadata.get("general.alignment", 32)
         if (
             not isinstance(alignment, int)
@@ -171,6 +186,8 @@ class _Header:
             raise self.refuse(
                 f"ends within {what}: {n} bytes are wanted at byte {self.at} of {self.size}"
             )
+        if n > self.end - self.at:
+            raise self.refuse(f"has more than {_MAX_METADATA} bytes of metadata, up to {what}")
         found = self.file.read(n)
         if len(found) != n:
             raise self.refuse(f"ends within {what}")
@@ -211,7 +228,7 @@ class _Header:
         if item not in _SCALARS:
             raise self.refuse(f"{key!r} is an array of the unknown type {item}")
         width = struct.calcsize("<" + _SCALARS[item])
-        n = self.count("Q", f"values in {key!r}", least_bytes=width)
+        n = self.count("Q", f"values in {key!r}", least_bytes=width, most=_MAX_VALUES)
         return np.frombuffer(self.take(n * width, repr(key)), "<" + _SCALARS[item])
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:

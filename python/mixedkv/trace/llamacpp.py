@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .format import LayerInfo, RecordedStep, TraceHeader
-from .gguf_file import F16, F32, Q4_0
+from .gguf_file import F16, F32, Q4_0, TYPE_NAMES
 from .layout import watched
 from .record import Listener, Recording, Settings
 
@@ -106,7 +106,7 @@ def record(
             model=path.stem,
             cache="standard",
         )
-        watcher = _Watcher(_ggml(llama_cpp), header, wanted, listener)
+        watcher = _Watcher(_ggml(llama_cpp), header, wanted, settings, listener)
         callback = llama_cpp.ggml_backend_sched_eval_callback(watcher)
         context = llama_cpp.llama_init_from_model(
             model, _context_params(llama_cpp, settings, len(tokens), callback)
@@ -199,9 +199,15 @@ class _Watcher:
     """The eval callback: asked of every node, then told when the wanted ones are computed."""
 
     def __init__(
-        self, ggml: Any, header: TraceHeader, wanted: set[int], listener: Listener | None
+        self,
+        ggml: Any,
+        header: TraceHeader,
+        wanted: set[int],
+        settings: Settings,
+        listener: Listener | None,
     ) -> None:
         self.ggml = ggml
+        self.settings = settings
         self.header = header
         self.wanted = wanted
         self.listener = listener
@@ -262,6 +268,14 @@ class _Watcher:
         }
         for role, array in tensors.items():
             watched(f"{role}, copied", array)
+        for name, asked, source in (
+            ("k", self.settings.k_type, node.src[1]),
+            ("v", self.settings.v_type, node.src[2]),
+        ):
+            # The cache may be of one type, and what its attention reads of another.
+            found = TYPE_NAMES[source.contents.type]
+            if found != asked:
+                self.header.notes[f"cast_{name}"] = f"{asked} in the cache, {found} in attention"
         self.header.layers[layer] = LayerInfo(
             num_qo_heads=q.shape[1],
             num_kv_heads=k.shape[1],

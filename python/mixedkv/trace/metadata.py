@@ -80,11 +80,19 @@ class Metadata:
         self, key: str, low: int, high: int = INT32_MAX, *, length: int | None = None
     ) -> list[int]:
         """Give an array of integers from `low` to `high`."""
-        values = [int(value) for value in self._array(key, "iu", "integers", length)]
-        for value in values:
-            if not low <= value <= high:
-                raise self.refuse(key, f"holds {value}; {low} to {high} are possible")
+        values: list[int] = self.integer_array(key, low, high, length=length).tolist()
         return values
+
+    def integer_array(
+        self, key: str, low: int, high: int = INT32_MAX, *, length: int | None = None
+    ) -> NDArray[np.int64]:
+        """Give an array of integers from `low` to `high`, int64."""
+        values = self._array(key, "iu", "integers", length)
+        wrong = (values < low) | (values > high)
+        if wrong.any():
+            value = int(values[wrong.argmax()])
+            raise self.refuse(key, f"holds {value}; {low} to {high} are possible")
+        return values.astype(np.int64)
 
     def floats(self, key: str, length: int) -> list[float]:
         """Give an array of numbers that are finite, and not rounded to 0, as float32."""

@@ -7,11 +7,11 @@ read but the header; tensors stay in the file until `Step.load`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from .format import (
     CACHES,
@@ -62,11 +62,14 @@ def read_trace(path: Path, *, sm_scale: float | None = None) -> Trace:
         header, groups = None, _plain(path, file.tensors)
     if not groups:
         raise TraceError(f"{path.name}: holds no step")
+    starts = list(itertools.accumulate(header.step_tokens, initial=0)) if header else []
     steps = [
-        _step(path, layer, step, tensors, header, sm_scale)
+        _step(path, layer, step, tensors, header, starts, sm_scale)
         for (step, layer), tensors in sorted(groups.items())
     ]
-    return Trace(path, header, steps)
+    used = {tensor.name for tensors in groups.values() for tensor in tensors.values()}
+    unnamed = tuple(short(one.name) for one in file.tensors if one.name not in used)
+    return Trace(path, header, steps, unnamed)
 
 
 _Groups = dict[tuple[int, int], dict[str, FileTensor]]
@@ -103,7 +106,7 @@ def _described(data: Metadata, tensors: list[FileTensor]) -> tuple[TraceHeader, 
             ("positions_quant", header.positions_quant),
         ):
             if f"{key}.{step}" in data:
-                positions[step] = np.array(data.integers(f"{key}.{step}", -1), np.int64)
+                positions[step] = data.integer_array(f"{key}.{step}", -1)
     return header, groups
 
 
@@ -230,9 +233,13 @@ def _step(
     step: int,
     tensors: dict[str, FileTensor],
     header: TraceHeader | None,
+    starts: Sequence[int],
     sm_scale: float | None,
 ) -> Step:
-    """Check that a step's tensors fit one another and what the metadata says."""
+    """Check that a step's tensors fit one another and what the metadata says.
+
+    `starts` are the tokens before each step.
+    """
     where = f"{path.name}: step {step} of layer {layer}"
     _check_roles(where, tensors, header)
     ne = {role: tensor.ne + (1,) * (4 - len(tensor.ne)) for role, tensor in tensors.items()}
@@ -276,7 +283,7 @@ def _step(
         elif role in tensors:
             fits(role, (width, ne[role][1]))
     found = Step(layer, step, info, tensors, n, kv_hot, kv_cold, None, None)
-    return found if header is None else _placed(where, found, header)
+    return found if header is None else _placed(where, found, header, starts)
 
 
 def _check_roles(where: str, tensors: dict[str, FileTensor], header: TraceHeader | None) -> None:
@@ -303,7 +310,7 @@ def _check_roles(where: str, tensors: dict[str, FileTensor], header: TraceHeader
             )
 
 
-def _placed(where: str, step: Step, header: TraceHeader) -> Step:
+def _placed(where: str, step: Step, header: TraceHeader, starts: Sequence[int]) -> Step:
     """Add what the metadata says of where the step's tokens stand."""
     first = None
     if header.step_tokens:
@@ -316,7 +323,7 @@ def _placed(where: str, step: Step, header: TraceHeader) -> Step:
             raise TraceError(
                 f"{where} has {step.n} queries, kqv_trace.step_tokens says {told} tokens"
             )
-        first = sum(header.step_tokens[: step.step - 1])
+        first = starts[step.step - 1]
     positions = header.positions.get(step.step)
     positions_quant = header.positions_quant.get(step.step)
     for values, length in ((positions, step.kv_hot), (positions_quant, step.kv_cold)):

@@ -189,6 +189,7 @@ def print_verification(console: Console, result: Verification) -> None:
 
     line("PyTorch f32, worst step", lambda step: step.torch_f32)
     line("PyTorch f64, worst step", lambda step: step.torch_f64)
+    line("PyTorch f32 against f64", lambda step: step.torch_own)
     head = max(result.steps, key=lambda step: step.worst.head_relative)
     row = max(result.steps, key=lambda step: step.worst.row_relative)
     summary.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,6 +147,9 @@ def trace(
         need("gguf", EXTRA)
     watch_layouts(debug)
     set_threads(threads)
+    # Read when tqdm is first imported. Where transformers reads GGUF it asks tqdm for bars by
+    # itself, whatever its own switch says.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     from mixedkv.trace import record, report, write_trace
 
@@ -178,13 +182,17 @@ def trace(
     if as_json:
         print_json(_words(recording.header, show.tensors, size, save_gguf))
     else:
+        steps, held = len(recording.header.step_tokens), len(recording.header.layers)
         console.print(
-            f"{show.tensors} tensors of {len(recording.header.step_tokens)} steps and "
-            f"{len(recording.header.layers)} layers, {size / 2**20:.1f} MiB: "
+            f"{show.tensors} tensors of {steps} {'step' if steps == 1 else 'steps'} and "
+            f"{held} {'layer' if held == 1 else 'layers'}, {size / 2**20:.1f} MiB: "
             f"{printable(save_gguf)}",
             highlight=False,
             markup=False,
         )
+        for name, cast in recording.header.notes.items():
+            if name.startswith("cast_"):
+                console.print(f"note: {name[-1].upper()} is {cast}: the trace holds the latter")
 
 
 def _words(header: TraceHeader, tensors: int, size: int, path: Path) -> dict[str, Any]:

@@ -91,12 +91,17 @@ def verify(
 
     from mixedkv.trace import read_trace, report
     from mixedkv.trace import verify as verifying
+    from mixedkv.trace.room import check_room
 
     console = report.make_console(stderr=as_json)
     tolerance = verifying.Tolerance(tolerance_rel, tolerance_abs)
-    other = None if reference is None else read_trace(reference)
+    other = None
+    if reference is not None:
+        other = read_trace(reference)
+        check_room(other, layers)
     with _recomputing(file):
         read = read_trace(file, sm_scale=sm_scale)
+        check_room(read, layers)
         if not as_json:
             report.print_contents(console, read)
             if shapes:
