@@ -131,6 +131,14 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def quiet_transformers() -> None:
+    """Leave the screen to a command's own words."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def set_threads(threads: int | None) -> None:
     """Set mixedkv's threads and, where it is installed, PyTorch's; None changes nothing."""
     if threads is None:

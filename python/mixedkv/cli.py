@@ -33,7 +33,16 @@ from rich.text import Text
 
 import mixedkv as mkv
 
-from ._commands import MOST_SEED, check_plot, naming, one_line, print_json, printable, set_threads
+from ._commands import (
+    MOST_SEED,
+    check_plot,
+    naming,
+    one_line,
+    print_json,
+    printable,
+    quiet_transformers,
+    set_threads,
+)
 from .bench.command import bench
 from .trace import commands as trace_commands
 
@@ -159,7 +168,7 @@ def demo(
     from . import demo as demo_module
     from . import plots
 
-    _quiet_transformers()
+    quiet_transformers()
     set_threads(threads)
     settings = demo_module.Settings(
         model=model,
@@ -193,14 +202,6 @@ def demo(
         _print_demo(result, plot)
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _quiet_transformers() -> None:
-    """Leave the screen to this command's own words."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 class _Counts(ProgressColumn):

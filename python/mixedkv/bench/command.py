@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 import mixedkv as mkv
-from mixedkv._commands import check_plot, naming, need, stop
+from mixedkv._commands import check_plot, need, stop
 
 from . import end_to_end as whole
 from .peers import NAMES, load
@@ -191,6 +190,8 @@ def bench(
     from rich.console import Console
 
     from . import plan as plans
+    from .outcome import deliver
+    from .plot import save_plot
     from .progress import RichProgress
     from .report import print_report
 
@@ -216,21 +217,7 @@ def bench(
     )
     with RichProgress(errors, plans.cells(plan)) as progress:
         report = plans.run(plan, loaded, absent, progress)
-    if json:
-        typer.echo(json_module.dumps(report.as_json(), indent=2))
-    else:
-        print_report(report, Console())
-    if plot is not None:
-        from .plot import save_plot
-
-        with naming(plot):
-            save_plot(report, plot)
-        errors.print(f"plot: {plot}")
-    if report.wrong:
-        if json:
-            for line in report.wrong:
-                errors.print(f"WRONG: {line}")
-        raise typer.Exit(1)
+    deliver(report, show=print_report, draw=save_plot, json=json, plot=plot, errors=errors)
 
 
 def _split(values: Iterable[str]) -> list[str]:

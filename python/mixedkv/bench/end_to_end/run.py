@@ -4,20 +4,20 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from mixedkv import models, texts
-from mixedkv._commands import naming
+from mixedkv._commands import quiet_transformers
 
+from ..outcome import deliver
 from ..progress import RichProgress
 from . import contenders as field
 from . import plan as plans
+from .plot import save_plot
 from .report import print_report
 
 __all__ = ["end_to_end"]
@@ -45,7 +45,7 @@ def end_to_end(
     """
     import mixedkv.integrations.transformers as mkt
 
-    _quiet_transformers()
+    quiet_transformers()
     mkt.register()
     errors = Console(stderr=True)
     with errors.status("loading the model") as status:
@@ -59,29 +59,7 @@ def end_to_end(
         contenders = field.gather(loaded.model.config, peers, hot_size)
     with RichProgress(errors, len(plan.contexts) * len(plan.threads)) as progress:
         report = plans.run(plan, loaded.title, loaded.model, ids, contenders, progress)
-    if json:
-        typer.echo(json_module.dumps(report.as_json(), indent=2))
-    else:
-        print_report(report, Console())
-    if plot is not None:
-        from .plot import save_plot
-
-        with naming(plot):
-            save_plot(report, plot)
-        errors.print(f"plot: {plot}")
-    if report.wrong:
-        if json:
-            for line in report.wrong:
-                errors.print(f"WRONG: {line}")
-        raise typer.Exit(1)
-
-
-def _quiet_transformers() -> None:
-    """Leave the screen to this command's own words."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    deliver(report, show=print_report, draw=save_plot, json=json, plot=plot, errors=errors)
 
 
 def _tokens(tokenizer: Any, plan: plans.Plan, positions: int) -> Any:

@@ -20,6 +20,7 @@ from mixedkv._commands import (
     one_line,
     print_json,
     printable,
+    quiet_transformers,
     set_threads,
 )
 
@@ -233,14 +234,11 @@ def _run_transformers(
     settings: record_module.Settings,
     show: _Show,
 ) -> record_module.Recording:
-    from transformers.utils import logging
-
     import mixedkv.integrations.transformers as mkt
     from mixedkv import models
     from mixedkv.trace import record
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_transformers()
     mkt.register()
     loaded = models.load(model, folder=cache_dir)
     tokens = list(loaded.tokenizer(text)["input_ids"])[:most]
