@@ -18,9 +18,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 import mixedkv as mkv
+import numpy as np
 
 KINDS = ("f32", "f16", "q4_0")
 Case = tuple[str, list[np.ndarray]]

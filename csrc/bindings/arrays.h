@@ -2,7 +2,7 @@
 // call from reading or writing where it must not are all here; the façade's own come before them.
 #pragma once
 
-#include "../types.h"
+#include "mixedkv/formats.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -138,8 +138,8 @@ inline void check_shape(const ArrayView &view, const char *name,
 }
 
 /// Rows of float32, float16, or Q4_0 blocks as uint8.
-inline KvType kv_type(DType dtype) {
-  return dtype == DType::f32 ? KvType::f32 : dtype == DType::f16 ? KvType::f16 : KvType::q4_0;
+inline Format kv_type(DType dtype) {
+  return dtype == DType::f32 ? Format::f32 : dtype == DType::f16 ? Format::f16 : Format::q4_0;
 }
 
 /// Values in a row of the last axis.

@@ -1,4 +1,4 @@
-#include "arrays.h"
+#include "bindings/arrays.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The core of mixedkv; its users are the package's own modules.";

@@ -1,8 +1,8 @@
 // Attention on arrays, and the algebra of states.
-#include "arrays.h"
-#include "threads.h"
+#include "bindings/arrays.h"
+#include "bindings/threads.h"
 
-#include "../attention.h"
+#include "mixedkv/attention.h"
 
 #include <pybind11/stl.h>
 

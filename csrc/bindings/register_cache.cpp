@@ -1,9 +1,9 @@
 // The caches.
-#include "arrays.h"
-#include "threads.h"
+#include "bindings/arrays.h"
+#include "bindings/threads.h"
 
-#include "../cache/errors.h"
-#include "../cache/mixed_cache.h"
+#include "mixedkv/cache.h"
+#include "mixedkv/errors.h"
 
 #include <pybind11/stl.h>
 
@@ -15,8 +15,8 @@
 namespace mixedkv::bindings {
 namespace {
 
-KvType parse_kv_type(const std::string &text, const char *name) {
-  for (const KvType type : {KvType::f32, KvType::f16, KvType::q4_0}) {
+Format parse_kv_type(const std::string &text, const char *name) {
+  for (const Format type : {Format::f32, Format::f16, Format::q4_0}) {
     if (text == kv_type_name(type)) {
       return type;
     }
@@ -231,15 +231,15 @@ py::array_t<float> rows_copy(Handle &handle, std::int64_t seq, std::int64_t widt
   return out;
 }
 
-py::array rows_array(KvType type, std::int64_t heads, std::int64_t n, std::int64_t width) {
+py::array rows_array(Format type, std::int64_t heads, std::int64_t n, std::int64_t width) {
   switch (type) {
-  case KvType::f32:
+  case Format::f32:
     return py::array(py::dtype::of<float>(), std::vector<py::ssize_t>{heads, n, width});
-  case KvType::f16:
+  case Format::f16:
     return py::array(py::dtype("float16"), std::vector<py::ssize_t>{heads, n, width});
   default:
     const auto bytes =
-        static_cast<py::ssize_t>(row_bytes(KvType::q4_0, static_cast<std::size_t>(width)));
+        static_cast<py::ssize_t>(row_bytes(Format::q4_0, static_cast<std::size_t>(width)));
     return py::array(py::dtype::of<std::uint8_t>(), std::vector<py::ssize_t>{heads, n, bytes});
   }
 }
@@ -251,19 +251,19 @@ py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
   std::int64_t num_hot = 0;
   std::int64_t num_cold = 0;
   handle.quickly([&](MixedCache &cache) { cache.export_len(seq, num_hot, num_cold); });
-  struct Tier {
+  struct TierRows {
     py::array_t<std::int64_t> pos;
     py::array k;
     py::array v;
     StoredRows to() { return {pos.mutable_data(), k.mutable_data(), v.mutable_data()}; }
   };
-  const auto make = [&config](std::int64_t n, KvType k_type, KvType v_type) {
+  const auto make = [&config](std::int64_t n, Format k_type, Format v_type) {
     const std::int64_t heads = config.num_kv_heads;
-    return Tier{py::array_t<std::int64_t>(n), rows_array(k_type, heads, n, config.head_dim),
-                rows_array(v_type, heads, n, config.head_dim_v)};
+    return TierRows{py::array_t<std::int64_t>(n), rows_array(k_type, heads, n, config.head_dim),
+                    rows_array(v_type, heads, n, config.head_dim_v)};
   };
-  Tier hot = make(num_hot, config.hot_k_type, config.hot_v_type);
-  Tier cold = make(num_cold, config.cold_k_type, config.cold_v_type);
+  TierRows hot = make(num_hot, config.hot_k_type, config.hot_v_type);
+  TierRows cold = make(num_cold, config.cold_k_type, config.cold_v_type);
   const StoredRows to_hot = hot.to();
   const StoredRows to_cold = cold.to();
   handle.quickly([&](MixedCache &cache) {

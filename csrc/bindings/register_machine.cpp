@@ -1,8 +1,8 @@
 // Instruction sets and threads.
-#include "arrays.h"
+#include "bindings/arrays.h"
 
-#include "../kernels/dispatch.h"
-#include "../parallel.h"
+#include "kernels/dispatch.h"
+#include "runtime/parallel.h"
 
 #include <pybind11/stl.h>
 

@@ -1,9 +1,9 @@
 // Q4_0 conversion of whole arrays.
-#include "arrays.h"
-#include "threads.h"
+#include "bindings/arrays.h"
+#include "bindings/threads.h"
 
-#include "../parallel.h"
-#include "../quantize.h"
+#include "mixedkv/convert.h"
+#include "runtime/parallel.h"
 
 namespace mixedkv::bindings {
 namespace {
@@ -18,7 +18,7 @@ void quantize(const py::array &x, const py::array &out, int threads) {
     throw std::invalid_argument("the last axis of x must be a multiple of 32, got shape " +
                                 from.shape_text());
   }
-  check_shape(to, "out", {from.shape[0], static_cast<std::int64_t>(row_bytes(KvType::q4_0, n))});
+  check_shape(to, "out", {from.shape[0], static_cast<std::int64_t>(row_bytes(Format::q4_0, n))});
   const int num_threads = threads_or_default(threads);
   const ConstRowsView rows{from.data, kv_type(from.dtype), from.strides[0]};
   bool finite = false;
@@ -26,7 +26,7 @@ void quantize(const py::array &x, const py::array &out, int threads) {
     GilRelease release;
     finite = all_finite(rows, from.shape[0], n, num_threads);
     if (finite) {
-      convert_rows(rows, {to.data, KvType::q4_0, to.strides[0]}, from.shape[0], n, num_threads);
+      convert_rows(rows, {to.data, Format::q4_0, to.strides[0]}, from.shape[0], n, num_threads);
     }
   }
   if (!finite) {
@@ -42,7 +42,7 @@ void dequantize(const py::array &x, const py::array &out, int threads) {
   check_shape(to, "out", {from.shape[0], n});
   const int num_threads = threads_or_default(threads);
   GilRelease release;
-  convert_rows({from.data, KvType::q4_0, from.strides[0]},
+  convert_rows({from.data, Format::q4_0, from.strides[0]},
                {to.data, kv_type(to.dtype), to.strides[0]}, from.shape[0], n, num_threads);
 }
 

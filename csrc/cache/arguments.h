@@ -1,7 +1,7 @@
 // What callers may hand to a cache's ubatch. All refusals are std::invalid_argument.
 #pragma once
 
-#include "mixed_cache.h"
+#include "mixedkv/cache.h"
 
 #include <cstdint>
 

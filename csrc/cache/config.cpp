@@ -1,6 +1,6 @@
-#include "config.h"
+#include "cache/config.h"
 
-#include "checks.h"
+#include "cache/checks.h"
 
 #include <algorithm>
 #include <cmath>
@@ -43,14 +43,14 @@ void check_size(const char *name, std::int64_t size, std::int64_t n_pad) {
   }
 }
 
-void check_dim(const char *name, int dim, const char *type_name, KvType type) {
+void check_dim(const char *name, int dim, const char *type_name, Format type) {
   check(dim >= 1, name, "be at least 1", dim);
-  if (type == KvType::q4_0 && dim % QK4_0 != 0) {
+  if (type == Format::q4_0 && dim % QK4_0 != 0) {
     refuse(name, std::string("be a multiple of 32 where ") + type_name + " is q4_0", dim);
   }
 }
 
-void check_type(const char *name, KvType type) {
+void check_type(const char *name, Format type) {
   check(static_cast<int>(type) < kNumKvTypes, name, "be f32, f16 or q4_0", static_cast<int>(type));
 }
 
@@ -76,7 +76,7 @@ std::vector<int> cached_layers(const CacheConfig &config) {
   return numbers;
 }
 
-static RowShape tier_shape(const CacheConfig &config, KvType k_type, KvType v_type) {
+static RowShape tier_shape(const CacheConfig &config, Format k_type, Format v_type) {
   const auto skipped = std::count(config.layers.begin(), config.layers.end(), std::uint8_t{0});
   RowShape shape;
   shape.num_layers = config.num_layers - static_cast<int>(skipped);

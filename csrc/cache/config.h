@@ -1,8 +1,8 @@
 // What a configuration must be, and what follows from it.
 #pragma once
 
-#include "mixed_cache.h"
-#include "row_storage.h"
+#include "mixedkv/cache.h"
+#include "rows/row_storage.h"
 
 #include <cstdint>
 #include <vector>

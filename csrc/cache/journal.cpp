@@ -1,4 +1,4 @@
-#include "journal.h"
+#include "cache/journal.h"
 
 #include <algorithm>
 #include <numeric>
@@ -16,15 +16,15 @@ std::size_t Journal::bytes() const {
                              sizeof(std::int32_t);
 }
 
-void Journal::record(const UnifiedCache &hot, const std::int32_t *hot_cells,
-                     const std::int32_t *cold_cells, std::int64_t n) noexcept {
+void Journal::record(const Tier &hot, const std::int32_t *hot_cells, const std::int32_t *cold_cells,
+                     std::int64_t n) noexcept {
   std::copy_n(hot_cells, n, hot_cells_.data() + num_moves_);
   std::copy_n(cold_cells, n, cold_cells_.data() + num_moves_);
   rows_.copy_cells(hot.rows, hot_cells, entries_.data() + num_moves_, n);
   num_moves_ += n;
 }
 
-void Journal::undo(UnifiedCache &hot, UnifiedCache &cold) noexcept {
+void Journal::undo(Tier &hot, Tier &cold) noexcept {
   for (std::int64_t i = 0; i < num_moves_; ++i) {
     hot.cells.put_copy(hot_cells_[i], cold.cells, cold_cells_[i]);
     cold.cells.release(cold_cells_[i]);

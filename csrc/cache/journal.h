@@ -3,7 +3,7 @@
 // while a slot is pending.
 #pragma once
 
-#include "unified_cache.h"
+#include "cache/tier.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -20,10 +20,10 @@ public:
 
   /// Keeps the rows of tokens that were just copied from hot cells to cold ones; call it before
   /// the hot cells are used again.
-  void record(const UnifiedCache &hot, const std::int32_t *hot_cells,
-              const std::int32_t *cold_cells, std::int64_t n) noexcept;
+  void record(const Tier &hot, const std::int32_t *hot_cells, const std::int32_t *cold_cells,
+              std::int64_t n) noexcept;
   /// Puts all recorded tokens back into their hot cells, which are free, and frees the cold ones.
-  void undo(UnifiedCache &hot, UnifiedCache &cold) noexcept;
+  void undo(Tier &hot, Tier &cold) noexcept;
   /// Forgets: the moves are final.
   void drop() noexcept { num_moves_ = 0; }
 

@@ -1,7 +1,7 @@
 // Where the rows of tokens lie: in a tier or, of a slot that is longer than hot, in scratch.
 #pragma once
 
-#include "unified_cache.h"
+#include "cache/tier.h"
 
 #include <cstdint>
 
@@ -11,8 +11,8 @@ enum class Source : std::uint8_t { cold, hot, scratch };
 
 /// What attention reads, while a slot is pending or not.
 struct KeySources {
-  const UnifiedCache &cold;  ///< committed tokens; pending ones are read from scratch
-  const UnifiedCache &hot;   ///< pending tokens too
+  const Tier &cold;          ///< committed tokens; pending ones are read from scratch
+  const Tier &hot;           ///< pending tokens too
   const RowStorage *scratch; ///< one layer; row j belongs to cold cell scratch_cells[j]
   const std::int32_t *scratch_cells;
   std::int64_t num_scratch;

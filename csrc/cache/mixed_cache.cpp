@@ -1,11 +1,11 @@
 // A ubatch, from find_slot to commit or restore, and the moves that it brings about.
-#include "mixed_cache.h"
+#include "mixedkv/cache.h"
 
-#include "../kernels/dispatch.h"
-#include "../parallel.h"
-#include "arguments.h"
-#include "mixed_cache_impl.h"
-#include "parallel_rows.h"
+#include "cache/arguments.h"
+#include "cache/mixed_cache_impl.h"
+#include "kernels/dispatch.h"
+#include "rows/parallel_rows.h"
+#include "runtime/parallel.h"
 
 #include <algorithm>
 #include <chrono>
@@ -79,7 +79,7 @@ void MixedCache::Impl::occupy(const TokenOwners &owners) noexcept {
   }
 }
 
-std::int32_t MixedCache::Impl::take(UnifiedCache &tier, std::size_t token,
+std::int32_t MixedCache::Impl::take(Tier &tier, std::size_t token,
                                     const TokenOwners &owners) noexcept {
   std::fill(owner_words.begin(), owner_words.end(), 0);
   for (std::int64_t j = owners.begin[token]; j < owners.begin[token + 1]; ++j) {

@@ -3,18 +3,18 @@
 // mixed_cache_sequences.cpp, what can be read of a cache in mixed_cache_reading.cpp.
 #pragma once
 
-#include "checks.h"
-#include "config.h"
-#include "journal.h"
-#include "key_sources.h"
-#include "mixed_cache.h"
-#include "movable.h"
-#include "pending_slot.h"
-#include "sequences.h"
-#include "slot_plan.h"
-#include "tokens.h"
-#include "unified_cache.h"
-#include "visibility.h"
+#include "cache/books/movable.h"
+#include "cache/books/pending_slot.h"
+#include "cache/books/sequences.h"
+#include "cache/books/slot_plan.h"
+#include "cache/books/tokens.h"
+#include "cache/checks.h"
+#include "cache/config.h"
+#include "cache/journal.h"
+#include "cache/key_sources.h"
+#include "cache/tier.h"
+#include "cache/visibility.h"
+#include "mixedkv/cache.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -92,7 +92,7 @@ struct MixedCache::Impl {
   void move(const MovePlan &plan, bool keep_for_restore) noexcept;
   /// Puts the slot's tokens into cells, pending.
   void occupy(const TokenOwners &owners) noexcept;
-  std::int32_t take(UnifiedCache &tier, std::size_t token, const TokenOwners &owners) noexcept;
+  std::int32_t take(Tier &tier, std::size_t token, const TokenOwners &owners) noexcept;
   /// What an uncommitted slot changed is gone, but for its cells.
   void drop_slot() noexcept;
   void end_slot() noexcept;
@@ -100,9 +100,9 @@ struct MixedCache::Impl {
   const CacheConfig config;
   const std::int64_t level;             ///< see trigger_level
   const std::vector<int> layer_numbers; ///< by layer; -1 where it is not cached
-  UnifiedCache hot;
-  UnifiedCache cold; ///< without cells where quantize is false: nothing can ever move then
-  Journal journal;   ///< the moves that the pending slot made
+  Tier hot;
+  Tier cold;       ///< without cells where quantize is false: nothing can ever move then
+  Journal journal; ///< the moves that the pending slot made
   PendingSlot slot;
   Visibility visibility;
   Counters counters;

@@ -1,5 +1,5 @@
 // What can be read of a cache: its tokens and their rows, and the counters. Changes nothing.
-#include "mixed_cache_impl.h"
+#include "cache/mixed_cache_impl.h"
 
 namespace mixedkv {
 namespace {
@@ -7,8 +7,8 @@ namespace {
 using GetRow = void (RowStorage::*)(int layer, int head, std::int64_t cell, float *row) const;
 
 /// Dequantised rows of tokens, of all heads of the layer that has this number.
-void get_rows(const UnifiedCache &hot, const UnifiedCache &cold, const std::vector<Token> &tokens,
-              int number, GetRow get, int width, float *out) {
+void get_rows(const Tier &hot, const Tier &cold, const std::vector<Token> &tokens, int number,
+              GetRow get, int width, float *out) {
   for (int head = 0; head < hot.rows.shape().num_kv_heads; ++head) {
     for (const Token &token : tokens) {
       ((token.source == Source::cold ? cold : hot).rows.*get)(number, head, token.cell, out);
@@ -138,8 +138,8 @@ CacheStats MixedCache::stats() const {
       sizeof(Impl));
   stats.scratch_bytes = static_cast<std::int64_t>(m.slot.scratch_bytes());
   RowShape f16 = m.cold.rows.shape();
-  f16.k_type = KvType::f16;
-  f16.v_type = KvType::f16;
+  f16.k_type = Format::f16;
+  f16.v_type = Format::f16;
   stats.bytes_saved =
       stats.cold_tokens * (static_cast<std::int64_t>(f16.bytes_per_cell()) -
                            static_cast<std::int64_t>(m.cold.rows.shape().bytes_per_cell()));

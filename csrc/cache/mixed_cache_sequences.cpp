@@ -1,5 +1,5 @@
 // Operations on sequences: checks, then sequences.h on both tiers.
-#include "mixed_cache_impl.h"
+#include "cache/mixed_cache_impl.h"
 
 namespace mixedkv {
 

@@ -1,4 +1,4 @@
-#include "visibility.h"
+#include "cache/visibility.h"
 
 #include <algorithm>
 

@@ -2,8 +2,8 @@
 // and used by every layer.
 #pragma once
 
-#include "../attention.h"
-#include "key_sources.h"
+#include "cache/key_sources.h"
+#include "mixedkv/attention.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,7 +1,7 @@
-#include "dispatch.h"
+#include "kernels/dispatch.h"
 
-#include "cpu_features.h"
-#include "isa_tables.h"
+#include "kernels/cpu_features.h"
+#include "kernels/isa_tables.h"
 
 #include <atomic>
 #include <cstdlib>

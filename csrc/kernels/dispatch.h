@@ -2,7 +2,7 @@
 // is in use. One ordered list, best first.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #include <string>
 #include <vector>

@@ -2,7 +2,7 @@
 // CMake's table of ISAs to say; dispatch.cpp names only those.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace mixedkv {
 

@@ -3,8 +3,8 @@
 // of the element type, reads and writes only what its contract names, and adds up in f32.
 #pragma once
 
-#include "../types.h"
-#include "bf16.h"
+#include "kernels/bf16_kernels.h"
+#include "mixedkv/formats.h"
 
 namespace mixedkv {
 
@@ -36,7 +36,7 @@ struct Kernels {
   // --- attention: a group of query rows against a run of keys --------------------------------
 
   /// scores[r * ld_scores + j] = q_r . k_j for r < num_rows, j < num_keys; q_r = q + r * ld_q.
-  /// One function a key type, indexed by KvType. head_dim >= 1 (q4_0: a multiple of QK4_0).
+  /// One function a key type, indexed by Format. head_dim >= 1 (q4_0: a multiple of QK4_0).
   /// A key row is unpacked once for the whole group of query rows where registers allow.
   using QkFn = void(const float *q, std::size_t ld_q, int num_rows, const Rows *k, int num_keys,
                     int head_dim, float *scores, std::size_t ld_scores) noexcept;
@@ -69,7 +69,7 @@ struct Kernels {
   // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows ------
 
   void (*unpack_packed_keys)(const void *tile, int head_dim, float *kt) noexcept;
-  /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by KvType.
+  /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by Format.
   using TransposeFn = void(const Rows *k, int num_keys, int head_dim, float *kt) noexcept;
   TransposeFn *transpose_keys[kNumKvTypes];
   /// As qk, over num_tiles tiles that follow one another.
@@ -97,7 +97,7 @@ struct Kernels {
 
   /// rows [kPackedTokens]: the row that rows[t] points to is quantised (the same bits as by
   /// quantize_row_q4_0) and becomes token t of the tile; where rows[t] is null, token t keeps its
-  /// bits. By KvType, f32 and f16; rows are no part of the tile.
+  /// bits. By Format, f32 and f16; rows are no part of the tile.
   using PackFn = void(const void *const *rows, int head_dim, void *tile) noexcept;
   PackFn *pack_keys[kNumFloatTypes];
   PackFn *pack_values[kNumFloatTypes];

@@ -1,8 +1,8 @@
 // A cache, its twin and the model, driven by random operations.
 #pragma once
 
-#include "cache/errors.h"
 #include "cache_harness.h"
+#include "mixedkv/errors.h"
 
 #include <functional>
 #include <random>
@@ -60,7 +60,7 @@ private:
     for (int seq = 0; seq < config.n_seq_max; ++seq) {
       next.push_back(cache_.seq_pos_max(seq) + 1);
     }
-    const KvType source = below(2) == 0 ? KvType::f32 : KvType::f16;
+    const Format source = below(2) == 0 ? Format::f32 : Format::f16;
     std::int64_t seq = random_seq();
     std::vector<Token> tokens;
     for (std::int64_t i = 0; i < n; ++i) {
@@ -117,7 +117,7 @@ private:
       if (!cached(config, layer) || below(12) == 0) {
         continue; // holds zeros, then
       }
-      const KvType type = tokens[0].source;
+      const Format type = tokens[0].source;
       if (below(6) == 0) {
         store(cache_, tokens, layer, type, 1u << 30); // something else first
       }
@@ -275,12 +275,12 @@ void random_operations(unsigned seed) {
     }
   }
   struct Types {
-    KvType hot_k, hot_v, cold_k, cold_v;
+    Format hot_k, hot_v, cold_k, cold_v;
   };
-  const Types all_types[] = {{KvType::f32, KvType::f16, KvType::q4_0, KvType::q4_0},
-                             {KvType::f16, KvType::f32, KvType::f16, KvType::q4_0},
-                             {KvType::q4_0, KvType::q4_0, KvType::q4_0, KvType::q4_0},
-                             {KvType::f16, KvType::q4_0, KvType::f32, KvType::f16}};
+  const Types all_types[] = {{Format::f32, Format::f16, Format::q4_0, Format::q4_0},
+                             {Format::f16, Format::f32, Format::f16, Format::q4_0},
+                             {Format::q4_0, Format::q4_0, Format::q4_0, Format::q4_0},
+                             {Format::f16, Format::q4_0, Format::f32, Format::f16}};
   for (const Types &types : all_types) {
     CacheConfig config = small_config(16, 64, 8, 8);
     config.n_seq_max = 3;

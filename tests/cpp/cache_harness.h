@@ -129,7 +129,7 @@ std::optional<Slot> find_slot(MixedCache &cache, const std::vector<Token> &token
 /// Rows [head][token] with room between them, as f32 or f16.
 struct RowsOf {
   RowsOf(const CacheConfig &config, const std::vector<Token> &tokens, int layer, Kind kind,
-         KvType type, std::uint64_t id_offset = 0) {
+         Format type, std::uint64_t id_offset = 0) {
     const int n = kind == key ? config.head_dim : config.head_dim_v;
     const std::size_t row_stride = row_bytes(type, idx(n)) + 2 * row_bytes(type, 1);
     const std::size_t head_stride = row_stride * tokens.size() + 3 * row_bytes(type, 1);
@@ -137,7 +137,7 @@ struct RowsOf {
     for (int head = 0; head < config.num_kv_heads; ++head) {
       for (std::size_t i = 0; i < tokens.size(); ++i) {
         const std::vector<float> row = raw_row(tokens[i].id + id_offset, layer, kind, head, n);
-        convert_row(KvType::f32, row.data(), type,
+        convert_row(Format::f32, row.data(), type,
                     data.data() + idx(head) * head_stride + i * row_stride, row.size());
       }
     }
@@ -149,7 +149,7 @@ struct RowsOf {
 };
 
 void store(MixedCache &cache, const std::vector<Token> &tokens, int layer,
-           KvType type = KvType::f32, std::uint64_t id_offset = 0) {
+           Format type = Format::f32, std::uint64_t id_offset = 0) {
   const RowsOf k(cache.config(), tokens, layer, key, type, id_offset);
   const RowsOf v(cache.config(), tokens, layer, value, type, id_offset);
   cache.store(layer, k.view, v.view);
@@ -221,8 +221,8 @@ bool attended_right(const Model &model, const Attended &got, int layer, std::int
       difference = std::max(difference,
                             std::fabs(static_cast<double>(got.out[row * dim_v + d]) - expected[d]));
     }
-    const bool rounded = config.cold_k_type == KvType::q4_0 || config.cold_v_type == KvType::q4_0 ||
-                         config.hot_k_type == KvType::q4_0 || config.hot_v_type == KvType::q4_0;
+    const bool rounded = config.cold_k_type == Format::q4_0 || config.cold_v_type == Format::q4_0 ||
+                         config.hot_k_type == Format::q4_0 || config.hot_v_type == Format::q4_0;
     EXPECT(difference < (rounded ? 5e-4 : 1e-5));
     // lse is of the size of the logits: judged by its own.
     EXPECT(std::fabs(static_cast<double>(got.lse[row]) - expected[dim_v]) <

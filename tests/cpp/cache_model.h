@@ -3,8 +3,8 @@
 // Each token's rows follow from its id, so that a misplaced row shows.
 #pragma once
 
-#include "cache/mixed_cache.h"
-#include "quantize.h"
+#include "mixedkv/cache.h"
+#include "mixedkv/convert.h"
 
 #include <algorithm>
 #include <cmath>
@@ -42,18 +42,18 @@ std::vector<float> raw_row(std::uint64_t id, int layer, Kind kind, int head, int
 }
 
 /// What is left of a row that was stored as the one type, then as the others.
-std::vector<float> through(const std::vector<float> &row, const std::vector<KvType> &types) {
+std::vector<float> through(const std::vector<float> &row, const std::vector<Format> &types) {
   std::vector<char> bytes(row.size() * sizeof(float));
   std::memcpy(bytes.data(), row.data(), bytes.size());
-  KvType type = KvType::f32;
-  for (const KvType next : types) {
+  Format type = Format::f32;
+  for (const Format next : types) {
     std::vector<char> converted(row_bytes(next, row.size()));
     convert_row(type, bytes.data(), next, converted.data(), row.size());
     bytes.swap(converted);
     type = next;
   }
   std::vector<float> result(row.size());
-  convert_row(type, bytes.data(), KvType::f32, result.data(), row.size());
+  convert_row(type, bytes.data(), Format::f32, result.data(), row.size());
   return result;
 }
 
@@ -66,7 +66,7 @@ struct Token {
   std::uint64_t owners = 0;       ///< bits
   bool cold = false;
   std::uint64_t stored = 0;    ///< layers, bits
-  KvType source = KvType::f32; ///< what its rows were stored from
+  Format source = Format::f32; ///< what its rows were stored from
 
   bool owned_by(std::int64_t seq) const { return (owners >> seq & 1) != 0; }
   bool pending() const { return stamp == kPending; }
@@ -221,8 +221,8 @@ struct Model {
 
   std::vector<float> row(const Token &t, int layer, Kind kind, int head) const {
     const int n = kind == key ? config.head_dim : config.head_dim_v;
-    const KvType hot = kind == key ? config.hot_k_type : config.hot_v_type;
-    const KvType cold = kind == key ? config.cold_k_type : config.cold_v_type;
+    const Format hot = kind == key ? config.hot_k_type : config.hot_v_type;
+    const Format cold = kind == key ? config.cold_k_type : config.cold_v_type;
     if ((t.stored >> layer & 1) == 0) {
       return std::vector<float>(idx(n), 0.0f);
     }

@@ -3,7 +3,7 @@
 // numbers.
 #pragma once
 
-#include "types.h"
+#include "mixedkv/formats.h"
 
 #include <algorithm>
 #include <cfloat>

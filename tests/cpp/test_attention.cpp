@@ -5,11 +5,11 @@
 //
 // Usage: test_attention [part of a check's name]
 
-#include "attention.h"
-#include "cache/row_plane.h"
 #include "checks.h"
+#include "formats/token_tile.h"
 #include "kernels/dispatch.h"
-#include "packed.h"
+#include "mixedkv/attention.h"
+#include "rows/row_plane.h"
 
 using namespace mixedkv;
 using namespace testing;
@@ -34,20 +34,20 @@ struct Pool {
   std::int64_t cells;
   std::vector<char> bytes;
 
-  Pool(RowPlane::Kind kind, KvType type, int row_width, int num_heads, std::int64_t num_cells)
+  Pool(RowPlane::Kind kind, Format type, int row_width, int num_heads, std::int64_t num_cells)
       : plane(kind, type, row_width, num_heads, num_cells), heads(num_heads), width(row_width),
         cells(num_cells), bytes(plane.bytes()) {}
   void fill(std::int64_t cell, float x) {
     const std::vector<float> row(size(width), x);
     for (int h = 0; h < heads; ++h)
-      plane.put(bytes.data(), h, cell, KvType::f32, row.data());
+      plane.put(bytes.data(), h, cell, Format::f32, row.data());
   }
   void randomise(Random &random, std::int64_t cell, float magnitude = 1.0f) {
     std::vector<float> row(size(width));
     for (int h = 0; h < heads; ++h) {
       for (float &x : row)
         x = magnitude * normal(random);
-      plane.put(bytes.data(), h, cell, KvType::f32, row.data());
+      plane.put(bytes.data(), h, cell, Format::f32, row.data());
     }
   }
   std::vector<float> get(int head, std::int64_t cell) const {
@@ -55,7 +55,7 @@ struct Pool {
     plane.get(bytes.data(), head, cell, row.data());
     return row;
   }
-  KvType type() const { return plane.packed() ? KvType::q4_0_packed : plane.type(); }
+  Format type() const { return plane.packed() ? Format::q4_0_packed : plane.type(); }
 };
 
 /// Keys and values in cells of two pools, and the segment that says so.
@@ -65,7 +65,7 @@ struct Source {
   std::vector<std::int32_t> pos;   ///< or empty: from pos_start on
   std::int64_t first_cell = 0, pos_start = 0, len = 0;
 
-  Source(KvType k_type, KvType v_type, int head_dim, int head_dim_v, int heads, std::int64_t cells)
+  Source(Format k_type, Format v_type, int head_dim, int head_dim_v, int heads, std::int64_t cells)
       : k(RowPlane::Kind::keys, k_type, head_dim, heads, cells),
         v(RowPlane::Kind::values, v_type, head_dim_v, heads, cells) {
     for (std::int64_t cell = 0; cell < cells; ++cell) {
@@ -108,7 +108,7 @@ struct Source {
 };
 
 /// A run of cells from `first` on.
-Source run_of_cells(Random &random, KvType k_type, KvType v_type, int dim, int dim_v, int heads,
+Source run_of_cells(Random &random, Format k_type, Format v_type, int dim, int dim_v, int heads,
                     std::int64_t first, std::int64_t len) {
   Source source(k_type, v_type, dim, dim_v, heads, (first + len + 40) / 16 * 16);
   source.first_cell = first;
@@ -118,7 +118,7 @@ Source run_of_cells(Random &random, KvType k_type, KvType v_type, int dim, int d
 }
 
 /// About one cell in `sparseness`, in stretches of up to `stretch`.
-Source scattered_cells(Random &random, KvType k_type, KvType v_type, int dim, int dim_v, int heads,
+Source scattered_cells(Random &random, Format k_type, Format v_type, int dim, int dim_v, int heads,
                        std::int64_t len, int sparseness, int stretch) {
   std::vector<std::int32_t> cells;
   std::int32_t next = between(random, 0, 20);
@@ -171,7 +171,7 @@ struct Call {
   float sm_scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
   bool uses_q4() const {
     return std::any_of(sources.begin(), sources.end(), [](const Source *s) {
-      return s->k.plane.type() == KvType::q4_0 || s->v.plane.type() == KvType::q4_0;
+      return s->k.plane.type() == Format::q4_0 || s->v.plane.type() == Format::q4_0;
     });
   }
 };
@@ -343,18 +343,18 @@ Result check_call(const Call &call, const char *what) {
 
 // --- checks ------------------------------------------------------------------------------------
 
-constexpr KvType kPacked = KvType::q4_0; // planes hold Q4_0 packed
+constexpr Format kPacked = Format::q4_0; // planes hold Q4_0 packed
 
 struct Types {
-  KvType k, v;
+  Format k, v;
   const char *name;
 };
 const Types kTypes[] = {{kPacked, kPacked, "packed"},
-                        {kPacked, KvType::f16, "packed keys, f16 values"},
-                        {KvType::f16, kPacked, "f16 keys, packed values"},
-                        {KvType::f32, kPacked, "f32 keys, packed values"},
-                        {kPacked, KvType::f32, "packed keys, f32 values"},
-                        {KvType::f16, KvType::f16, "f16"}};
+                        {kPacked, Format::f16, "packed keys, f16 values"},
+                        {Format::f16, kPacked, "f16 keys, packed values"},
+                        {Format::f32, kPacked, "f32 keys, packed values"},
+                        {kPacked, Format::f32, "packed keys, f32 values"},
+                        {Format::f16, Format::f16, "f16"}};
 /// Few rows go through kernels that unpack in registers, many through keys side by side.
 const int kQueries[] = {1, 2, 3, 5, 8, 33, 70};
 
@@ -466,8 +466,8 @@ void test_attend(const std::string &isa, ComputeType compute_type) {
       Random random(85);
       for (int num_queries : {1, 4, 33, 70}) {
         Source cold = scattered_cells(random, types.k, types.v, 64, 64, 2, 310, 2, 9);
-        Source hot = run_of_cells(random, KvType::f16, KvType::f16, 64, 64, 2, 0, 70);
-        Source other = run_of_cells(random, types.v == KvType::f16 ? kPacked : types.v, types.k, 64,
+        Source hot = run_of_cells(random, Format::f16, Format::f16, 64, 64, 2, 0, 70);
+        Source other = run_of_cells(random, types.v == Format::f16 ? kPacked : types.v, types.k, 64,
                                     64, 2, 29, 41);
         Source empty(types.k, types.v, 64, 64, 2, 16);
         std::int32_t next = 0;

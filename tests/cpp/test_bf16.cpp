@@ -147,16 +147,16 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
 struct TypedRows {
   std::vector<char> bytes;
   std::vector<std::int32_t> index;
-  KvType type;
+  Format type;
   std::ptrdiff_t stride;
 
-  TypedRows(Random &random, KvType type_, int num_rows, int n, int gap)
+  TypedRows(Random &random, Format type_, int num_rows, int n, int gap)
       : type(type_), stride(static_cast<std::ptrdiff_t>(row_bytes(type_, size(n))) + gap) {
     bytes.resize(size(num_rows * stride));
     for (int r = 0; r < num_rows; ++r) {
       index.push_back(num_rows - 1 - r);
       char *row = bytes.data() + r * stride;
-      if (type == KvType::q4_0) {
+      if (type == Format::q4_0) {
         for (int b = 0; b < n / 32; ++b) {
           block_q4_0 block;
           for (std::uint8_t &byte : block.qs)
@@ -169,7 +169,7 @@ struct TypedRows {
       }
       for (int i = 0; i < n; ++i) {
         const float x = random() % 50 ? any_number(random) : random() % 2 ? kNan : kInf;
-        if (type == KvType::f32) {
+        if (type == Format::f32) {
           std::memcpy(row + i * 4, &x, 4);
         } else {
           const f16_t half = static_cast<f16_t>(random());
@@ -194,11 +194,11 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
     check(isa + " panels of keys, " + names[type], [&] {
       Random random(3);
       for (int dim : kDims) {
-        if (type == static_cast<int>(KvType::q4_0) && dim % 32)
+        if (type == static_cast<int>(Format::q4_0) && dim % 32)
           continue;
         for (int num_keys = 1; num_keys <= kColumns; ++num_keys) {
           const int gap = type == 2 ? 2 * between(random, 0, 2) : 4 * between(random, 0, 2);
-          const TypedRows keys(random, static_cast<KvType>(type), num_keys, dim, gap);
+          const TypedRows keys(random, static_cast<Format>(type), num_keys, dim, gap);
           const Rows rows = keys.rows(num_keys % 2);
           const std::size_t n = panel_size(size((dim + 1) / 2));
           Output<bf16_t> got(n, 1), want(n, 0);
@@ -211,10 +211,10 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
     check(isa + " panels of values, " + names[type], [&] {
       Random random(4);
       for (int dim : kDims) {
-        if (type == static_cast<int>(KvType::q4_0) && dim % 32)
+        if (type == static_cast<int>(Format::q4_0) && dim % 32)
           continue;
         for (int num_keys : {1, 2, 3, 7, 16, 17, 33}) {
-          const TypedRows values(random, static_cast<KvType>(type), num_keys, dim,
+          const TypedRows values(random, static_cast<Format>(type), num_keys, dim,
                                  4 * between(random, 0, 2));
           const Rows rows = values.rows(num_keys % 2 == 0);
           const std::size_t ld = panel_size(size((num_keys + 1) / 2));
@@ -231,7 +231,7 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
     Random random(5);
     for (int dim : {32, 64, 96, 128, 512}) {
       std::vector<unsigned char> tile(packed_tile_bytes(size(dim)));
-      const TypedRows rows(random, KvType::q4_0, kColumns, dim, 0);
+      const TypedRows rows(random, Format::q4_0, kColumns, dim, 0);
       const auto *blocks = reinterpret_cast<const block_q4_0 *>(rows.bytes.data());
       const Rows all = rows.rows(false);
       for (int token = 0; token < kColumns; ++token)
@@ -239,7 +239,7 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
       const std::size_t n = panel_size(size(dim / 2));
       Output<bf16_t> got(n, 1), want(n, 0);
       kernels.packed_keys(tile.data(), dim, got.data());
-      scalar.keys[static_cast<int>(KvType::q4_0)](&all, kColumns, dim, want.data());
+      scalar.keys[static_cast<int>(Format::q4_0)](&all, kColumns, dim, want.data());
       expect_same(got, want, "packed keys", dim);
 
       for (int token = 0; token < kColumns; ++token)
@@ -248,7 +248,7 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
       Output<bf16_t> got_values(size(dim / kColumns) * ld, 1);
       Output<bf16_t> want_values(size(dim / kColumns) * ld, 0);
       kernels.packed_values(tile.data(), dim, got_values.data(), ld);
-      scalar.values[static_cast<int>(KvType::q4_0)](&all, kColumns, dim, want_values.data(), ld);
+      scalar.values[static_cast<int>(Format::q4_0)](&all, kColumns, dim, want_values.data(), ld);
       expect_same(got_values, want_values, "packed values", dim);
     }
   });

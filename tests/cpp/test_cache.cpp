@@ -1,12 +1,12 @@
 // MixedCache: directed cases, and random operations against a brute-force model.
-#include "cache/errors.h"
-#include "cache/mixed_cache.h"
-#include "cache/slot_plan.h"
+#include "cache/books/slot_plan.h"
 #include "cache_driver.h"
 #include "cache_harness.h"
 #include "cache_model.h"
 #include "expect.h"
-#include "parallel.h"
+#include "mixedkv/cache.h"
+#include "mixedkv/errors.h"
+#include "runtime/parallel.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -475,7 +475,7 @@ bool wrong_configs() {
   EXPECT(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
   EXPECT(refused([](CacheConfig &c) { c.layers = {1, 1}; }, "layers"));
   EXPECT(refused([](CacheConfig &c) { c.layers = {0}; }, "layers"));
-  EXPECT(refused([](CacheConfig &c) { c.hot_k_type = static_cast<KvType>(7); }, "hot_k_type"));
+  EXPECT(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(7); }, "hot_k_type"));
   EXPECT(refused(
       [](CacheConfig &c) {
         c.num_layers = 1 << 30;
@@ -504,8 +504,8 @@ bool wrong_calls() {
   MixedCache cache(config);
   using Bad = std::invalid_argument;
   const std::vector<Token> two = make_tokens(0, 2);
-  const RowsOf k(config, two, 0, key, KvType::f32);
-  const RowsOf v(config, two, 0, value, KvType::f32);
+  const RowsOf k(config, two, 0, key, Format::f32);
+  const RowsOf v(config, two, 0, value, Format::f32);
   const auto find = [&](std::vector<std::int64_t> pos, std::vector<std::int64_t> begin,
                         std::vector<std::int64_t> ids, std::int64_t n) {
     cache.find_slot(pos.data(), {begin.data(), ids.data()}, n);
@@ -551,7 +551,7 @@ bool wrong_calls() {
   bad.data = nullptr;
   EXPECT(throws<Bad>([&] { cache.store(0, bad, v.view); }, "k must not be null"));
   bad = v.view;
-  bad.type = KvType::q4_0;
+  bad.type = Format::q4_0;
   EXPECT(
       throws<Bad>([&] { cache.store(0, k.view, bad); }, "v must be rows of f32 or f16, got q4_0"));
   EXPECT(
@@ -578,7 +578,7 @@ bool wrong_calls() {
   options = {};
   options.logits_soft_cap = -1.0f;
   EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, options, out); }, "logits_soft_cap"));
-  q.type = KvType::q4_0;
+  q.type = Format::q4_0;
   EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must be f32 or f16"));
   q.data = nullptr;
   EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must not be null"));
@@ -640,8 +640,8 @@ bool not_finite_values_move() {
   std::vector<float> k(idx(2 * config.head_dim), 1.0f);
   std::vector<float> v(idx(2 * config.head_dim_v), 1.0f);
   k[3] = std::numeric_limits<float>::infinity();
-  const RowsView k_rows{k.data(), KvType::f32, 32 * 4, 32 * 4};
-  const RowsView v_rows{v.data(), KvType::f32, 64 * 4, 64 * 4};
+  const RowsView k_rows{k.data(), Format::f32, 32 * 4, 32 * 4};
+  const RowsView v_rows{v.data(), Format::f32, 64 * 4, 64 * 4};
   for (std::int64_t pos = 0; pos < 7; ++pos) {
     EXPECT(find_slot(cache, make_tokens(pos, 1)).has_value());
     cache.store(0, k_rows, v_rows);
@@ -728,8 +728,8 @@ bool decode_allocates_nothing() {
   std::vector<float> v(idx(2 * 2 * config.head_dim_v), 0.5f);
   std::vector<float> q(idx(4 * 2 * config.head_dim), 0.5f);
   std::vector<float> o(idx(4 * 2 * config.head_dim_v));
-  const RowsView k_rows{k.data(), KvType::f32, 2 * 32 * 4, 32 * 4};
-  const RowsView v_rows{v.data(), KvType::f32, 2 * 64 * 4, 64 * 4};
+  const RowsView k_rows{k.data(), Format::f32, 2 * 32 * 4, 32 * 4};
+  const RowsView v_rows{v.data(), Format::f32, 2 * 64 * 4, 64 * 4};
   QueryView queries;
   queries.data = q.data();
   queries.head_stride = 2 * 32 * 4;

@@ -1,5 +1,5 @@
 // Cells against a model that is too simple to be wrong: a list of optional tokens.
-#include "cache/cells.h"
+#include "cache/books/cells.h"
 #include "expect.h"
 
 #include <algorithm>

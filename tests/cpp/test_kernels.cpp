@@ -362,18 +362,18 @@ enum class Order { dense, strided, indexed };
 
 /// num rows of a type: dense, with gaps between them, or picked in random order from more.
 struct RowSet {
-  KvType type;
+  Format type;
   int num, dim;
   std::ptrdiff_t stride;
   std::vector<std::int32_t> index;
   std::unique_ptr<Input<char>> bytes;
   std::vector<double> values; ///< [num, dim], in the order in which the kernel sees them
 
-  RowSet(Random &random, KvType row_type, int num_rows, int row_dim, Order order,
+  RowSet(Random &random, Format row_type, int num_rows, int row_dim, Order order,
          const Kernels &scalar)
       : type(row_type), num(num_rows), dim(row_dim) {
     const std::size_t size = row_bytes(type, static_cast<std::size_t>(dim));
-    const std::size_t element = type == KvType::f32 ? 4 : 2;
+    const std::size_t element = type == Format::f32 ? 4 : 2;
     stride = static_cast<std::ptrdiff_t>(size + (order == Order::dense ? 0 : 3 * element));
     const int stored = order == Order::indexed ? 2 * num + 1 : num;
     // The allocation ends with the last row's last byte.
@@ -388,10 +388,10 @@ struct RowSet {
         value = normal(random);
       char *row = bytes->data() + stride * j;
       double *exact = all.data() + j * dim;
-      if (type == KvType::f32) {
+      if (type == Format::f32) {
         std::memcpy(row, x.data(), size);
         std::copy(x.begin(), x.end(), exact);
-      } else if (type == KvType::f16) {
+      } else if (type == Format::f16) {
         f16_t *halves = reinterpret_cast<f16_t *>(row);
         scalar.f32_to_f16(x.data(), halves, x.size());
         for (int i = 0; i < dim; ++i)
@@ -431,7 +431,7 @@ double split_error(const float *q, const double *k, int dim) {
 }
 
 void check_qk(const std::string &isa, const Kernels &kernels, const Kernels &scalar, Random &random,
-              KvType type, int num_rows, int num_keys, int dim, Order order) {
+              Format type, int num_rows, int num_keys, int dim, Order order) {
   const RowSet keys(random, type, num_keys, dim, order, scalar);
   const Rows rows = keys.rows();
   const std::size_t ld_q = static_cast<std::size_t>(dim + between(random, 0, 5));
@@ -449,7 +449,7 @@ void check_qk(const std::string &isa, const Kernels &kernels, const Kernels &sca
   qk(q.data(), ld_q, num_rows, &rows, num_keys, dim, scores.data(), ld_scores);
   EXPECT(scores.guards_intact(), "guards: rows %d keys %d dim %d", num_rows, num_keys, dim);
   // All NEON variants but the plain one.
-  const bool split = isa.rfind("neon_", 0) == 0 && type == KvType::q4_0;
+  const bool split = isa.rfind("neon_", 0) == 0 && type == Format::q4_0;
   std::vector<float> alone(static_cast<std::size_t>(num_keys));
   for (std::size_t r = 0; r < n; ++r) {
     const float *row = q.data() + r * ld_q;
@@ -476,7 +476,7 @@ void check_qk(const std::string &isa, const Kernels &kernels, const Kernels &sca
   }
 }
 
-void check_pv(const Kernels &kernels, const Kernels &scalar, Random &random, KvType type,
+void check_pv(const Kernels &kernels, const Kernels &scalar, Random &random, Format type,
               int num_rows, int num_keys, int dim, Order order) {
   const RowSet values(random, type, num_keys, dim, order, scalar);
   const Rows rows = values.rows();
@@ -533,13 +533,13 @@ void check_pv(const Kernels &kernels, const Kernels &scalar, Random &random, KvT
     }
 }
 
-const KvType kTypes[] = {KvType::f32, KvType::f16, KvType::q4_0};
+const Format kTypes[] = {Format::f32, Format::f16, Format::q4_0};
 const Order kOrders[] = {Order::dense, Order::strided, Order::indexed};
 
 void test_attention(const std::string &isa, const Kernels &kernels, const Kernels &scalar) {
-  for (KvType type : kTypes) {
+  for (Format type : kTypes) {
     const std::string of_type = std::string(" ") + kv_type_name(type);
-    const auto fits = [&](int dim) { return type != KvType::q4_0 || dim % 32 == 0; };
+    const auto fits = [&](int dim) { return type != Format::q4_0 || dim % 32 == 0; };
     const auto sweep = [&](auto &&run) {
       Random random(11);
       for (int dim : {1, 4, 8, 17, 32, 64, 80, 96, 128, 256, 512, 544})
@@ -559,7 +559,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
     const auto fuzz = [&](auto &&run) {
       Random random(20240229);
       for (int i = 0; i < 150; ++i) {
-        const int dim = type == KvType::q4_0 ? 32 * between(random, 1, 8) : between(random, 1, 200);
+        const int dim = type == Format::q4_0 ? 32 * between(random, 1, 8) : between(random, 1, 200);
         run(random, between(random, 1, 12), between(random, 1, 40), dim,
             kOrders[between(random, 0, 2)]);
       }
@@ -601,7 +601,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
           q[static_cast<std::size_t>(bad_row * dim + 40)] = bad;
           char *key = keys.bytes->data() + keys.stride * bad_key;
           const f16_t bad_half = std::isnan(bad) ? 0x7e00 : 0x7c00;
-          if (type == KvType::f32)
+          if (type == Format::f32)
             std::memcpy(key + 4, &bad, 4);
           else // a value, or the block's d
             std::memcpy(key, &bad_half, 2);
@@ -616,7 +616,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
             }
         }
     });
-    if (type == KvType::q4_0)
+    if (type == Format::q4_0)
       check(isa + " pv q4_0 gives the bits that f32 gives on dequantized rows", [&] {
         // The same values in the same order: not a bit of rounding is left to tell apart.
         Random random(17);

@@ -8,10 +8,10 @@
 //
 // Usage: test_packed [part of a check's name]
 
-#include "cache/row_plane.h"
 #include "checks.h"
+#include "formats/token_tile.h"
 #include "kernels/dispatch.h"
-#include "packed.h"
+#include "rows/row_plane.h"
 
 #include <numeric>
 
@@ -156,7 +156,7 @@ bool same_bits(const float *a, const float *b, std::size_t n) {
 void test_layout() {
   check("a tile takes the bytes that its rows take in ggml's order", [] {
     for (std::size_t n = 32; n <= 512; n += 32)
-      EXPECT(packed_tile_bytes(n) == 16 * row_bytes(KvType::q4_0, n), "%zu values", n);
+      EXPECT(packed_tile_bytes(n) == 16 * row_bytes(Format::q4_0, n), "%zu values", n);
   });
   for (Kind kind : {Kind::keys, Kind::values}) {
     const std::string of_kind = kind == Kind::keys ? " keys" : " values";
@@ -247,15 +247,15 @@ void test_row_plane() {
     std::vector<char> bytes;
     std::vector<float> values;
   };
-  const auto make_row = [&](Random &random, KvType type, int width) {
+  const auto make_row = [&](Random &random, Format type, int width) {
     Row row;
     row.bytes.resize(row_bytes(type, size(width)));
     row.values.resize(size(width));
     for (float &x : row.values)
       x = normal(random);
-    if (type == KvType::f32) {
+    if (type == Format::f32) {
       std::memcpy(row.bytes.data(), row.values.data(), row.bytes.size());
-    } else if (type == KvType::f16) {
+    } else if (type == Format::f16) {
       f16_t *halves = reinterpret_cast<f16_t *>(row.bytes.data());
       scalar.f32_to_f16(row.values.data(), halves, size(width));
       scalar.f16_to_f32(halves, row.values.data(), size(width));
@@ -272,27 +272,27 @@ void test_row_plane() {
     scalar.dequantize_row_q4_0_f32(blocks.data(), values.data(), values.size());
     return values;
   };
-  const KvType types[] = {KvType::f32, KvType::f16, KvType::q4_0};
+  const Format types[] = {Format::f32, Format::f16, Format::q4_0};
   for (Kind kind : {Kind::keys, Kind::values}) {
     const std::string of_kind = kind == Kind::keys ? " keys" : " values";
     check("row plane of packed" + of_kind + ": cells are written and read alone", [&] {
       Random random(44);
       for (int width : {32, 64, 96, 128, 256, 288, 512, 544}) {
         const int heads = 2, cells = 37;
-        const RowPlane plane(kind, KvType::q4_0, width, heads, cells);
-        EXPECT(plane.bytes() >= row_bytes(KvType::q4_0, size(width)) * size(heads * cells) &&
-                   plane.bytes() < row_bytes(KvType::q4_0, size(width)) * size(heads * 48) + 64,
+        const RowPlane plane(kind, Format::q4_0, width, heads, cells);
+        EXPECT(plane.bytes() >= row_bytes(Format::q4_0, size(width)) * size(heads * cells) &&
+                   plane.bytes() < row_bytes(Format::q4_0, size(width)) * size(heads * 48) + 64,
                "bytes of width %d", width);
         Output<char> base(plane.bytes(), 0);
         std::vector<std::vector<float>> expected(size(heads * cells));
         for (int head = 0; head < heads; ++head)
           for (int cell = 0; cell < cells; ++cell) {
-            plane.put_zeros(base.data(), head, cell, KvType::f32);
+            plane.put_zeros(base.data(), head, cell, Format::f32);
             expected[size(head * cells + cell)].assign(size(width), 0.0f);
           }
         for (int step = 0; step < 60; ++step) {
           const int head = between(random, 0, heads - 1), cell = between(random, 0, cells - 1);
-          const KvType type = types[step % 3];
+          const Format type = types[step % 3];
           const Row row = make_row(random, type, width);
           std::vector<float> &values = expected[size(head * cells + cell)];
           switch (step % 4) {
@@ -300,7 +300,7 @@ void test_row_plane() {
             const RowPlane rows(kind, type, width, heads, 3);
             std::vector<char> other(rows.bytes());
             if (rows.packed()) {
-              rows.put(other.data(), head, 2, KvType::q4_0, row.bytes.data());
+              rows.put(other.data(), head, 2, Format::q4_0, row.bytes.data());
             } else {
               rows.put(other.data(), head, 2, type, row.bytes.data());
             }
@@ -317,9 +317,9 @@ void test_row_plane() {
           default:
             plane.put(base.data(), head, cell, type, row.bytes.data());
             // Blocks stay as they are: quantising their values anew may turn a block's sign.
-            values = type == KvType::q4_0 ? row.values : quantized(row.values);
+            values = type == Format::q4_0 ? row.values : quantized(row.values);
           }
-          if (step % 4 == 0 && type == KvType::q4_0)
+          if (step % 4 == 0 && type == Format::q4_0)
             values = row.values;
           for (int h = 0; h < heads; ++h)
             for (int c = 0; c < cells; ++c) {
@@ -331,7 +331,7 @@ void test_row_plane() {
         }
         EXPECT(base.guards_intact(), "guards, width %d", width);
         // Back to rows.
-        for (KvType type : {KvType::f32, KvType::f16}) {
+        for (Format type : {Format::f32, Format::f16}) {
           const RowPlane rows(kind, type, width, heads, 2);
           std::vector<char> other(rows.bytes());
           rows.copy(other.data(), 1, 1, plane, base.data(), 20);
@@ -340,7 +340,7 @@ void test_row_plane() {
           for (int i = 0; i < width; ++i) {
             const float want = expected[size(cells + 20)][size(i)];
             EXPECT(std::fabs(got[size(i)] - want) <=
-                       (type == KvType::f32 ? 0.0f : std::fabs(want) / 2048 + 1e-7f),
+                       (type == Format::f32 ? 0.0f : std::fabs(want) / 2048 + 1e-7f),
                    "width %d value %d", width, i);
           }
         }
@@ -844,15 +844,15 @@ void test_unpack(const std::string &isa, const Kernels &kernels) {
 
 void test_transposed(const std::string &isa, const Kernels &kernels) {
   const Kernels &scalar = kernels_for("scalar");
-  for (KvType type : {KvType::f32, KvType::f16, KvType::q4_0})
+  for (Format type : {Format::f32, Format::f16, Format::q4_0})
     check(isa + " transpose_keys " + kv_type_name(type), [&] {
       Random random(72);
       for (int dim : {1, 4, 17, 32, 80, 96, 128, 129, 160, 512, 544})
         for (int num_keys = 1; num_keys <= kTokens; ++num_keys) {
-          if (type == KvType::q4_0 && dim % QK4_0 != 0)
+          if (type == Format::q4_0 && dim % QK4_0 != 0)
             continue;
           const std::size_t bytes = row_bytes(type, size(dim));
-          const std::size_t element = type == KvType::f32 ? 4 : 2;
+          const std::size_t element = type == Format::f32 ? 4 : 2;
           const Order order = kOrders[(num_keys + dim) % 3];
           const std::size_t stride = bytes + (order == Order::dense ? 0 : 3 * element);
           const int stored = order == Order::indexed ? 2 * num_keys + 1 : num_keys;
@@ -868,9 +868,9 @@ void test_transposed(const std::string &isa, const Kernels &kernels) {
             char *row = rows.data() + stride * size(j);
             for (int i = 0; i < dim; ++i)
               values[i] = normal(random);
-            if (type == KvType::f32) {
+            if (type == Format::f32) {
               std::memcpy(row, values, bytes);
-            } else if (type == KvType::f16) {
+            } else if (type == Format::f16) {
               scalar.f32_to_f16(values, reinterpret_cast<f16_t *>(row), size(dim));
               scalar.f16_to_f32(reinterpret_cast<f16_t *>(row), values, size(dim));
             } else {
@@ -966,16 +966,16 @@ void test_rows_at_once() {
             constexpr int kCells = 53, kHeads = 2;
             for (int step = 0; step < 60; ++step) {
               const int width = step % 2 ? 64 : 160;
-              const KvType type = step % 3 ? KvType::f16 : KvType::f32;
+              const Format type = step % 3 ? Format::f16 : Format::f32;
               const RowPlane rows(kind, type, width, kHeads, kCells);
-              const RowPlane plane(kind, KvType::q4_0, width, kHeads, kCells);
+              const RowPlane plane(kind, Format::q4_0, width, kHeads, kCells);
               std::vector<char> source(rows.bytes());
               for (int head = 0; head < kHeads; ++head)
                 for (int cell = 0; cell < kCells; ++cell) {
                   std::vector<float> values(size(width));
                   for (float &x : values)
                     x = normal(random);
-                  rows.put(source.data(), head, cell, KvType::f32, values.data());
+                  rows.put(source.data(), head, cell, Format::f32, values.data());
                 }
               std::vector<char> expected(plane.bytes());
               for (char &byte : expected)
@@ -1003,7 +1003,7 @@ void test_rows_at_once() {
 // --- packing -----------------------------------------------------------------------------------
 
 /// A row of f32 or f16 values, some of its blocks of the kinds that need care.
-std::vector<char> row_to_pack(Random &random, KvType type, int dim) {
+std::vector<char> row_to_pack(Random &random, Format type, int dim) {
   std::vector<float> values(size(dim));
   for (float &x : values)
     x = normal(random);
@@ -1025,13 +1025,13 @@ std::vector<char> row_to_pack(Random &random, KvType type, int dim) {
       break;
     case 4: // subnormal, as f16 too
       for (int i = 0; i < QK4_0; ++i)
-        values[size(b + i)] *= type == KvType::f32 && random() % 2 ? 1e-40f : 1e-7f;
+        values[size(b + i)] *= type == Format::f32 && random() % 2 ? 1e-40f : 1e-7f;
       break;
     default:
       break;
     }
   std::vector<char> row(row_bytes(type, size(dim)));
-  if (type == KvType::f32)
+  if (type == Format::f32)
     std::memcpy(row.data(), values.data(), row.size());
   else
     kernels_for("scalar").f32_to_f16(values.data(), reinterpret_cast<f16_t *>(row.data()),
@@ -1049,7 +1049,7 @@ std::uint32_t some_tokens(Random &random, int step) {
 
 void test_pack(const std::string &isa, const Kernels &kernels) {
   for (Kind kind : {Kind::keys, Kind::values})
-    for (KvType type : {KvType::f32, KvType::f16})
+    for (Format type : {Format::f32, Format::f16})
       check(isa + " pack_" + (kind == Kind::keys ? "keys " : "values ") + kv_type_name(type), [&] {
         Random random(91);
         const Kernels &scalar = kernels_for("scalar");
@@ -1072,7 +1072,7 @@ void test_pack(const std::string &isa, const Kernels &kernels) {
             std::vector<block_q4_0> blocks(size(num_blocks));
             if (rows[t] == nullptr)
               continue;
-            if (type == KvType::f32)
+            if (type == Format::f32)
               scalar.quantize_row_q4_0_f32(static_cast<const float *>(rows[t]), blocks.data(),
                                            size(dim));
             else

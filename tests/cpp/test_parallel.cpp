@@ -1,7 +1,7 @@
 // The worker pool, and how many CPUs it may use. Built with -fsanitize=thread as well.
-#include "cpu_count.h"
 #include "expect.h"
-#include "parallel.h"
+#include "runtime/cpu_count.h"
+#include "runtime/parallel.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,7 +1,7 @@
 // Where new tokens go: every choice against the rule as it is written, on cells in any state; and
 // what it is for, that moves of several sequences leave no tile shared where there is room.
-#include "cache/placement.h"
-#include "cache/unified_cache.h"
+#include "cache/books/placement.h"
+#include "cache/tier.h"
 #include "expect.h"
 
 #include <algorithm>
@@ -145,12 +145,12 @@ bool same_state_same_choice() {
   return true;
 }
 
-RowShape shape(KvType type) { return {1, 1, 32, 32, type, type}; }
+RowShape shape(Format type) { return {1, 1, 32, 32, type, type}; }
 
 /// Tokens of four sequences, in turns, move to cold in batches.
 bool sequences_are_kept_apart(std::int64_t cold_size, bool enough) {
-  UnifiedCache hot(shape(KvType::f16), 64, 4);
-  UnifiedCache cold(shape(KvType::q4_0), cold_size, 4);
+  Tier hot(shape(Format::f16), 64, 4);
+  Tier cold(shape(Format::q4_0), cold_size, 4);
   std::int64_t num_shared = 0;
   std::int32_t next = 0;
   while (cold.cells.num_free() >= 24 && (!enough || cold.cells.num_used() < 192)) {

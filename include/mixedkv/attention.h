@@ -1,0 +1,131 @@
+// Attention with carried state. Each query row has a state (M, S, acc): the running maximum of
+// its scaled logits x, the sum of exp(x - M), and the sum of exp(x - M) * v. A segment of keys
+// continues the state; finalize gives acc / S. The accumulator is reset only while M is -inf.
+// (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.)
+#pragma once
+
+#include "mixedkv/formats.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mixedkv {
+
+/// Queries that share one list of key segments: a batch row, or a sequence's tokens of a ubatch.
+/// Strides are in bytes; the values of a row lie side by side. type is f32 or f16.
+/// Query i of head h is at data + h * head_stride + row_stride * (index ? index[i] : i),
+/// its position is pos ? pos[i] : pos_start + i.
+struct QueryView {
+  const void *data = nullptr;
+  Format type = Format::f32;
+  std::ptrdiff_t head_stride = 0;
+  std::ptrdiff_t row_stride = 0;
+  const std::int32_t *index = nullptr;
+  const std::int32_t *pos = nullptr;
+  std::int64_t pos_start = 0;
+  std::int64_t len = 0;
+};
+
+/// A run of keys and values, for all kv heads. Key j of kv head h is at
+/// k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
+/// Its position is pos ? pos[j] : pos_start + j. Where a type is packed, k (v) is that of the tile
+/// of cell 0, its stride is a tile's, and key j is in cell index ? index[j] : first_cell + j.
+struct KeySegment {
+  const void *k = nullptr;
+  const void *v = nullptr;
+  Format k_type = Format::f32;
+  Format v_type = Format::f32;
+  std::ptrdiff_t k_head_stride = 0;
+  std::ptrdiff_t k_row_stride = 0;
+  std::ptrdiff_t v_head_stride = 0;
+  std::ptrdiff_t v_row_stride = 0;
+  const std::int32_t *index = nullptr;
+  const std::int32_t *pos = nullptr;
+  std::int64_t pos_start = 0;
+  std::int64_t first_cell = 0;
+  std::int64_t len = 0;
+};
+
+enum class MaskType : std::uint8_t { none, f32, f16, boolean };
+
+/// Additive (f32, f16) or boolean (one byte, non-zero = attend) mask; entry of head h, query i,
+/// key j (counted through all segments) at data + h * head_stride + i * query_stride +
+/// j * key_stride, in bytes; a stride may be 0.
+struct MaskView {
+  MaskType type = MaskType::none;
+  const void *data = nullptr;
+  std::ptrdiff_t head_stride = 0;
+  std::ptrdiff_t query_stride = 0;
+  std::ptrdiff_t key_stride = 0;
+};
+
+/// Carried state of [num_qo_heads, len] rows, contiguous: ms [rows, 2] (M first), acc
+/// [rows, head_dim_v]. ms null: no state is carried in or out.
+struct StateView {
+  float *ms = nullptr;
+  float *acc = nullptr;
+};
+
+/// Where the normalised result goes: f32, query i of head h at data + h * head_stride +
+/// row_stride * (index ? index[i] : i), strides counted in floats; lse likewise. data null:
+/// no result is wanted; lse null: no lse.
+struct OutputView {
+  float *data = nullptr;
+  std::ptrdiff_t head_stride = 0;
+  std::ptrdiff_t row_stride = 0;
+  float *lse = nullptr;
+  std::ptrdiff_t lse_head_stride = 0;
+  std::ptrdiff_t lse_row_stride = 0;
+  const std::int32_t *index = nullptr;
+};
+
+struct AttentionProblem {
+  QueryView q;
+  const KeySegment *segments = nullptr;
+  int num_segments = 0;
+  MaskView mask;
+  StateView state;
+  OutputView out;
+};
+
+/// What queries, keys, weights and values are rounded to in products of many query rows. bf16:
+/// where the instruction set in use has kernels for it, else f32. Softmax, M, S and acc are f32
+/// always.
+enum class ComputeType : std::uint8_t { f32, bf16 };
+
+/// What all problems of a call share.
+struct AttentionParams {
+  int num_qo_heads = 1;
+  int num_kv_heads = 1; ///< divides num_qo_heads; query head h reads kv head h / (their ratio)
+  int head_dim = 0;
+  int head_dim_v = 0;
+  float sm_scale = 1.0f;
+  float logits_soft_cap = 0.0f;        ///< 0: none
+  bool causal = false;                 ///< key position <= query position
+  std::int64_t window_left = -1;       ///< W >= 0: key positions p - W to p; -1: none
+  const float *alibi_slopes = nullptr; ///< [num_qo_heads]
+  const float *sinks = nullptr;        ///< [num_qo_heads] logits that enter S at finalize
+  int num_threads = 0;                 ///< 0: get_num_threads()
+  ComputeType compute_type = ComputeType::f32;
+};
+
+/// Attends all problems: continues each one's state over its segments in their order, and writes
+/// its normalised output where it wants one. How a long run of keys is cut and in which order
+/// partial states merge depends on the shapes alone. Sizes and pointers are the caller's to check.
+void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params);
+
+/// out = acc / S, lse = M + ln S of [num_qo_heads, len] rows; rows that saw no key give zeros and
+/// -inf. sinks (or null) as above.
+void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int head_dim_v,
+              const float *sinks, const OutputView &out);
+
+/// a becomes the state of the union of what a and b saw; rows of b whose M is -inf change nothing.
+void merge(const StateView &a, const StateView &b, std::int64_t num_rows, int head_dim_v);
+
+/// Merges num_states normalised results, out [num_states, num_rows, head_dim_v] and lse
+/// [num_states, num_rows], into out_merged [num_rows, head_dim_v] and lse_merged [num_rows].
+/// All contiguous; lse -inf marks an empty one.
+void merge_states(const float *outs, const float *lses, int num_states, std::int64_t num_rows,
+                  int head_dim_v, float *out_merged, float *lse_merged);
+
+} // namespace mixedkv
