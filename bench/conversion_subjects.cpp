@@ -129,7 +129,7 @@ void add_conversions(const Options &options, const Shape &shape, std::int64_t kv
     const Format from = source;
     const Format to = target;
     add_benchmarks(options,
-                   std::string("convert/") + kv_type_name(from) + "_to_" + kv_type_name(to) + where,
+                   std::string("convert/") + format_name(from) + "_to_" + format_name(to) + where,
                    {std::max(bytes(from), bytes(to)), values},
                    [=] { return std::make_unique<Conversion>(from, to, num_rows, n); });
   }

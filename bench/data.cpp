@@ -1,5 +1,6 @@
 #include "data.h"
 
+#include "formats/tile_layout.h"
 #include "formats/token_tile.h"
 #include "mixedkv/convert.h"
 
@@ -25,22 +26,19 @@ std::uint64_t mix(std::uint64_t x) {
   return x ^ (x >> 31);
 }
 
-using PackBlocks = void(const block_q4_0 *blocks, int first, int count, int num_blocks,
-                        unsigned char *tile, int token);
-
-Memory random_packed(int num_heads, std::int64_t num_tokens, int head_dim, std::uint64_t seed,
-                     PackBlocks *pack) {
+Memory random_tiles(int num_heads, std::int64_t num_tokens, int head_dim, std::uint64_t seed,
+                    TileLayout::Put *put) {
   const std::size_t n = static_cast<std::size_t>(head_dim);
-  const std::int64_t tiles = packed_tiles(num_tokens);
+  const std::int64_t tiles = tiles_of(num_tokens);
   const int num_blocks = head_dim / QK4_0;
-  Memory memory(packed_tile_bytes(n) * static_cast<std::size_t>(num_heads * tiles));
+  Memory memory(tile_bytes(Format::q4_0, n) * static_cast<std::size_t>(num_heads * tiles));
   for (int head = 0; head < num_heads; ++head) {
     const Memory rows = random_rows(Format::q4_0, num_tokens, n, mix(seed) + head);
     for (std::int64_t token = 0; token < num_tokens; ++token) {
-      const std::int64_t tile = head * tiles + token / kPackedTokens;
-      pack(rows.as<block_q4_0>() + token * num_blocks, 0, num_blocks, num_blocks,
-           memory.as<unsigned char>() + packed_tile_bytes(n) * static_cast<std::size_t>(tile),
-           static_cast<int>(token % kPackedTokens));
+      const std::int64_t tile = head * tiles + token / kTileTokens;
+      put(rows.as<block_q4_0>() + token * num_blocks, 0, num_blocks, num_blocks,
+          memory.as<unsigned char>() + tile_bytes(Format::q4_0, n) * static_cast<std::size_t>(tile),
+          static_cast<int>(token % kTileTokens));
     }
   }
   return memory;
@@ -92,16 +90,16 @@ Memory random_rows(Format type, std::int64_t num_rows, std::size_t n, std::uint6
   return memory;
 }
 
-std::int64_t packed_tiles(std::int64_t num_tokens) {
-  return (num_tokens + kPackedTokens - 1) / kPackedTokens;
+std::int64_t tiles_of(std::int64_t num_tokens) {
+  return (num_tokens + kTileTokens - 1) / kTileTokens;
 }
 
-Memory random_packed_keys(int num_heads, std::int64_t num_tokens, int head_dim) {
-  return random_packed(num_heads, num_tokens, head_dim, 11, pack_key_blocks);
+Memory random_key_tiles(int num_heads, std::int64_t num_tokens, int head_dim) {
+  return random_tiles(num_heads, num_tokens, head_dim, 11, tile_layout(Format::q4_0)->put_keys);
 }
 
-Memory random_packed_values(int num_heads, std::int64_t num_tokens, int head_dim) {
-  return random_packed(num_heads, num_tokens, head_dim, 12, pack_value_blocks);
+Memory random_value_tiles(int num_heads, std::int64_t num_tokens, int head_dim) {
+  return random_tiles(num_heads, num_tokens, head_dim, 12, tile_layout(Format::q4_0)->put_values);
 }
 
 } // namespace mixedkv::bench

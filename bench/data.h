@@ -36,11 +36,11 @@ std::size_t kv_bytes(const Shape &shape, std::int64_t tokens, Format type);
 /// Random rows of n values that lie one after another.
 Memory random_rows(Format type, std::int64_t num_rows, std::size_t n, std::uint64_t seed);
 
-/// num_heads runs of num_tokens random Q4_0 rows, packed (packed.h); where the last tile of a run
+/// num_heads runs of num_tokens random Q4_0 rows in tiles; where the last tile of a run
 /// is not full, the rest of it is zeros.
-Memory random_packed_keys(int num_heads, std::int64_t num_tokens, int head_dim);
-Memory random_packed_values(int num_heads, std::int64_t num_tokens, int head_dim);
+Memory random_key_tiles(int num_heads, std::int64_t num_tokens, int head_dim);
+Memory random_value_tiles(int num_heads, std::int64_t num_tokens, int head_dim);
 /// Tiles of such a run.
-std::int64_t packed_tiles(std::int64_t num_tokens);
+std::int64_t tiles_of(std::int64_t num_tokens);
 
 } // namespace mixedkv::bench

@@ -89,7 +89,7 @@ public:
                        row_bytes(type, size(shape.head_dim))),
         type_(type), q_(queries_of(shape)) {}
   void run(const Context &context) override {
-    const auto qk = context.kernels->qk[static_cast<int>(type_)];
+    const auto qk = context.kernels->of(type_).qk;
     const std::size_t d = size(head_dim_);
     each_chunk(context.threads, 1, kv_,
                [&](std::size_t head, const Rows &rows, int num_keys, float *scores) {
@@ -110,7 +110,7 @@ public:
                        row_bytes(type, size(shape.head_dim))),
         type_(type), p_(weights_of(group_)) {}
   void run(const Context &context) override {
-    const auto pv = context.kernels->pv[static_cast<int>(type_)];
+    const auto pv = context.kernels->of(type_).pv;
     each_chunk(
         context.threads, 1, kv_, [&](std::size_t, const Rows &rows, int num_keys, float *acc) {
           pv(p_.as<float>(), kLdScores, group_, &rows, num_keys, head_dim_, acc, size(head_dim_));
@@ -122,26 +122,26 @@ private:
   Memory p_;
 };
 
-class QkPacked : public KernelOverKeys {
+class QkTiles : public KernelOverKeys {
 public:
-  QkPacked(const Shape &shape, std::int64_t kv, int max_threads)
+  QkTiles(const Shape &shape, std::int64_t kv, int max_threads)
       : KernelOverKeys(shape, kv, max_threads,
-                       random_packed_keys(shape.num_kv_heads, kv, shape.head_dim),
-                       packed_tile_bytes(size(shape.head_dim))),
-        q_(queries_of(shape)),
-        prepared_(size(shape.num_qo_heads) * packed_query_floats(size(shape.head_dim)) *
-                  sizeof(float)) {}
+                       random_key_tiles(shape.num_kv_heads, kv, shape.head_dim),
+                       tile_bytes(Format::q4_0, size(shape.head_dim))),
+        q_(queries_of(shape)), prepared_(size(shape.num_qo_heads) *
+                                         tile_query_floats(size(shape.head_dim)) * sizeof(float)) {}
   void prepare(const Context &context) override {
-    context.kernels->prepare_packed_query(q_.as<float>(), size(head_dim_), num_heads_ * group_,
-                                          head_dim_, prepared_.as<float>());
+    context.kernels->tiles_of(Format::q4_0)
+        ->prepare_query(q_.as<float>(), size(head_dim_), num_heads_ * group_, head_dim_,
+                        prepared_.as<float>());
   }
   void run(const Context &context) override {
-    const auto qk = context.kernels->qk_packed;
-    const std::size_t ld = packed_query_floats(size(head_dim_));
-    each_chunk(context.threads, kPackedTokens, packed_tiles(kv_),
+    const auto qk = context.kernels->tiles_of(Format::q4_0)->qk;
+    const std::size_t ld = tile_query_floats(size(head_dim_));
+    each_chunk(context.threads, kTileTokens, tiles_of(kv_),
                [&](std::size_t head, const Rows &tiles, int num_keys, float *scores) {
                  qk(prepared_.as<float>() + head * size(group_) * ld, group_, &tiles,
-                    static_cast<int>(packed_tiles(num_keys)), head_dim_, scores, kLdScores);
+                    static_cast<int>(tiles_of(num_keys)), head_dim_, scores, kLdScores);
                });
   }
 
@@ -150,19 +150,19 @@ private:
   Memory prepared_;
 };
 
-class PvPacked : public KernelOverKeys {
+class PvTiles : public KernelOverKeys {
 public:
-  PvPacked(const Shape &shape, std::int64_t kv, int max_threads)
+  PvTiles(const Shape &shape, std::int64_t kv, int max_threads)
       : KernelOverKeys(shape, kv, max_threads,
-                       random_packed_values(shape.num_kv_heads, kv, shape.head_dim),
-                       packed_tile_bytes(size(shape.head_dim))),
+                       random_value_tiles(shape.num_kv_heads, kv, shape.head_dim),
+                       tile_bytes(Format::q4_0, size(shape.head_dim))),
         p_(weights_of(group_)) {}
   void run(const Context &context) override {
-    const auto pv = context.kernels->pv_packed;
-    each_chunk(context.threads, kPackedTokens, packed_tiles(kv_),
+    const auto pv = context.kernels->tiles_of(Format::q4_0)->pv;
+    each_chunk(context.threads, kTileTokens, tiles_of(kv_),
                [&](std::size_t, const Rows &tiles, int num_keys, float *acc) {
-                 pv(p_.as<float>(), kLdScores, group_, &tiles,
-                    static_cast<int>(packed_tiles(num_keys)), head_dim_, acc, size(head_dim_));
+                 pv(p_.as<float>(), kLdScores, group_, &tiles, static_cast<int>(tiles_of(num_keys)),
+                    head_dim_, acc, size(head_dim_));
                });
   }
 
@@ -183,7 +183,7 @@ public:
       const std::size_t head = static_cast<std::size_t>(unit);
       context.kernels->qk_transposed(q_.as<float>(), dim(), kRowsFullTile,
                                      keys_.as<float>() + head * kKeysFullTile * dim(),
-                                     kKeysFullTile / kPackedTokens, head_dim_,
+                                     kKeysFullTile / kTileTokens, head_dim_,
                                      scores_.as<float>() + head * kScores, kLdFullTile);
     });
   }
@@ -239,17 +239,17 @@ void add_products(const Options &options, const Shape &shape, std::int64_t kv) {
   const auto work = [&](Format type) { return Work{kv_bytes(shape, kv, type) / 2, ops}; };
   const Format types[] = {Format::f32, Format::f16, Format::q4_0};
   for (const Format type : types) {
-    add_benchmarks(options, std::string("kernel/qk_") + kv_type_name(type) + where, work(type),
+    add_benchmarks(options, std::string("kernel/qk_") + format_name(type) + where, work(type),
                    [=] { return std::make_unique<Qk>(shape, kv, max_threads, type); });
   }
-  add_benchmarks(options, "kernel/qk_packed" + where, work(Format::q4_0),
-                 [=] { return std::make_unique<QkPacked>(shape, kv, max_threads); });
+  add_benchmarks(options, "kernel/qk_tiles" + where, work(Format::q4_0),
+                 [=] { return std::make_unique<QkTiles>(shape, kv, max_threads); });
   for (const Format type : types) {
-    add_benchmarks(options, std::string("kernel/pv_") + kv_type_name(type) + where, work(type),
+    add_benchmarks(options, std::string("kernel/pv_") + format_name(type) + where, work(type),
                    [=] { return std::make_unique<Pv>(shape, kv, max_threads, type); });
   }
-  add_benchmarks(options, "kernel/pv_packed" + where, work(Format::q4_0),
-                 [=] { return std::make_unique<PvPacked>(shape, kv, max_threads); });
+  add_benchmarks(options, "kernel/pv_tiles" + where, work(Format::q4_0),
+                 [=] { return std::make_unique<PvTiles>(shape, kv, max_threads); });
 }
 
 void add_tiles(const Options &options, const Shape &shape) {

@@ -1,6 +1,6 @@
 #include "attention/query_tile.h"
 
-#include "formats/rows.h"
+#include "attention/row_runs.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@ std::size_t QueryTile::scratch_floats(const AttentionParams &params) {
   constexpr std::size_t few = (kUnpackRows - 1) * (kChunkKeys + kScoresPad);
   const std::size_t many = kTileRows * (full + kScoresPad);
   const std::size_t floats = kTileRows * (d + dv) + 2 * std::max(few, many) + kChunkKeys +
-                             (kUnpackRows - 1) * packed_query_floats(d) + (full + kScoresPad) * d +
+                             (kUnpackRows - 1) * tile_query_floats(d) + (full + kScoresPad) * d +
                              (kChunkKeys + kScoresPad) * dv;
   return (floats + (bf16 ? bf16_scratch_floats(d, dv) : 0) + 8 * 16) / 16 * 16;
 }
@@ -50,7 +50,7 @@ QueryTile::QueryTile(const Kernels &kernels, float *scratch, const AttentionPara
   values_ = take(ld_ * head_dim_v_);
   prepared_ = keys_ = nullptr;
   if (num_rows < kUnpackRows) {
-    prepared_ = take(num_rows * packed_query_floats(head_dim_));
+    prepared_ = take(num_rows * tile_query_floats(head_dim_));
   } else {
     keys_ = take(ld_ * head_dim_);
   }
@@ -63,7 +63,7 @@ QueryTile::QueryTile(const Kernels &kernels, float *scratch, const AttentionPara
     const char *row = static_cast<const char *>(q.data) + head(r) * q.head_stride +
                       q.row_stride * (q.index != nullptr ? q.index[i] : i);
     float *scaled = q_ + r * head_dim_;
-    unpack_row(kernels_, q.type, row, scaled, head_dim_);
+    kernels_.of(q.type).to_f32(row, scaled, head_dim_);
     kernels_.scale(scaled, head_dim_, params.sm_scale);
     pos_[r] = q.pos != nullptr ? q.pos[i] : q.pos_start + i;
     pos_min_ = std::min(pos_min_, pos_[r]);

@@ -24,10 +24,10 @@ constexpr int kUnpackRows = 9;
 constexpr int kChunkKeys = 256;
 constexpr int kChunkKeysFullTile = 128;
 /// Scores lie this much further apart: a chunk of packed keys may start and end within a tile.
-constexpr int kScoresPad = 2 * kPackedTokens;
-constexpr int kMaxTiles = kChunkKeys / kPackedTokens + 1;
+constexpr int kScoresPad = 2 * kTileTokens;
+constexpr int kMaxTiles = kChunkKeys / kTileTokens + 1;
 /// Tiles listed beyond a chunk's own, so that kernels can ask for them ahead of their turn.
-constexpr int kTilesAhead = kChunkKeys / kPackedTokens;
+constexpr int kTilesAhead = kChunkKeys / kTileTokens;
 
 /// A buffer that grows and never shrinks, so that a steady state allocates nothing.
 template <typename T> class Buffer {
@@ -156,8 +156,8 @@ private:
   float *prepared_; ///< queries as qk_packed takes them; filled when first needed
   float *keys_;     ///< tiles of keys side by side
   float *values_;   ///< [chunk_keys + kScoresPad, head_dim_v]: a run of values, unpacked
-  bool is_prepared_ = false;
-  const Bf16Kernels *bf16_ = nullptr; ///< where products of this tile are in bf16
+  const TileKernels *prepared_for_ = nullptr; ///< whose form prepared_ has
+  const Bf16Kernels *bf16_ = nullptr;         ///< where products of this tile are in bf16
   std::size_t ld_q_bf16_ = 0;
   bf16_t *q_bf16_ = nullptr;       ///< [num_rows, ld_q_bf16]
   bf16_t *weights_bf16_ = nullptr; ///< [num_rows, ld], of values as these lie in their panels

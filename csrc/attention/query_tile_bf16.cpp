@@ -3,7 +3,7 @@
 // summed from the rounded weights, so that weights divided by S still add up to 1: their errors
 // then only count against how much values differ from the result, and not against their size.
 #include "attention/query_tile.h"
-#include "formats/rows.h"
+#include "attention/row_runs.h"
 
 #include <algorithm>
 #include <cstring>
@@ -23,7 +23,7 @@ std::size_t floats_of(std::size_t bf16s) { return (bf16s / 2 + 16) / 16 * 16; }
 constexpr std::size_t kLdWeights = kChunkKeys + kScoresPad + 32;
 
 float f32_of(bf16_t x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
   float y;
   std::memcpy(&y, &bits, sizeof y);
   return y;
@@ -59,35 +59,37 @@ void QueryTile::compute_scores_bf16(const Chunk &chunk) {
   const int d = static_cast<int>(head_dim_);
   const std::size_t ld = panel_size(pairs_of(head_dim_));
   int num_panels = 0;
-  if (is_packed(segment.k_type)) {
+  if (segment.k_layout == Layout::tiles) {
     const Rows tiles = tiles_of(chunk, segment.k, segment.k_head_stride, segment.k_row_stride);
     for (; num_panels < chunk.num_tiles; ++num_panels) {
-      bf16_->packed_keys(row_at(tiles, num_panels), d, key_panels_ + num_panels * ld);
+      kernels_.tiles_of(segment.k_format)
+          ->key_panel(row_at(tiles, num_panels), d, key_panels_ + num_panels * ld);
     }
   } else {
     const Rows k = rows_of_head(segment.k, segment.k_head_stride, segment.k_row_stride,
                                 segment.index, kv_head_, chunk.begin, chunk.n);
     for (int j = 0; j < chunk.n; j += kPanelColumns, ++num_panels) {
       const Rows part = rows_from(k, j);
-      bf16_->keys[static_cast<int>(segment.k_type)](
-          &part, std::min<int>(kPanelColumns, chunk.n - j), d, key_panels_ + num_panels * ld);
+      kernels_.of(segment.k_format)
+          .key_panel(&part, std::min<int>(kPanelColumns, chunk.n - j), d,
+                     key_panels_ + num_panels * ld);
     }
   }
-  float *scores = is_packed(segment.k_type) ? scores_ : chunk.x;
+  float *scores = segment.k_layout == Layout::tiles ? scores_ : chunk.x;
   bf16_->product(q_bf16_, ld_q_bf16_, num_rows_, key_panels_, ld,
                  static_cast<int>(pairs_of(head_dim_)), num_panels * kPanelColumns, false, scores,
                  ld_);
-  if (is_packed(segment.k_type)) {
+  if (segment.k_layout == Layout::tiles) {
     gather_scores(chunk);
   }
 }
 
 /// Row's logits of keys [from, to) of the chunk become weights, the others' are 0.
 void QueryTile::softmax_row_bf16(const Chunk &chunk, int row, int from, int to) {
-  const bool packed = is_packed(chunk.segment.v_type);
+  const bool packed = chunk.segment.v_layout == Layout::tiles;
   bf16_t *weights = weights_bf16_ + row * kLdWeights;
   const int lead = packed && !chunk.scattered ? chunk.lead : 0;
-  const int end = packed ? chunk.num_tiles * kPackedTokens : chunk.n + chunk.n % 2;
+  const int end = packed ? chunk.num_tiles * kTileTokens : chunk.n + chunk.n % 2;
   const float *x = chunk.x + row * ld_;
   if (to <= from || !raise_maximum(row, x + from, to - from)) {
     std::fill_n(weights, end, bf16_t{0});
@@ -131,7 +133,7 @@ void QueryTile::take_out_not_finite(int num_keys, std::size_t ld_panel) {
       }
     }
     for (std::size_t i = 0; i < head_dim_v_; ++i) {
-      value(i) = 0;
+      value(i) = bf16_t{0};
     }
   }
 }
@@ -140,22 +142,22 @@ void QueryTile::weigh_values_bf16(const Chunk &chunk, bool some_hidden) {
   const KeySegment &segment = chunk.segment;
   const int dv = static_cast<int>(head_dim_v_);
   int num_keys = chunk.n;
-  if (is_packed(segment.v_type)) {
-    num_keys = chunk.num_tiles * kPackedTokens;
+  if (segment.v_layout == Layout::tiles) {
+    num_keys = chunk.num_tiles * kTileTokens;
     some_hidden |= num_keys > chunk.n;
   }
   const std::size_t num_pairs = pairs_of(num_keys);
   const std::size_t ld = panel_size(num_pairs);
-  if (is_packed(segment.v_type)) {
+  if (segment.v_layout == Layout::tiles) {
     const Rows tiles = tiles_of(chunk, segment.v, segment.v_head_stride, segment.v_row_stride);
     for (int t = 0; t < chunk.num_tiles; ++t) {
-      bf16_->packed_values(row_at(tiles, t), dv, value_panels_ + t * panel_size(kPackedTokens / 2),
-                           ld);
+      kernels_.tiles_of(segment.v_format)
+          ->value_panels(row_at(tiles, t), dv, value_panels_ + t * panel_size(kTileTokens / 2), ld);
     }
   } else {
     const Rows v = rows_of_head(segment.v, segment.v_head_stride, segment.v_row_stride,
                                 segment.index, kv_head_, chunk.begin, chunk.n);
-    bf16_->values[static_cast<int>(segment.v_type)](&v, chunk.n, dv, value_panels_, ld);
+    kernels_.of(segment.v_format).value_panels(&v, chunk.n, dv, value_panels_, ld);
   }
   if (some_hidden && !bf16_->all_finite(value_panels_, panels_of(head_dim_v_) * ld)) {
     take_out_not_finite(num_keys, ld);

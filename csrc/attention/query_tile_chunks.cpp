@@ -1,7 +1,7 @@
 // Which keys a tile takes at a time, and where packed ones lie.
 #include "attention/query_tile.h"
 
-#include "formats/rows.h"
+#include "attention/row_runs.h"
 
 #include <algorithm>
 
@@ -12,12 +12,12 @@ QueryTile::Chunk QueryTile::make_chunk(const KeySegment &segment, std::int64_t b
   Chunk chunk{segment, begin,  static_cast<int>(std::min<std::int64_t>(chunk_keys_, end - begin)),
               0,       0,      false,
               false,   scores_};
-  if (!is_packed(segment.k_type) && !is_packed(segment.v_type)) {
+  if (segment.k_layout == Layout::rows && segment.v_layout == Layout::rows) {
     return chunk;
   }
   if (segment.index == nullptr) {
-    chunk.lead = static_cast<int>((segment.first_cell + begin) % kPackedTokens);
-    chunk.num_tiles = (chunk.lead + chunk.n + kPackedTokens - 1) / kPackedTokens;
+    chunk.lead = static_cast<int>((segment.first_cell + begin) % kTileTokens);
+    chunk.num_tiles = (chunk.lead + chunk.n + kTileTokens - 1) / kTileTokens;
     chunk.x = scores_ + chunk.lead;
     return chunk;
   }
@@ -37,17 +37,17 @@ QueryTile::Chunk QueryTile::make_chunk(const KeySegment &segment, std::int64_t b
 /// Lists the tiles of up to n cells, as many as fit in a chunk, and where in them each cell is;
 /// returns the number of cells.
 int QueryTile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
-  const int most = chunk_keys_ / kPackedTokens + 1;
+  const int most = chunk_keys_ / kTileTokens + 1;
   int count = 0;
   for (int j = 0; j < n; ++count) {
     if (count == most) {
       n = j;
       break;
     }
-    const std::int32_t tile = cells[j] / kPackedTokens;
+    const std::int32_t tile = cells[j] / kTileTokens;
     tiles_[count] = tile;
-    const int slot = count * kPackedTokens - tile * kPackedTokens;
-    const int rest = kPackedTokens - cells[j] % kPackedTokens;
+    const int slot = count * kTileTokens - tile * kTileTokens;
+    const int rest = kTileTokens - cells[j] % kTileTokens;
     if (j + rest <= n &&
         cells[j + rest - 1] - cells[j] == rest - 1) { // all that follow in the tile
       const int first = slot + cells[j];
@@ -57,7 +57,7 @@ int QueryTile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
       j += rest;
       continue;
     }
-    for (; j < n && cells[j] / kPackedTokens == tile; ++j) {
+    for (; j < n && cells[j] / kTileTokens == tile; ++j) {
       slots_[j] = static_cast<std::uint16_t>(slot + cells[j]);
     }
   }
@@ -69,12 +69,12 @@ int QueryTile::list_tiles(const std::int32_t *cells, int n, int *num_tiles) {
 void QueryTile::list_tiles_ahead(const std::int32_t *cell, const std::int32_t *end, int count) {
   const int first = count;
   while (cell < end && count < first + kTilesAhead) {
-    const std::int32_t tile = *cell / kPackedTokens;
+    const std::int32_t tile = *cell / kTileTokens;
     if (tile != tiles_[count - 1]) {
       tiles_[count++] = tile;
     }
     // Cells ascend, so equal ends mean that all that follow in the tile are there.
-    const int rest = kPackedTokens - *cell % kPackedTokens;
+    const int rest = kTileTokens - *cell % kTileTokens;
     cell += end - cell >= rest && cell[rest - 1] - *cell == rest - 1 ? rest : 1;
   }
   num_tiles_ahead_ = count - first;
@@ -86,7 +86,7 @@ Rows QueryTile::tiles_of(const Chunk &chunk, const void *base, std::ptrdiff_t he
   if (chunk.listed) {
     return {data, tile_stride, tiles_, num_tiles_ahead_};
   }
-  const std::int64_t first = (chunk.segment.first_cell + chunk.begin) / kPackedTokens;
+  const std::int64_t first = (chunk.segment.first_cell + chunk.begin) / kTileTokens;
   return {data + first * tile_stride, tile_stride, nullptr};
 }
 

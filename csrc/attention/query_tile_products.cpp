@@ -2,7 +2,7 @@
 // rows leave the unpacking to the kernels; for many, keys or values are unpacked first.
 #include "attention/query_tile.h"
 
-#include "formats/rows.h"
+#include "attention/row_runs.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,33 +16,33 @@ void QueryTile::compute_scores(const Chunk &chunk) {
   }
   const KeySegment &segment = chunk.segment;
   const int d = static_cast<int>(head_dim_);
-  if (!is_packed(segment.k_type)) {
+  if (segment.k_layout == Layout::rows) {
     const Rows k = rows_of_head(segment.k, segment.k_head_stride, segment.k_row_stride,
                                 segment.index, kv_head_, chunk.begin, chunk.n);
-    const int type = static_cast<int>(segment.k_type);
+    const RowKernels &rows = kernels_.of(segment.k_format);
     if (num_rows_ < kUnpackRows) {
-      kernels_.qk[type](q_, head_dim_, num_rows_, &k, chunk.n, d, chunk.x, ld_);
+      rows.qk(q_, head_dim_, num_rows_, &k, chunk.n, d, chunk.x, ld_);
       return;
     }
     int num_tiles = 0;
-    for (int j = 0; j < chunk.n; j += kPackedTokens, ++num_tiles) {
+    for (int j = 0; j < chunk.n; j += kTileTokens, ++num_tiles) {
       const Rows part = rows_from(k, j);
-      kernels_.transpose_keys[type](&part, std::min<int>(kPackedTokens, chunk.n - j), d,
-                                    keys_ + j * head_dim_);
+      rows.transpose_keys(&part, std::min<int>(kTileTokens, chunk.n - j), d, keys_ + j * head_dim_);
     }
     kernels_.qk_transposed(q_, head_dim_, num_rows_, keys_, num_tiles, d, chunk.x, ld_);
     return;
   }
+  const TileKernels &kernels = *kernels_.tiles_of(segment.k_format);
   const Rows tiles = tiles_of(chunk, segment.k, segment.k_head_stride, segment.k_row_stride);
   if (num_rows_ < kUnpackRows) {
-    if (!is_prepared_) {
-      kernels_.prepare_packed_query(q_, head_dim_, num_rows_, d, prepared_);
-      is_prepared_ = true;
+    if (prepared_for_ != &kernels) {
+      kernels.prepare_query(q_, head_dim_, num_rows_, d, prepared_);
+      prepared_for_ = &kernels;
     }
-    kernels_.qk_packed(prepared_, num_rows_, &tiles, chunk.num_tiles, d, scores_, ld_);
+    kernels.qk(prepared_, num_rows_, &tiles, chunk.num_tiles, d, scores_, ld_);
   } else {
     for (int t = 0; t < chunk.num_tiles; ++t) {
-      kernels_.unpack_packed_keys(row_at(tiles, t), d, keys_ + t * kPackedTokens * head_dim_);
+      kernels.keys_to_f32(row_at(tiles, t), d, keys_ + t * kTileTokens * head_dim_);
     }
     kernels_.qk_transposed(q_, head_dim_, num_rows_, keys_, chunk.num_tiles, d, scores_, ld_);
   }
@@ -85,13 +85,13 @@ void QueryTile::weigh_unpacked(float *values, int n, const float *weights, bool 
     }
   }
   const Rows rows{values, static_cast<std::ptrdiff_t>(width * sizeof(float)), nullptr};
-  kernels_.pv[static_cast<int>(Format::f32)](weights, ld_, num_rows_, &rows, n,
-                                             static_cast<int>(width), acc_, width);
+  kernels_.of(Format::f32)
+      .pv(weights, ld_, num_rows_, &rows, n, static_cast<int>(width), acc_, width);
 }
 
 void QueryTile::weigh_packed_values(const Chunk &chunk, bool some_hidden) {
   const KeySegment &segment = chunk.segment;
-  const int num_tokens = chunk.num_tiles * kPackedTokens;
+  const int num_tokens = chunk.num_tiles * kTileTokens;
   for (int r = 0; r < num_rows_; ++r) {
     float *weights = scores_ + r * ld_;
     if (chunk.scattered) {
@@ -106,13 +106,14 @@ void QueryTile::weigh_packed_values(const Chunk &chunk, bool some_hidden) {
     }
   }
   const int dv = static_cast<int>(head_dim_v_);
+  const TileKernels &kernels = *kernels_.tiles_of(segment.v_format);
   const Rows tiles = tiles_of(chunk, segment.v, segment.v_head_stride, segment.v_row_stride);
   if (num_rows_ < kUnpackRows) {
-    kernels_.pv_packed(scores_, ld_, num_rows_, &tiles, chunk.num_tiles, dv, acc_, head_dim_v_);
+    kernels.pv(scores_, ld_, num_rows_, &tiles, chunk.num_tiles, dv, acc_, head_dim_v_);
     return;
   }
   for (int t = 0; t < chunk.num_tiles; ++t) {
-    kernels_.unpack_packed_values(row_at(tiles, t), dv, values_ + t * kPackedTokens * head_dim_v_);
+    kernels.values_to_f32(row_at(tiles, t), dv, values_ + t * kTileTokens * head_dim_v_);
   }
   weigh_unpacked(values_, num_tokens, scores_, some_hidden || num_tokens > chunk.n);
 }
@@ -123,19 +124,19 @@ void QueryTile::weigh_values(const Chunk &chunk, bool some_hidden) {
     return;
   }
   const KeySegment &segment = chunk.segment;
-  if (is_packed(segment.v_type)) {
+  if (segment.v_layout == Layout::tiles) {
     weigh_packed_values(chunk, some_hidden);
     return;
   }
   const Rows v = rows_of_head(segment.v, segment.v_head_stride, segment.v_row_stride, segment.index,
                               kv_head_, chunk.begin, chunk.n);
-  if (!some_hidden && (num_rows_ < kUnpackRows || segment.v_type == Format::f32)) {
-    kernels_.pv[static_cast<int>(segment.v_type)](chunk.x, ld_, num_rows_, &v, chunk.n,
-                                                  static_cast<int>(head_dim_v_), acc_, head_dim_v_);
+  if (!some_hidden && (num_rows_ < kUnpackRows || segment.v_format == Format::f32)) {
+    kernels_.of(segment.v_format)
+        .pv(chunk.x, ld_, num_rows_, &v, chunk.n, static_cast<int>(head_dim_v_), acc_, head_dim_v_);
     return;
   }
   for (int j = 0; j < chunk.n; ++j) {
-    unpack_row(kernels_, segment.v_type, row_at(v, j), values_ + j * head_dim_v_, head_dim_v_);
+    kernels_.of(segment.v_format).to_f32(row_at(v, j), values_ + j * head_dim_v_, head_dim_v_);
   }
   weigh_unpacked(values_, chunk.n, chunk.x, some_hidden);
 }

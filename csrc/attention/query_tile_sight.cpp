@@ -71,12 +71,12 @@ bool QueryTile::apply_mask(int row, std::int64_t mask_key, int n, float *x) {
   }
   if (mask.type == MaskType::f16) {
     if (mask.key_stride == static_cast<std::ptrdiff_t>(sizeof(f16_t))) {
-      kernels_.f16_to_f32(reinterpret_cast<const f16_t *>(entries), bias_, n);
+      kernels_.of(Format::f16).to_f32(entries, bias_, n);
     } else {
       for (int j = 0; j < n; ++j) {
         f16_t entry;
         std::memcpy(&entry, entries + j * mask.key_stride, sizeof entry);
-        kernels_.f16_to_f32(&entry, bias_ + j, 1);
+        kernels_.of(Format::f16).to_f32(&entry, bias_ + j, 1);
       }
     }
   } else {

@@ -88,8 +88,8 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
     KeySegment &segment = segments[b];
     segment.k = k.data + b * k.strides[0];
     segment.v = v.data + b * v.strides[0];
-    segment.k_type = kv_type(k.dtype);
-    segment.v_type = kv_type(v.dtype);
+    segment.k_format = kv_type(k.dtype);
+    segment.v_format = kv_type(v.dtype);
     segment.k_head_stride = k.strides[1];
     segment.k_row_stride = k.strides[2];
     segment.v_head_stride = v.strides[1];

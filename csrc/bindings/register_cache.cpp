@@ -16,8 +16,9 @@ namespace mixedkv::bindings {
 namespace {
 
 Format parse_kv_type(const std::string &text, const char *name) {
-  for (const Format type : {Format::f32, Format::f16, Format::q4_0}) {
-    if (text == kv_type_name(type)) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    const Format type = static_cast<Format>(i);
+    if (text == format_name(type)) {
       return type;
     }
   }

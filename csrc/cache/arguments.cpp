@@ -37,13 +37,13 @@ void check_tokens(const std::int64_t *pos, const TokenOwners &owners, std::int64
 void check_rows(const char *name, const RowsView &rows) {
   check(rows.data != nullptr, name, "not be null", "null");
   check(rows.type == Format::f32 || rows.type == Format::f16, name, "be rows of f32 or f16",
-        kv_type_name(rows.type));
+        format_name(rows.type));
 }
 
 void check_queries(const QueryView &q, int num_qo_heads, const OutputView &out,
                    std::int64_t num_tokens, int num_kv_heads) {
   check(q.data != nullptr, "q", "not be null", "null");
-  check(q.type == Format::f32 || q.type == Format::f16, "q", "be f32 or f16", kv_type_name(q.type));
+  check(q.type == Format::f32 || q.type == Format::f16, "q", "be f32 or f16", format_name(q.type));
   if (q.len != num_tokens) {
     refuse("q", "have a row for each of the slot's " + std::to_string(num_tokens) + " tokens",
            q.len);

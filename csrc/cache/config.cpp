@@ -45,13 +45,16 @@ void check_size(const char *name, std::int64_t size, std::int64_t n_pad) {
 
 void check_dim(const char *name, int dim, const char *type_name, Format type) {
   check(dim >= 1, name, "be at least 1", dim);
-  if (type == Format::q4_0 && dim % QK4_0 != 0) {
-    refuse(name, std::string("be a multiple of 32 where ") + type_name + " is q4_0", dim);
+  if (!format_info(type).holds(dim)) {
+    refuse(name,
+           "be a multiple of " + std::to_string(format_info(type).block_values) + " where " +
+               type_name + " is " + format_name(type),
+           dim);
   }
 }
 
 void check_type(const char *name, Format type) {
-  check(static_cast<int>(type) < kNumKvTypes, name, "be f32, f16 or q4_0", static_cast<int>(type));
+  check(static_cast<int>(type) < kNumFormats, name, "be a format", static_cast<int>(type));
 }
 
 } // namespace

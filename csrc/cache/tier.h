@@ -13,7 +13,7 @@ namespace mixedkv {
 /// Row i of rows belongs to cell i of cells; what a free cell's rows hold means nothing.
 struct Tier {
   Tier(const RowShape &shape, std::int64_t size, int n_seq_max)
-      : rows(shape, size), cells(size, n_seq_max, rows.cells_apart() ? 1 : kPackedTokens),
+      : rows(shape, size), cells(size, n_seq_max, rows.cells_apart() ? 1 : kTileTokens),
         placement(cells) {}
 
   /// Copies tokens of another tier, or of this one, into free cells: all that cells know of them,

@@ -13,10 +13,7 @@
 
 namespace mixedkv {
 
-/// The upper half of an f32.
-using bf16_t = std::uint16_t;
-
-enum : int { kPanelColumns = kPackedTokens };
+enum : int { kPanelColumns = kTileTokens };
 
 /// Numbers in a panel of that many pairs.
 static constexpr std::size_t panel_size(std::size_t num_pairs) {
@@ -31,20 +28,6 @@ struct Bf16Kernels {
   /// by it still add up to 1. m finite; x_j <= m or NaN; exp(-inf) is exactly 0. Before rounding
   /// the relative error is below 2e-5. p has room for a multiple of 32 values: zeros may follow.
   float (*exp_sum)(const float *x, bf16_t *p, std::size_t n, float m) noexcept;
-
-  /// The panel of the first num_keys <= 16 rows of k, the rest zeros; (head_dim + 1) / 2 pairs;
-  /// by Format.
-  using KeysFn = void(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept;
-  KeysFn *keys[kNumKvTypes];
-  void (*packed_keys)(const void *tile, int head_dim, bf16_t *panel) noexcept;
-
-  /// num_keys rows of v into the first (num_keys + 1) / 2 pairs of panels that are ld_panel numbers
-  /// apart; zeros for an odd last key's partner and beyond head_dim_v; by Format.
-  using ValuesFn = void(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
-                        std::size_t ld_panel) noexcept;
-  ValuesFn *values[kNumKvTypes];
-  void (*packed_values)(const void *tile, int head_dim_v, bf16_t *panels,
-                        std::size_t ld_panel) noexcept;
 
   bool (*all_finite)(const bf16_t *x, std::size_t n) noexcept;
 

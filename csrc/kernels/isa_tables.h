@@ -6,6 +6,13 @@
 
 namespace mixedkv {
 
+constexpr void set_rows(Kernels &kernels, Format format, const RowKernels &rows) {
+  kernels.rows[static_cast<int>(format)] = rows;
+}
+constexpr void set_tiles(Kernels &kernels, Format format, const TileKernels *tiles) {
+  kernels.tiles[static_cast<int>(format)] = tiles;
+}
+
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx2_vnni;

@@ -1,82 +1,123 @@
 // The one interface between what depends on the instruction set and what does not: a table of
-// function pointers. Every kernel is noexcept, allocates nothing, needs no alignment beyond that
-// of the element type, reads and writes only what its contract names, and adds up in f32.
+// function pointers, those of a format by its name. Every kernel is noexcept, allocates nothing,
+// needs no alignment beyond that of the element type, reads and writes only what its contract
+// names, and adds up in f32.
 #pragma once
 
+#include "formats/rows.h"
+#include "formats/token_tile.h"
 #include "kernels/bf16_kernels.h"
 #include "mixedkv/formats.h"
 
 namespace mixedkv {
 
-struct Kernels {
-  /// The name that users see and may force: "scalar", "avx2", "avx512", "neon", ...
-  const char *name;
+/// Rows of one format, n values (or head_dim, head_dim_v) each, whole blocks.
+struct RowKernels {
+  // --- conversion: rounding is to nearest even where the format has no rule of its own ----------
 
-  // --- rows: n values each; where Q4_0 takes part, n is a multiple of QK4_0 ------------------
-
-  /// Round to nearest even; overflow gives infinity, NaN stays NaN.
-  void (*f32_to_f16)(const float *x, f16_t *y, std::size_t n) noexcept;
-  void (*f16_to_f32)(const f16_t *x, float *y, std::size_t n) noexcept;
-
-  /// ggml's quantize_row_q4_0_ref, byte for byte: d = max / -8 with max the first value of
+  /// Plain formats: overflow gives infinity, NaN stays NaN.
+  /// q4_0: ggml's quantize_row_q4_0_ref, byte for byte: d = max / -8 with max the first value of
   /// largest magnitude, sign kept; q = min(15, trunc(x * id + 8.5)) with id = 1 / d, x * id
   /// rounded to f32 before the sum. Where 1 / d is not finite the block holds d rounded to f16
   /// (a zero) and every q is 8. A block with a NaN or infinity in it gets d = NaN and every
   /// q = 0, so that each of its values reads back as NaN.
-  void (*quantize_row_q4_0_f32)(const float *x, block_q4_0 *y, std::size_t n) noexcept;
-  void (*quantize_row_q4_0_f16)(const f16_t *x, block_q4_0 *y, std::size_t n) noexcept;
-  void (*dequantize_row_q4_0_f32)(const block_q4_0 *x, float *y, std::size_t n) noexcept;
-  /// (q - 8) * d in f32, rounded to f16.
-  void (*dequantize_row_q4_0_f16)(const block_q4_0 *x, f16_t *y, std::size_t n) noexcept;
+  void (*from_f32)(const float *x, void *y, std::size_t n) noexcept;
+  void (*from_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
+  void (*to_f32)(const void *x, float *y, std::size_t n) noexcept;
+  /// As by to_f32, rounded to f16.
+  void (*to_f16)(const void *x, f16_t *y, std::size_t n) noexcept;
+
+  // --- attention: a group of query rows against a run of keys -----------------------------------
+
+  /// scores[r * ld_scores + j] = q_r . k_j for r < num_rows, j < num_keys; q_r = q + r * ld_q.
+  /// A key row is unpacked once for the whole group of query rows where registers allow.
+  using QkFn = void(const float *q, std::size_t ld_q, int num_rows, const Rows *k, int num_keys,
+                    int head_dim, float *scores, std::size_t ld_scores) noexcept;
+  QkFn *qk;
+
+  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i].
+  using PvFn = void(const float *p, std::size_t ld_p, int num_rows, const Rows *v, int num_keys,
+                    int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
+  PvFn *pv;
+
+  /// The first num_keys <= kTileTokens rows of k side by side, the rest zeros: kt is
+  /// [head_dim][kTileTokens].
+  using TransposeFn = void(const Rows *k, int num_keys, int head_dim, float *kt) noexcept;
+  TransposeFn *transpose_keys;
+
+  // --- for arithmetic in bf16 (bf16_kernels.h); null where the instruction set has none ---------
+
+  /// The panel of the first num_keys <= 16 rows of k, the rest zeros; (head_dim + 1) / 2 pairs.
+  using KeyPanelFn = void(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept;
+  KeyPanelFn *key_panel;
+  /// num_keys rows of v into the first (num_keys + 1) / 2 pairs of panels that are ld_panel numbers
+  /// apart; zeros for an odd last key's partner and beyond head_dim_v.
+  using ValuePanelsFn = void(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
+                             std::size_t ld_panel) noexcept;
+  ValuePanelsFn *value_panels;
+};
+
+/// Token tiles of one format (formats/token_tile.h); row i of `tiles` is tile i.
+struct TileKernels {
+  /// Query rows in the form that qk takes: tile_query_floats(head_dim) floats a row.
+  void (*prepare_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
+                        float *prepared) noexcept;
+  /// As RowKernels::qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 16256
+  /// of the largest of their block of 32: |error| is below 1e-4 |q| |k| for rows like those of
+  /// models, and at most half such a step times |k_i|, summed over i. A NaN or infinity in a query
+  /// row makes its scores not finite.
+  void (*qk)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
+             float *scores, std::size_t ld_scores) noexcept;
+  /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row
+  /// does not see, whose values never show. For each token that a row sees, |error| is at
+  /// most 1.3e-4 of the largest |p * d| that it sees in a run of 16 tiles; products below 1e-30 may
+  /// count as nothing.
+  RowKernels::PvFn *pv;
+
+  /// A tile's values as f32 rows [kTileTokens, head_dim_v].
+  void (*values_to_f32)(const void *tile, int head_dim_v, float *values) noexcept;
+  /// A tile's keys side by side, [head_dim][kTileTokens].
+  void (*keys_to_f32)(const void *tile, int head_dim, float *kt) noexcept;
+
+  /// rows [kTileTokens]: the row that rows[t] points to is converted (the same bits as by from_f32
+  /// or from_f16) and becomes token t of the tile; where rows[t] is null, token t keeps its bits.
+  /// rows are no part of the tile.
+  using PackFn = void(const void *const *rows, int head_dim, void *tile) noexcept;
+  PackFn *pack_keys_f32;
+  PackFn *pack_keys_f16;
+  PackFn *pack_values_f32;
+  PackFn *pack_values_f16;
+
+  /// As the panels of RowKernels, of all tokens of one tile; null where the instruction set has no
+  /// arithmetic in bf16.
+  void (*key_panel)(const void *tile, int head_dim, bf16_t *panel) noexcept;
+  void (*value_panels)(const void *tile, int head_dim_v, bf16_t *panels,
+                       std::size_t ld_panel) noexcept;
+};
+
+struct Kernels {
+  /// The name that users see and may force: "scalar", "avx2", "avx512", "neon", ...
+  const char *name;
+
+  RowKernels rows[kNumFormats];          ///< by Format
+  const TileKernels *tiles[kNumFormats]; ///< by Format; null: no tiles of it
+
+  const RowKernels &of(Format format) const { return rows[static_cast<int>(format)]; }
+  const TileKernels *tiles_of(Format format) const { return tiles[static_cast<int>(format)]; }
+
+  // --- values that are checked ------------------------------------------------------------------
 
   /// Whether none of n values is NaN or infinite.
   bool (*all_finite_f32)(const float *x, std::size_t n) noexcept;
   bool (*all_finite_f16)(const f16_t *x, std::size_t n) noexcept;
 
-  // --- attention: a group of query rows against a run of keys --------------------------------
+  // --- keys side by side, for many query rows ---------------------------------------------------
 
-  /// scores[r * ld_scores + j] = q_r . k_j for r < num_rows, j < num_keys; q_r = q + r * ld_q.
-  /// One function a key type, indexed by Format. head_dim >= 1 (q4_0: a multiple of QK4_0).
-  /// A key row is unpacked once for the whole group of query rows where registers allow.
-  using QkFn = void(const float *q, std::size_t ld_q, int num_rows, const Rows *k, int num_keys,
-                    int head_dim, float *scores, std::size_t ld_scores) noexcept;
-  QkFn *qk[kNumKvTypes];
-
-  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i].
-  using PvFn = void(const float *p, std::size_t ld_p, int num_rows, const Rows *v, int num_keys,
-                    int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
-  PvFn *pv[kNumKvTypes];
-
-  // --- packed Q4_0 (packed.h): tiles of kPackedTokens tokens, row i of `tiles` is tile i --------
-
-  /// Query rows in the form that qk_packed takes: packed_query_floats(head_dim) floats a row.
-  void (*prepare_packed_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
-                               float *prepared) noexcept;
-  /// As qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 16256 of the
-  /// largest of their block of QK4_0: |error| is below 1e-4 |q| |k| for rows like those of models,
-  /// and at most half such a step times |k_i|, summed over i. A NaN or infinity in a query row
-  /// makes its scores not finite.
-  void (*qk_packed)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
-                    int head_dim, float *scores, std::size_t ld_scores) noexcept;
-  /// As pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row does not see,
-  /// whose values never show. For each token that a row sees, |error| is at most 1.3e-4 of the
-  /// largest |p * d| that it sees in a run of 16 tiles; products below 1e-30 may count as nothing.
-  void (*pv_packed)(const float *p, std::size_t ld_p, int num_rows, const Rows *tiles,
-                    int num_tiles, int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
-  /// A tile's values as f32 rows [kPackedTokens, head_dim_v].
-  void (*unpack_packed_values)(const void *tile, int head_dim_v, float *values) noexcept;
-
-  // --- keys side by side: kt is [head_dim][kPackedTokens] f32 a tile, for many query rows ------
-
-  void (*unpack_packed_keys)(const void *tile, int head_dim, float *kt) noexcept;
-  /// The first num_keys <= kPackedTokens rows of k, the rest zeros; by Format.
-  using TransposeFn = void(const Rows *k, int num_keys, int head_dim, float *kt) noexcept;
-  TransposeFn *transpose_keys[kNumKvTypes];
-  /// As qk, over num_tiles tiles that follow one another.
+  /// As RowKernels::qk, over num_tiles runs [head_dim][kTileTokens] that follow one another.
   void (*qk_transposed)(const float *q, std::size_t ld_q, int num_rows, const float *kt,
                         int num_tiles, int head_dim, float *scores, std::size_t ld_scores) noexcept;
 
-  // --- one row of scores -----------------------------------------------------------------------
+  // --- one row of scores ------------------------------------------------------------------------
 
   /// Largest of n >= 1 values; -inf where all are. If any is NaN the result may be anything that
   /// is not above the largest number, or NaN: the NaN itself shows up in exp_sum.
@@ -93,18 +134,7 @@ struct Kernels {
   /// y_j += f * x_j.
   void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
 
-  // --- rows to packed Q4_0 ---------------------------------------------------------------------
-
-  /// rows [kPackedTokens]: the row that rows[t] points to is quantised (the same bits as by
-  /// quantize_row_q4_0) and becomes token t of the tile; where rows[t] is null, token t keeps its
-  /// bits. By Format, f32 and f16; rows are no part of the tile.
-  using PackFn = void(const void *const *rows, int head_dim, void *tile) noexcept;
-  PackFn *pack_keys[kNumFloatTypes];
-  PackFn *pack_values[kNumFloatTypes];
-
-  // --- arithmetic in bf16 ----------------------------------------------------------------------
-
-  /// Null where the instruction set has none.
+  /// Arithmetic in bf16; null where the instruction set has none.
   const Bf16Kernels *bf16;
 };
 

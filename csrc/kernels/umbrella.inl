@@ -1,18 +1,26 @@
 // Everything that is written once in the vocabulary of common.h, for an instruction set's page to
-// include after its words.
+// include after its words: loops that know no format, then the formats, then the table.
 
 #include "kernels/loops/convert.inl"
-
-#include "kernels/formats/q4_0_quantize.inl"
 
 #include "kernels/loops/rows.inl"
 
 #include "kernels/loops/scores.inl"
 
+#include "kernels/loops/transposed.inl"
+
+#if defined(MIXEDKV_BF16)
+#include "kernels/loops/bf16.inl"
+#endif
+
 #include "kernels/loops/tile_keys.inl"
 
 #include "kernels/loops/tile_values.inl"
 
-#include "kernels/loops/transposed.inl"
+#include "kernels/formats/rows.inl"
 
-#include "kernels/formats/q4_0_pack.inl"
+#include "kernels/formats/q4_0.inl"
+
+#include "kernels/formats/q4_0_tiles.inl"
+
+#include "kernels/loops/table.inl"

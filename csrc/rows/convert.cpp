@@ -25,34 +25,23 @@ void convert_row(Format from, const void *x, Format to, void *y, std::size_t n) 
   const Kernels &kernels = active_kernels();
   if (from == to) {
     std::memcpy(y, x, row_bytes(from, n));
-    return;
-  }
-  switch (from) {
-  case Format::f32:
-    if (to == Format::f16) {
-      kernels.f32_to_f16(static_cast<const float *>(x), static_cast<f16_t *>(y), n);
-    } else {
-      kernels.quantize_row_q4_0_f32(static_cast<const float *>(x), static_cast<block_q4_0 *>(y), n);
+  } else if (from == Format::f32) {
+    kernels.of(to).from_f32(static_cast<const float *>(x), y, n);
+  } else if (from == Format::f16) {
+    kernels.of(to).from_f16(static_cast<const f16_t *>(x), y, n);
+  } else if (to == Format::f32) {
+    kernels.of(from).to_f32(x, static_cast<float *>(y), n);
+  } else if (to == Format::f16) {
+    kernels.of(from).to_f16(x, static_cast<f16_t *>(y), n);
+  } else {
+    // Through f32, which holds every format's values, a part of the row at a time.
+    constexpr std::size_t kPart = 256; // whole blocks of every format
+    float part[kPart];
+    for (std::size_t i = 0; i < n; i += kPart) {
+      const std::size_t count = std::min(kPart, n - i);
+      kernels.of(from).to_f32(static_cast<const char *>(x) + row_bytes(from, i), part, count);
+      kernels.of(to).from_f32(part, static_cast<char *>(y) + row_bytes(to, i), count);
     }
-    return;
-  case Format::f16:
-    if (to == Format::f32) {
-      kernels.f16_to_f32(static_cast<const f16_t *>(x), static_cast<float *>(y), n);
-    } else {
-      kernels.quantize_row_q4_0_f16(static_cast<const f16_t *>(x), static_cast<block_q4_0 *>(y), n);
-    }
-    return;
-  case Format::q4_0:
-    if (to == Format::f32) {
-      kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(x), static_cast<float *>(y),
-                                      n);
-    } else {
-      kernels.dequantize_row_q4_0_f16(static_cast<const block_q4_0 *>(x), static_cast<f16_t *>(y),
-                                      n);
-    }
-    return;
-  case Format::q4_0_packed:
-    return; // has no rows
   }
 }
 

@@ -13,15 +13,16 @@ namespace {
 constexpr std::size_t kCacheLine = 64;
 /// Values that pass through the stack at a time; a multiple of every block.
 constexpr int kPart = 256;
+constexpr std::size_t kPartBytes = kPart * sizeof(float);
 
 } // namespace
 
 RowPlane::RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_t num_cells)
-    : kind_(kind), type_(type), width_(width) {
+    : kind_(kind), type_(type), tile_layout_(tile_layout(type)), width_(width),
+      num_blocks_(width / format_info(type).block_values) {
   const std::size_t n = static_cast<std::size_t>(width);
-  stride_ = static_cast<std::ptrdiff_t>(packed() ? packed_tile_bytes(n) : row_bytes(type, n));
-  const std::int64_t num_rows =
-      packed() ? (num_cells + kPackedTokens - 1) / kPackedTokens : num_cells;
+  stride_ = static_cast<std::ptrdiff_t>(tiled() ? tile_bytes(type, n) : row_bytes(type, n));
+  const std::int64_t num_rows = tiled() ? (num_cells + kTileTokens - 1) / kTileTokens : num_cells;
   head_stride_ = stride_ * num_rows;
   bytes_ = (static_cast<std::size_t>(head_stride_) * static_cast<std::size_t>(num_heads) +
             kCacheLine - 1) /
@@ -29,34 +30,36 @@ RowPlane::RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_
 }
 
 const unsigned char *RowPlane::tile(const char *base, int head, std::int64_t cell) const {
-  return reinterpret_cast<const unsigned char *>(row(base, head, cell / kPackedTokens));
+  return reinterpret_cast<const unsigned char *>(row(base, head, cell / kTileTokens));
 }
 
 void RowPlane::get_blocks(const char *base, int head, std::int64_t cell, int first, int n,
-                          block_q4_0 *blocks) const noexcept {
-  const auto unpack = kind_ == Kind::keys ? unpack_key_blocks : unpack_value_blocks;
-  unpack(tile(base, head, cell), width_ / QK4_0, static_cast<int>(cell % kPackedTokens),
-         first / QK4_0, n / QK4_0, blocks);
+                          void *blocks) const noexcept {
+  const int block = format_info(type_).block_values;
+  const auto get = kind_ == Kind::keys ? tile_layout_->get_keys : tile_layout_->get_values;
+  get(tile(base, head, cell), num_blocks_, static_cast<int>(cell % kTileTokens), first / block,
+      n / block, blocks);
 }
 
 void RowPlane::put_part(char *base, int head, std::int64_t cell, Format from, const void *part,
                         int first, int n) const noexcept {
   const std::size_t count = static_cast<std::size_t>(n);
-  if (!packed()) {
+  if (!tiled()) {
     char *to = base + head * head_stride_ + cell * stride_;
     convert_row(from, part, type_, to + row_bytes(type_, static_cast<std::size_t>(first)), count);
     return;
   }
-  block_q4_0 blocks[kPart / QK4_0];
-  convert_row(from, part, Format::q4_0, blocks, count);
-  const auto pack = kind_ == Kind::keys ? pack_key_blocks : pack_value_blocks;
-  pack(blocks, first / QK4_0, n / QK4_0, width_ / QK4_0,
-       const_cast<unsigned char *>(tile(base, head, cell)), static_cast<int>(cell % kPackedTokens));
+  alignas(kCacheLine) char blocks[kPartBytes];
+  convert_row(from, part, type_, blocks, count);
+  const int block = format_info(type_).block_values;
+  const auto put = kind_ == Kind::keys ? tile_layout_->put_keys : tile_layout_->put_values;
+  put(blocks, first / block, n / block, num_blocks_,
+      const_cast<unsigned char *>(tile(base, head, cell)), static_cast<int>(cell % kTileTokens));
 }
 
 void RowPlane::put(char *base, int head, std::int64_t cell, Format from,
                    const void *row) const noexcept {
-  if (!packed()) {
+  if (!tiled()) {
     put_part(base, head, cell, from, row, 0, width_);
     return;
   }
@@ -73,20 +76,21 @@ void RowPlane::put_rows(char *base, int head, const std::int32_t *cells, std::in
     return static_cast<const char *>(rows.base) +
            rows.stride * (rows.index != nullptr ? rows.index[i] : i);
   };
-  if (!packed() || from == Format::q4_0) {
+  if (!tiled() || (from != Format::f32 && from != Format::f16)) {
     for (std::int64_t i = 0; i < n; ++i) {
       put(base, head, cells[i], from, row(i));
     }
     return;
   }
-  const Kernels &kernels = active_kernels();
-  const auto pack =
-      (kind_ == Kind::keys ? kernels.pack_keys : kernels.pack_values)[static_cast<int>(from)];
+  const TileKernels &kernels = *active_kernels().tiles_of(type_);
+  const auto of_f32 = kind_ == Kind::keys ? kernels.pack_keys_f32 : kernels.pack_values_f32;
+  const auto of_f16 = kind_ == Kind::keys ? kernels.pack_keys_f16 : kernels.pack_values_f16;
+  const auto pack = from == Format::f32 ? of_f32 : of_f16;
   for (std::int64_t i = 0; i < n;) {
-    const std::int32_t number = cells[i] / kPackedTokens;
-    const void *tokens[kPackedTokens] = {};
-    for (; i < n && cells[i] / kPackedTokens == number; ++i) {
-      const void *&token = tokens[cells[i] % kPackedTokens];
+    const std::int32_t number = cells[i] / kTileTokens;
+    const void *tokens[kTileTokens] = {};
+    for (; i < n && cells[i] / kTileTokens == number; ++i) {
+      const void *&token = tokens[cells[i] % kTileTokens];
       if (token != nullptr) {
         break; // the same cell again: the last one stays
       }
@@ -104,22 +108,22 @@ void RowPlane::put_zeros(char *base, int head, std::int64_t cell, Format from) c
 }
 
 void RowPlane::get(const char *base, int head, std::int64_t cell, float *values) const noexcept {
-  if (!packed()) {
+  if (!tiled()) {
     convert_row(type_, row(base, head, cell), Format::f32, values,
                 static_cast<std::size_t>(width_));
     return;
   }
-  block_q4_0 blocks[kPart / QK4_0];
+  alignas(kCacheLine) char blocks[kPartBytes];
   for (int i = 0; i < width_; i += kPart) {
     const int n = std::min(kPart, width_ - i);
     get_blocks(base, head, cell, i, n, blocks);
-    convert_row(Format::q4_0, blocks, Format::f32, values + i, static_cast<std::size_t>(n));
+    convert_row(type_, blocks, Format::f32, values + i, static_cast<std::size_t>(n));
   }
 }
 
 void RowPlane::get_stored(const char *base, int head, std::int64_t cell, void *to) const noexcept {
-  if (packed()) {
-    get_blocks(base, head, cell, 0, width_, static_cast<block_q4_0 *>(to));
+  if (tiled()) {
+    get_blocks(base, head, cell, 0, width_, to);
     return;
   }
   std::memcpy(to, row(base, head, cell), row_bytes(type_, static_cast<std::size_t>(width_)));
@@ -127,22 +131,22 @@ void RowPlane::get_stored(const char *base, int head, std::int64_t cell, void *t
 
 void RowPlane::copy(char *base, int head, std::int64_t cell, const RowPlane &from,
                     const char *from_base, std::int64_t from_cell) const noexcept {
-  if (!from.packed()) {
+  if (!from.tiled()) {
     put(base, head, cell, from.type_, from.row(from_base, head, from_cell));
     return;
   }
-  block_q4_0 blocks[kPart / QK4_0];
+  alignas(kCacheLine) char blocks[kPartBytes];
   for (int i = 0; i < width_; i += kPart) {
     const int n = std::min(kPart, width_ - i);
     from.get_blocks(from_base, head, from_cell, i, n, blocks);
-    put_part(base, head, cell, Format::q4_0, blocks, i, n);
+    put_part(base, head, cell, from.type_, blocks, i, n);
   }
 }
 
 void RowPlane::copy_rows(char *base, int head, const std::int32_t *cells, std::int64_t n,
                          const RowPlane &from, const char *from_base,
                          const std::int32_t *from_cells) const noexcept {
-  if (!from.packed()) {
+  if (!from.tiled()) {
     put_rows(base, head, cells, n, from.type_,
              {from.row(from_base, head, 0), from.stride_, from_cells});
     return;

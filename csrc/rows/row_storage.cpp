@@ -52,18 +52,17 @@ RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
 }
 
 KeySegment RowStorage::segment(int layer, std::int64_t first_cell) const {
-  // Packed keys and values are found by cell, from the first tile on.
+  // Tiles are found by cell, from the first one on.
   const auto begin = [first_cell](const RowPlane &plane, const char *base) {
-    return plane.packed() ? base : plane.row(base, 0, first_cell);
-  };
-  const auto type = [](const RowPlane &plane) {
-    return plane.packed() ? Format::q4_0_packed : plane.type();
+    return plane.layout() == Layout::tiles ? base : plane.row(base, 0, first_cell);
   };
   KeySegment segment;
   segment.k = begin(k_, k_base(layer));
   segment.v = begin(v_, v_base(layer));
-  segment.k_type = type(k_);
-  segment.v_type = type(v_);
+  segment.k_format = k_.type();
+  segment.v_format = v_.type();
+  segment.k_layout = k_.layout();
+  segment.v_layout = v_.layout();
   segment.k_head_stride = k_.head_stride();
   segment.k_row_stride = k_.stride();
   segment.v_head_stride = v_.head_stride();

@@ -37,7 +37,8 @@ struct RowShape {
 
 /// One zeroed allocation, aligned to cache lines. Layers, heads and cells are the caller's to
 /// check. What writes rows neither allocates nor throws, and may be called for different layers and
-/// heads by several threads at once, for different cells of a head only where no type is q4_0.
+/// heads by several threads at once, for different cells of a head only where rows lie one by one
+/// (cells_apart).
 class RowStorage {
 public:
   /// shape.bytes_per_cell() * num_cells fits (the caller saw to that). Throws std::bad_alloc.
@@ -45,7 +46,7 @@ public:
 
   const RowShape &shape() const { return shape_; }
   /// Whether different cells of a head may be written by several threads at once.
-  bool cells_apart() const { return !k_.packed() && !v_.packed(); }
+  bool cells_apart() const { return k_.layout() == Layout::rows && v_.layout() == Layout::rows; }
   std::size_t bytes() const { return num_bytes_; }
 
   /// K and V of a layer: key j of the segment is cell first_cell + j, or index[j] where the caller
@@ -61,7 +62,7 @@ public:
   /// Converts one row to f32.
   void get_k(int layer, int head, std::int64_t cell, float *row) const noexcept;
   void get_v(int layer, int head, std::int64_t cell, float *row) const noexcept;
-  /// One row in this storage's own type; Q4_0 in ggml's block order.
+  /// One row in this storage's own type; blocks one after the other.
   void get_stored_k(int layer, int head, std::int64_t cell, void *row) const noexcept;
   void get_stored_v(int layer, int head, std::int64_t cell, void *row) const noexcept;
 

@@ -28,13 +28,15 @@ struct QueryView {
 
 /// A run of keys and values, for all kv heads. Key j of kv head h is at
 /// k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
-/// Its position is pos ? pos[j] : pos_start + j. Where a type is packed, k (v) is that of the tile
-/// of cell 0, its stride is a tile's, and key j is in cell index ? index[j] : first_cell + j.
+/// Its position is pos ? pos[j] : pos_start + j. Where the layout is tiles, k (v) is that of the
+/// tile of cell 0, its stride is a tile's, and key j is in cell index ? index[j] : first_cell + j.
 struct KeySegment {
   const void *k = nullptr;
   const void *v = nullptr;
-  Format k_type = Format::f32;
-  Format v_type = Format::f32;
+  Format k_format = Format::f32;
+  Format v_format = Format::f32;
+  Layout k_layout = Layout::rows;
+  Layout v_layout = Layout::rows;
   std::ptrdiff_t k_head_stride = 0;
   std::ptrdiff_t k_row_stride = 0;
   std::ptrdiff_t v_head_stride = 0;

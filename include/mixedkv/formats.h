@@ -1,6 +1,7 @@
-// Plain types shared by every room: f16 bits, Q4_0 blocks, row and view descriptions.
-// Nothing here allocates, throws, or has external linkage, so that files compiled for a
-// special instruction set may include it without leaking code into other machines' paths.
+// How the values of a row may be stored: one table that everything else asks. A format says what a
+// row's bytes mean; a layout says how rows lie (one by one, or in tiles of several tokens).
+// Nothing here allocates, throws, or has external linkage, so that files compiled for a special
+// instruction set may include it without leaking code into other machines' paths.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,52 @@ namespace mixedkv {
 
 /// An IEEE 754 half as its 16 bits.
 using f16_t = std::uint16_t;
+
+/// The upper half of an f32.
+struct bf16_t {
+  std::uint16_t bits;
+};
+
+enum class Format : std::uint8_t { f32, f16, q4_0 };
+enum : int { kNumFormats = 3 };
+
+/// rows: one after the other, as ggml, numpy and torch have them. tiles: the same bits, of several
+/// tokens together, as attention reads them fastest (inside caches only; formats/token_tile.h).
+enum class Layout : std::uint8_t { rows, tiles };
+
+/// What a row's bytes mean.
+struct FormatInfo {
+  const char *name;
+  int block_values; ///< values that share a block; 1 where each stands alone
+  int block_bytes;
+  int ggml_type; ///< ggml's number of the same bytes, -1 where it has none
+
+  /// Whether values are stored as they are, each on its own, in a type of numpy's or torch's.
+  constexpr bool plain() const { return block_values == 1; }
+  /// Whether a row may hold n values: whole blocks.
+  constexpr bool holds(std::int64_t n) const { return n % block_values == 0; }
+};
+
+/// By Format.
+constexpr FormatInfo kFormats[kNumFormats] = {
+    {"f32", 1, 4, 0},
+    {"f16", 1, 2, 1},
+    {"q4_0", 32, 18, 2},
+};
+
+constexpr const FormatInfo &format_info(Format format) {
+  return kFormats[static_cast<int>(format)];
+}
+static constexpr const char *format_name(Format format) { return format_info(format).name; }
+
+/// Bytes of a row of n values, whole blocks of the format.
+static constexpr std::size_t row_bytes(Format format, std::size_t n) {
+  const FormatInfo &info = format_info(format);
+  return n / static_cast<std::size_t>(info.block_values) *
+         static_cast<std::size_t>(info.block_bytes);
+}
+
+// --- blocks --------------------------------------------------------------------------------------
 
 /// Values in one Q4_0 block.
 enum : int { QK4_0 = 32 };
@@ -21,30 +68,6 @@ struct block_q4_0 {
   std::uint8_t qs[QK4_0 / 2];
 };
 static_assert(sizeof(block_q4_0) == 18, "Q4_0 blocks are 18 bytes, without padding");
-
-/// How the values of a key, value or query row are stored.
-/// q4_0_packed: the bits of q4_0 in tiles of several tokens (packed.h), inside caches only.
-enum class Format : std::uint8_t { f32 = 0, f16 = 1, q4_0 = 2, q4_0_packed = 3 };
-/// Types whose rows lie one by one; the first of them hold their values as they are.
-enum : int { kNumKvTypes = 3, kNumFloatTypes = 2 };
-
-/// Bytes of a row of n values; for q4_0, n is a multiple of QK4_0.
-static constexpr std::size_t row_bytes(Format type, std::size_t n) {
-  return type == Format::f32 ? n * 4 : type == Format::f16 ? n * 2 : n / QK4_0 * sizeof(block_q4_0);
-}
-
-static constexpr const char *kv_type_name(Format type) {
-  return type == Format::f32 ? "f32" : type == Format::f16 ? "f16" : "q4_0";
-}
-
-/// Rows of one head. Row j starts at base + stride * (index ? index[j] : j); stride in bytes.
-struct Rows {
-  const void *base;
-  std::ptrdiff_t stride;
-  const std::int32_t *index;
-  /// So many more entries of index follow those that a call is about: rows that come next, to be
-  /// asked for ahead of their turn.
-  std::int32_t num_ahead = 0;
-};
+static_assert(format_info(Format::q4_0).block_bytes == sizeof(block_q4_0), "one truth");
 
 } // namespace mixedkv

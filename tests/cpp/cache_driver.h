@@ -290,9 +290,9 @@ void random_operations(unsigned seed) {
     config.hot_v_type = types.hot_v;
     config.cold_k_type = types.cold_k;
     config.cold_v_type = types.cold_v;
-    report(std::string("cache_random_types ") + kv_type_name(types.hot_k) + " " +
-               kv_type_name(types.hot_v) + " " + kv_type_name(types.cold_k) + " " +
-               kv_type_name(types.cold_v),
+    report(std::string("cache_random_types ") + format_name(types.hot_k) + " " +
+               format_name(types.hot_v) + " " + format_name(types.cold_k) + " " +
+               format_name(types.cold_v),
            Driver(config, ++seed).run(300));
   }
   CacheConfig config = small_config(16, 64, 3, 4);

@@ -55,7 +55,6 @@ struct Pool {
     plane.get(bytes.data(), head, cell, row.data());
     return row;
   }
-  Format type() const { return plane.packed() ? Format::q4_0_packed : plane.type(); }
 };
 
 /// Keys and values in cells of two pools, and the segment that says so.
@@ -86,14 +85,16 @@ struct Source {
   KeySegment segment() const {
     const auto base = [&](const Pool &pool) {
       // Rows are found from the first key's on, packed ones from cell 0 on.
-      const std::int64_t from = pool.plane.packed() || !index.empty() ? 0 : first_cell;
+      const std::int64_t from = pool.plane.layout() == Layout::tiles || !index.empty() ? 0 : first_cell;
       return pool.bytes.data() + from * pool.plane.stride();
     };
     KeySegment s;
     s.k = base(k);
     s.v = base(v);
-    s.k_type = k.type();
-    s.v_type = v.type();
+    s.k_format = k.plane.type();
+    s.v_format = v.plane.type();
+    s.k_layout = k.plane.layout();
+    s.v_layout = v.plane.layout();
     s.k_head_stride = k.plane.head_stride();
     s.v_head_stride = v.plane.head_stride();
     s.k_row_stride = k.plane.stride();

@@ -5,6 +5,7 @@
 // Usage: test_bf16 [part of a check's name]
 
 #include "checks.h"
+#include "formats/tile_layout.h"
 #include "kernels/dispatch.h"
 
 using namespace mixedkv;
@@ -17,7 +18,7 @@ const int kDims[] = {1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 80, 96, 128, 130, 2
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-float value_of_bf16(bf16_t x) { return float_of(static_cast<std::uint32_t>(x) << 16); }
+float value_of_bf16(bf16_t x) { return float_of(static_cast<std::uint32_t>(x.bits) << 16); }
 
 /// Equal, or both NaN; zeros of either sign are one.
 bool same(bf16_t a, bf16_t b) {
@@ -41,11 +42,11 @@ void test_scalar_rounding(const Bf16Kernels &scalar) {
     const auto rounded = [&](float x) {
       bf16_t y[2];
       scalar.round_row(&x, y, 1);
-      EXPECT(y[1] == 0, "partner of the last value");
-      return y[0];
+      EXPECT(y[1].bits == 0, "partner of the last value");
+      return y[0].bits;
     };
     for (unsigned h = 0x80; h < 0x7f80; ++h) {
-      const float here = value_of_bf16(static_cast<bf16_t>(h));
+      const float here = value_of_bf16({static_cast<std::uint16_t>(h)});
       const float middle = float_of(h << 16 | 0x8000u);
       EXPECT(rounded(here) == h && rounded(-here) == (h | 0x8000u), "bf16 %04x", h);
       EXPECT(rounded(middle) == (h % 2 ? h + 1 : h), "above %04x", h);
@@ -53,8 +54,8 @@ void test_scalar_rounding(const Bf16Kernels &scalar) {
       EXPECT(rounded(std::nextafter(middle, kInf)) == h + 1, "above %04x", h);
     }
     EXPECT(rounded(kInf) == 0x7f80 && rounded(-kInf) == 0xff80, "infinity");
-    EXPECT(std::isnan(value_of_bf16(rounded(kNan))), "NaN");
-    EXPECT(std::isnan(value_of_bf16(rounded(float_of(0x7f800001u)))), "signalling NaN");
+    EXPECT(std::isnan(value_of_bf16({rounded(kNan)})), "NaN");
+    EXPECT(std::isnan(value_of_bf16({rounded(float_of(0x7f800001u))})), "signalling NaN");
   });
 }
 
@@ -79,10 +80,10 @@ void test_rounding(const std::string &isa, const Bf16Kernels &kernels, const Bf1
   check(isa + " all_finite finds every one that is not", [&] {
     for (int n : kDims) {
       Input<bf16_t> x(size(n), 1);
-      std::fill_n(x.data(), n, static_cast<bf16_t>(0xff7f)); // the largest
+      std::fill_n(x.data(), n, bf16_t{0xff7f}); // the largest
       EXPECT(kernels.all_finite(x.data(), size(n)), "n %d", n);
       for (int i = 0; i < n; ++i)
-        for (bf16_t bad : {0x7f80, 0xff80, 0x7fc0, 0xff81}) {
+        for (bf16_t bad : {bf16_t{0x7f80}, bf16_t{0xff80}, bf16_t{0x7fc0}, bf16_t{0xff81}}) {
           const bf16_t good = x[size(i)];
           x[size(i)] = bad;
           EXPECT(!kernels.all_finite(x.data(), size(n)), "n %d: %04x at %d", n, bad, i);
@@ -111,7 +112,7 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
         for (int i = 0; i < padded; ++i) {
           const double got = value_of_bf16(p[size(i)]);
           if (i >= n) {
-            EXPECT(p[size(i)] == 0 || p[size(i)] == 0xa5a5, "n %d: %d is not padding", n, i);
+            EXPECT(p[size(i)].bits == 0 || p[size(i)].bits == 0xa5a5, "n %d: %d is not padding", n, i);
             continue;
           }
           want += got;
@@ -119,7 +120,7 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
           EXPECT(std::fabs(got - exact) <= (1.0 / 256 + 1e-5) * exact + 1e-37, "n %d: %g, not %g",
                  n, got, exact);
         }
-        EXPECT(p[0] == 0x3f80, "exp(0) is %04x", p[0]);
+        EXPECT(p[0].bits == 0x3f80, "exp(0) is %04x", p[0]);
         EXPECT(std::fabs(sum - want) <= n * kUlp * want, "n %d: sum %g, not %g", n,
                static_cast<double>(sum), want);
         EXPECT(p.guards_intact(), "n %d", n);
@@ -135,7 +136,7 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
         EXPECT(std::isnan(value_of_bf16(p[size(bad)])), "n %d: %d", n, bad);
         x[size(bad)] = -kInf;
         EXPECT(std::isfinite(kernels.exp_sum(x.data(), p.data(), size(n), 0.0f)), "n %d", n);
-        EXPECT(p[size(bad)] == 0, "n %d: %d", n, bad);
+        EXPECT(p[size(bad)].bits == 0, "n %d: %d", n, bad);
       }
   });
 }
@@ -184,44 +185,46 @@ struct TypedRows {
 void expect_same(Output<bf16_t> &got, Output<bf16_t> &want, const char *what, int n) {
   for (std::size_t i = 0; i < got.size(); ++i)
     EXPECT(same(got[i], want[i]), "%s, dim %d: number %d is %04x, not %04x", what, n,
-           static_cast<int>(i), got[i], want[i]);
+           static_cast<int>(i), got[i].bits, want[i].bits);
   EXPECT(got.guards_intact(), "%s, dim %d", what, n);
 }
 
-void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16Kernels &scalar) {
-  const char *const names[] = {"f32", "f16", "q4_0"};
-  for (int type = 0; type < kNumKvTypes; ++type) {
-    check(isa + " panels of keys, " + names[type], [&] {
+void test_panels(const std::string &isa, const Kernels &kernels, const Kernels &scalar) {
+  for (int number = 0; number < kNumFormats; ++number) {
+    const Format type = static_cast<Format>(number);
+    if (kernels.of(type).key_panel == nullptr)
+      continue;
+    check(isa + " panels of keys, " + format_name(type), [&] {
       Random random(3);
       for (int dim : kDims) {
-        if (type == static_cast<int>(Format::q4_0) && dim % 32)
+        if (!format_info(type).holds(dim))
           continue;
         for (int num_keys = 1; num_keys <= kColumns; ++num_keys) {
-          const int gap = type == 2 ? 2 * between(random, 0, 2) : 4 * between(random, 0, 2);
-          const TypedRows keys(random, static_cast<Format>(type), num_keys, dim, gap);
+          const int gap =
+              type == Format::q4_0 ? 2 * between(random, 0, 2) : 4 * between(random, 0, 2);
+          const TypedRows keys(random, type, num_keys, dim, gap);
           const Rows rows = keys.rows(num_keys % 2);
           const std::size_t n = panel_size(size((dim + 1) / 2));
           Output<bf16_t> got(n, 1), want(n, 0);
-          kernels.keys[type](&rows, num_keys, dim, got.data());
-          scalar.keys[type](&rows, num_keys, dim, want.data());
+          kernels.of(type).key_panel(&rows, num_keys, dim, got.data());
+          scalar.of(type).key_panel(&rows, num_keys, dim, want.data());
           expect_same(got, want, "keys", dim);
         }
       }
     });
-    check(isa + " panels of values, " + names[type], [&] {
+    check(isa + " panels of values, " + format_name(type), [&] {
       Random random(4);
       for (int dim : kDims) {
-        if (type == static_cast<int>(Format::q4_0) && dim % 32)
+        if (!format_info(type).holds(dim))
           continue;
         for (int num_keys : {1, 2, 3, 7, 16, 17, 33}) {
-          const TypedRows values(random, static_cast<Format>(type), num_keys, dim,
-                                 4 * between(random, 0, 2));
+          const TypedRows values(random, type, num_keys, dim, 4 * between(random, 0, 2));
           const Rows rows = values.rows(num_keys % 2 == 0);
           const std::size_t ld = panel_size(size((num_keys + 1) / 2));
           const std::size_t n = size((dim + kColumns - 1) / kColumns) * ld;
           Output<bf16_t> got(n, 1), want(n, 0);
-          kernels.values[type](&rows, num_keys, dim, got.data(), ld);
-          scalar.values[type](&rows, num_keys, dim, want.data(), ld);
+          kernels.of(type).value_panels(&rows, num_keys, dim, got.data(), ld);
+          scalar.of(type).value_panels(&rows, num_keys, dim, want.data(), ld);
           expect_same(got, want, "values", dim);
         }
       }
@@ -230,25 +233,27 @@ void test_panels(const std::string &isa, const Bf16Kernels &kernels, const Bf16K
   check(isa + " panels of packed tiles", [&] {
     Random random(5);
     for (int dim : {32, 64, 96, 128, 512}) {
-      std::vector<unsigned char> tile(packed_tile_bytes(size(dim)));
+      std::vector<unsigned char> tile(tile_bytes(Format::q4_0, size(dim)));
       const TypedRows rows(random, Format::q4_0, kColumns, dim, 0);
       const auto *blocks = reinterpret_cast<const block_q4_0 *>(rows.bytes.data());
       const Rows all = rows.rows(false);
       for (int token = 0; token < kColumns; ++token)
-        pack_key_blocks(blocks + token * dim / 32, 0, dim / 32, dim / 32, tile.data(), token);
+        tile_layout(Format::q4_0)
+            ->put_keys(blocks + token * dim / 32, 0, dim / 32, dim / 32, tile.data(), token);
       const std::size_t n = panel_size(size(dim / 2));
       Output<bf16_t> got(n, 1), want(n, 0);
-      kernels.packed_keys(tile.data(), dim, got.data());
-      scalar.keys[static_cast<int>(Format::q4_0)](&all, kColumns, dim, want.data());
+      kernels.tiles_of(Format::q4_0)->key_panel(tile.data(), dim, got.data());
+      scalar.of(Format::q4_0).key_panel(&all, kColumns, dim, want.data());
       expect_same(got, want, "packed keys", dim);
 
       for (int token = 0; token < kColumns; ++token)
-        pack_value_blocks(blocks + token * dim / 32, 0, dim / 32, dim / 32, tile.data(), token);
+        tile_layout(Format::q4_0)
+            ->put_values(blocks + token * dim / 32, 0, dim / 32, dim / 32, tile.data(), token);
       const std::size_t ld = panel_size(kColumns / 2);
       Output<bf16_t> got_values(size(dim / kColumns) * ld, 1);
       Output<bf16_t> want_values(size(dim / kColumns) * ld, 0);
-      kernels.packed_values(tile.data(), dim, got_values.data(), ld);
-      scalar.values[static_cast<int>(Format::q4_0)](&all, kColumns, dim, want_values.data(), ld);
+      kernels.tiles_of(Format::q4_0)->value_panels(tile.data(), dim, got_values.data(), ld);
+      scalar.of(Format::q4_0).value_panels(&all, kColumns, dim, want_values.data(), ld);
       expect_same(got_values, want_values, "packed values", dim);
     }
   });
@@ -265,7 +270,7 @@ void check_product(const Bf16Kernels &kernels, Random &random, int num_rows, int
   Input<bf16_t> a(size(num_rows) * ld_a, 1), b(size(num_panels) * ld_panel, 1);
   const auto fill = [&](Input<bf16_t> &x) {
     for (std::size_t i = 0; i < x.size(); ++i)
-      x[i] = static_cast<bf16_t>(bits_of(normal(random)) >> 16);
+      x[i] = {static_cast<std::uint16_t>(bits_of(normal(random)) >> 16)};
   };
   fill(a);
   fill(b);
@@ -320,7 +325,7 @@ void test_product(const std::string &isa, const Bf16Kernels &kernels) {
         check_product(kernels, random, 13, num_pairs, 144, add);
   });
   check(isa + " product without rows or columns touches nothing", [&] {
-    const std::vector<bf16_t> a(64, 0x3f80);
+    const std::vector<bf16_t> a(64, bf16_t{0x3f80});
     std::vector<float> c(64, 5.0f);
     const std::vector<float> expected = c;
     kernels.product(a.data(), 2, 0, a.data(), 32, 1, 16, true, c.data(), 16);
@@ -329,9 +334,9 @@ void test_product(const std::string &isa, const Bf16Kernels &kernels) {
   });
   check(isa + " product NaN and infinity reach their row and column alone", [&] {
     Random random(7);
-    for (bf16_t bad : {0x7fc0, 0x7f80, 0xff80})
+    for (bf16_t bad : {bf16_t{0x7fc0}, bf16_t{0x7f80}, bf16_t{0xff80}})
       for (int where = 0; where < 16; ++where) {
-        std::vector<bf16_t> a(9 * 16, 0x3f80), b(5 * panel_size(8), 0x3f80);
+        std::vector<bf16_t> a(9 * 16, bf16_t{0x3f80}), b(5 * panel_size(8), bf16_t{0x3f80});
         std::vector<float> c(9 * 80);
         const int row = between(random, 0, 8), column = between(random, 0, 79);
         if (where % 2)
@@ -366,7 +371,7 @@ int main(int argc, char **argv) {
     const Bf16Kernels &kernels = *kernels_for(isa.name).bf16;
     test_rounding(isa.name, kernels, scalar);
     test_exp_sum(isa.name, kernels);
-    test_panels(isa.name, kernels, scalar);
+    test_panels(isa.name, kernels_for(isa.name), kernels_for("scalar"));
     test_product(isa.name, kernels);
   }
   return summary();

@@ -34,7 +34,7 @@ void test_scalar_conversions(const Kernels &scalar) {
     for (unsigned h = 0; h < 65536; ++h) {
       const f16_t half = static_cast<f16_t>(h);
       float x;
-      scalar.f16_to_f32(&half, &x, 1);
+      scalar.of(Format::f16).to_f32(&half, &x, 1);
       if ((h & 0x7c00) != 0x7c00)
         EXPECT(x == value_of_half(half) && std::signbit(x) == (h >> 15 != 0), "half %04x", h);
       else if ((h & 0x3ff) == 0)
@@ -46,7 +46,7 @@ void test_scalar_conversions(const Kernels &scalar) {
   check("scalar f32_to_f16 rounds to nearest even around every half", [&] {
     const auto convert = [&](float x) {
       f16_t half;
-      scalar.f32_to_f16(&x, &half, 1);
+      scalar.of(Format::f16).from_f32(&x, &half, 1);
       return half;
     };
     for (unsigned h = 0; h < 0x7c00; ++h) {
@@ -85,7 +85,7 @@ block_q4_0 quantize_by_definition(const float *x, const Kernels &scalar) {
   }
   const float d = max / -8.0f;
   const float id = d != 0.0f && std::isfinite(1.0f / d) ? 1.0f / d : 0.0f;
-  scalar.f32_to_f16(&d, &block.d, 1);
+  scalar.of(Format::f16).from_f32(&d, &block.d, 1);
   int q[32];
   for (int i = 0; i < 32; ++i) {
     volatile float product = x[i] * id; // volatile: rounded, and not contracted into an FMA
@@ -177,7 +177,7 @@ void test_scalar_quantize(const Kernels &scalar) {
     int n = 0;
     for (const std::vector<float> &block : adversarial_blocks()) {
       block_q4_0 got;
-      scalar.quantize_row_q4_0_f32(block.data(), &got, 32);
+      scalar.of(Format::q4_0).from_f32(block.data(), &got, 32);
       const block_q4_0 expected = quantize_by_definition(block.data(), scalar);
       EXPECT(std::memcmp(&got, &expected, sizeof got) == 0, "block %d", n);
       ++n;
@@ -186,7 +186,7 @@ void test_scalar_quantize(const Kernels &scalar) {
   check("scalar quantize_row_q4_0 special blocks", [&] {
     const auto quantize = [&](const std::vector<float> &x) {
       block_q4_0 block;
-      scalar.quantize_row_q4_0_f32(x.data(), &block, 32);
+      scalar.of(Format::q4_0).from_f32(x.data(), &block, 32);
       return block;
     };
     const auto all_q = [](const block_q4_0 &block, int byte) {
@@ -207,10 +207,9 @@ void test_scalar_quantize(const Kernels &scalar) {
 
 // --- conversions: every ISA against the scalar table, bit for bit ------------------------------
 
-template <typename X, typename Y>
+template <typename Y, typename X, typename F>
 void compare_rows(const Input<X> &x, std::size_t num_out, std::size_t misalignment, std::size_t n,
-                  void (*got_fn)(const X *, Y *, std::size_t) noexcept,
-                  void (*expected_fn)(const X *, Y *, std::size_t) noexcept) {
+                  F *got_fn, F *expected_fn) {
   Output<Y> got(num_out, misalignment), expected(num_out, misalignment);
   got_fn(x.data(), got.data(), n);
   expected_fn(x.data(), expected.data(), n);
@@ -227,14 +226,15 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
     Input<f16_t> x(65536, 0);
     for (std::size_t i = 0; i < x.size(); ++i)
       x[i] = static_cast<f16_t>(i);
-    compare_rows(x, 65536, 0, 65536, kernels.f16_to_f32, scalar.f16_to_f32);
+    compare_rows<float>(x, 65536, 0, 65536, kernels.of(Format::f16).to_f32,
+                        scalar.of(Format::f16).to_f32);
   });
   check(isa + " f32_to_f16 around all halves, and any bits", [&] {
     std::vector<float> values;
     for (unsigned h = 0; h < 65536; ++h) {
       const f16_t half = static_cast<f16_t>(h);
       float x;
-      scalar.f16_to_f32(&half, &x, 1);
+      scalar.of(Format::f16).to_f32(&half, &x, 1);
       for (std::uint32_t offset : {0u, 1u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu})
         values.push_back(float_of(bits_of(x) + offset));
     }
@@ -245,7 +245,8 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
       values.push_back(std::ldexp(normal(random), between(random, -28, -12)));
     Input<float> x(values.size(), 0);
     std::copy(values.begin(), values.end(), x.data());
-    compare_rows(x, x.size(), 0, x.size(), kernels.f32_to_f16, scalar.f32_to_f16);
+    compare_rows<f16_t>(x, x.size(), 0, x.size(), kernels.of(Format::f16).from_f32,
+                        scalar.of(Format::f16).from_f32);
   });
   check(isa + " f16 and f32 rows of all lengths, misaligned", [&] {
     Random random(2);
@@ -255,9 +256,11 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
         Input<f16_t> h(n, misalignment);
         for (std::size_t i = 0; i < n; ++i)
           x[i] = normal(random);
-        scalar.f32_to_f16(x.data(), h.data(), n);
-        compare_rows(x, n, misalignment, n, kernels.f32_to_f16, scalar.f32_to_f16);
-        compare_rows(h, n, misalignment, n, kernels.f16_to_f32, scalar.f16_to_f32);
+        scalar.of(Format::f16).from_f32(x.data(), h.data(), n);
+        compare_rows<f16_t>(x, n, misalignment, n, kernels.of(Format::f16).from_f32,
+                            scalar.of(Format::f16).from_f32);
+        compare_rows<float>(h, n, misalignment, n, kernels.of(Format::f16).to_f32,
+                            scalar.of(Format::f16).to_f32);
       }
   });
   check(isa + " all_finite finds one bad value anywhere", [&] {
@@ -293,22 +296,22 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
     Input<float> x(blocks.size() * 32, 1);
     for (std::size_t b = 0; b < blocks.size(); ++b)
       std::copy(blocks[b].begin(), blocks[b].end(), x.data() + b * 32);
-    compare_rows(x, blocks.size(), 1, x.size(), kernels.quantize_row_q4_0_f32,
-                 scalar.quantize_row_q4_0_f32);
+    compare_rows<block_q4_0>(x, blocks.size(), 1, x.size(), kernels.of(Format::q4_0).from_f32,
+                             scalar.of(Format::q4_0).from_f32);
   });
   check(isa + " quantize_row_q4_0_f16 adversarial blocks, and any bits", [&] {
     const std::vector<std::vector<float>> blocks = adversarial_blocks();
     Random random(3);
     Input<f16_t> x((blocks.size() + 6000) * 32, 1);
     for (std::size_t b = 0; b < blocks.size(); ++b)
-      scalar.f32_to_f16(blocks[b].data(), x.data() + b * 32, 32);
+      scalar.of(Format::f16).from_f32(blocks[b].data(), x.data() + b * 32, 32);
     for (std::size_t i = blocks.size() * 32; i < x.size(); ++i) {
       // The first half any halves, the second finite ones and subnormals.
       const bool any = i < (blocks.size() + 3000) * 32;
       x[i] = static_cast<f16_t>(any ? random() : random() & 0x83ff);
     }
-    compare_rows(x, x.size() / 32, 1, x.size(), kernels.quantize_row_q4_0_f16,
-                 scalar.quantize_row_q4_0_f16);
+    compare_rows<block_q4_0>(x, x.size() / 32, 1, x.size(), kernels.of(Format::q4_0).from_f16,
+                             scalar.of(Format::q4_0).from_f16);
   });
   check(isa + " quantize_row_q4_0 rows of 1 to 17 blocks, misaligned", [&] {
     Random random(4);
@@ -319,11 +322,11 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
         Input<f16_t> h(n, misalignment);
         for (std::size_t i = 0; i < n; ++i)
           x[i] = normal(random);
-        scalar.f32_to_f16(x.data(), h.data(), n);
-        compare_rows(x, num_blocks, misalignment, n, kernels.quantize_row_q4_0_f32,
-                     scalar.quantize_row_q4_0_f32);
-        compare_rows(h, num_blocks, misalignment, n, kernels.quantize_row_q4_0_f16,
-                     scalar.quantize_row_q4_0_f16);
+        scalar.of(Format::f16).from_f32(x.data(), h.data(), n);
+        compare_rows<block_q4_0>(x, num_blocks, misalignment, n, kernels.of(Format::q4_0).from_f32,
+                                 scalar.of(Format::q4_0).from_f32);
+        compare_rows<block_q4_0>(h, num_blocks, misalignment, n, kernels.of(Format::q4_0).from_f16,
+                                 scalar.of(Format::q4_0).from_f16);
       }
   });
   check(isa + " dequantize_row_q4_0 every d, every nibble", [&] {
@@ -333,10 +336,10 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
       for (std::size_t i = 0; i < 16; ++i) // every byte, and with each d every nibble
         x[b].qs[i] = static_cast<std::uint8_t>(i * 17 + b * 16 + (b < 65536 ? 0 : b));
     }
-    compare_rows(x, x.size() * 32, 1, x.size() * 32, kernels.dequantize_row_q4_0_f32,
-                 scalar.dequantize_row_q4_0_f32);
-    compare_rows(x, x.size() * 32, 1, x.size() * 32, kernels.dequantize_row_q4_0_f16,
-                 scalar.dequantize_row_q4_0_f16);
+    compare_rows<float>(x, x.size() * 32, 1, x.size() * 32, kernels.of(Format::q4_0).to_f32,
+                        scalar.of(Format::q4_0).to_f32);
+    compare_rows<f16_t>(x, x.size() * 32, 1, x.size() * 32, kernels.of(Format::q4_0).to_f16,
+                        scalar.of(Format::q4_0).to_f16);
   });
   check(isa + " dequantize_row_q4_0 rows of 1 to 17 blocks, misaligned", [&] {
     Random random(5);
@@ -348,10 +351,10 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
           for (std::uint8_t &q : x[b].qs)
             q = static_cast<std::uint8_t>(random());
         }
-        compare_rows(x, num_blocks * 32, misalignment, num_blocks * 32,
-                     kernels.dequantize_row_q4_0_f32, scalar.dequantize_row_q4_0_f32);
-        compare_rows(x, num_blocks * 32, misalignment, num_blocks * 32,
-                     kernels.dequantize_row_q4_0_f16, scalar.dequantize_row_q4_0_f16);
+        compare_rows<float>(x, num_blocks * 32, misalignment, num_blocks * 32,
+                            kernels.of(Format::q4_0).to_f32, scalar.of(Format::q4_0).to_f32);
+        compare_rows<f16_t>(x, num_blocks * 32, misalignment, num_blocks * 32,
+                            kernels.of(Format::q4_0).to_f16, scalar.of(Format::q4_0).to_f16);
       }
   });
 }
@@ -393,12 +396,12 @@ struct RowSet {
         std::copy(x.begin(), x.end(), exact);
       } else if (type == Format::f16) {
         f16_t *halves = reinterpret_cast<f16_t *>(row);
-        scalar.f32_to_f16(x.data(), halves, x.size());
+        scalar.of(Format::f16).from_f32(x.data(), halves, x.size());
         for (int i = 0; i < dim; ++i)
           exact[i] = value_of_half(halves[i]);
       } else {
         block_q4_0 *blocks = reinterpret_cast<block_q4_0 *>(row);
-        scalar.quantize_row_q4_0_f32(x.data(), blocks, x.size());
+        scalar.of(Format::q4_0).from_f32(x.data(), blocks, x.size());
         for (int i = 0; i < dim; ++i)
           exact[i] = value_of_q4(blocks[i / 32], i % 32);
       }
@@ -445,7 +448,7 @@ void check_qk(const std::string &isa, const Kernels &kernels, const Kernels &sca
       q[r * ld_q + static_cast<std::size_t>(i)] = normal(random);
   Output<float> scores((n - 1) * ld_scores + static_cast<std::size_t>(num_keys), misalignment);
   std::fill(scores.data(), scores.data() + scores.size(), 12345.0f);
-  const auto qk = kernels.qk[static_cast<int>(type)];
+  const auto qk = kernels.of(type).qk;
   qk(q.data(), ld_q, num_rows, &rows, num_keys, dim, scores.data(), ld_scores);
   EXPECT(scores.guards_intact(), "guards: rows %d keys %d dim %d", num_rows, num_keys, dim);
   // All NEON variants but the plain one.
@@ -493,7 +496,7 @@ void check_pv(const Kernels &kernels, const Kernels &scalar, Random &random, For
   for (std::size_t i = 0; i < acc.size(); ++i)
     acc[i] = normal(random);
   const std::vector<float> before(acc.data(), acc.data() + acc.size());
-  const auto pv = kernels.pv[static_cast<int>(type)];
+  const auto pv = kernels.of(type).pv;
   pv(p.data(), ld_p, num_rows, &rows, num_keys, dim, acc.data(), ld_acc);
   EXPECT(acc.guards_intact(), "guards: rows %d keys %d dim %d", num_rows, num_keys, dim);
 
@@ -538,7 +541,7 @@ const Order kOrders[] = {Order::dense, Order::strided, Order::indexed};
 
 void test_attention(const std::string &isa, const Kernels &kernels, const Kernels &scalar) {
   for (Format type : kTypes) {
-    const std::string of_type = std::string(" ") + kv_type_name(type);
+    const std::string of_type = std::string(" ") + format_name(type);
     const auto fits = [&](int dim) { return type != Format::q4_0 || dim % 32 == 0; };
     const auto sweep = [&](auto &&run) {
       Random random(11);
@@ -578,8 +581,8 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
       const Rows none = {nullptr, 0, nullptr};
       float q[32] = {0}, out[32];
       std::fill(out, out + 32, 5.0f);
-      const auto qk_fn = kernels.qk[static_cast<int>(type)];
-      const auto pv_fn = kernels.pv[static_cast<int>(type)];
+      const auto qk_fn = kernels.of(type).qk;
+      const auto pv_fn = kernels.of(type).pv;
       qk_fn(q, 32, 1, &none, 0, 32, out, 1);
       pv_fn(q, 0, 1, &none, 0, 32, out, 32);
       qk_fn(q, 32, 0, &none, 0, 32, out, 1);
@@ -606,8 +609,8 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
           else // a value, or the block's d
             std::memcpy(key, &bad_half, 2);
           std::vector<float> scores(static_cast<std::size_t>(num_rows * num_keys));
-          kernels.qk[static_cast<int>(type)](q.data(), dim, num_rows, &rows, num_keys, dim,
-                                             scores.data(), num_keys);
+          kernels.of(type).qk(q.data(), dim, num_rows, &rows, num_keys, dim, scores.data(),
+                              num_keys);
           for (int r = 0; r < num_rows; ++r)
             for (int j = 0; j < num_keys; ++j) {
               const float score = scores[static_cast<std::size_t>(r * num_keys + j)];
@@ -624,8 +627,9 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
         const RowSet keys(random, type, num_keys, dim, Order::dense, scalar);
         std::vector<float> unpacked(static_cast<std::size_t>(num_keys * dim));
         const Rows quantized = keys.rows();
-        kernels.dequantize_row_q4_0_f32(static_cast<const block_q4_0 *>(quantized.base),
-                                        unpacked.data(), unpacked.size());
+        kernels.of(Format::q4_0)
+            .to_f32(static_cast<const block_q4_0 *>(quantized.base), unpacked.data(),
+                    unpacked.size());
         for (std::size_t i = 0; i < unpacked.size(); ++i)
           EXPECT(static_cast<double>(unpacked[i]) == keys.values[i], "value %zu", i);
         std::vector<float> p(static_cast<std::size_t>(num_rows * num_keys));
@@ -633,8 +637,10 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
           x = std::fabs(normal(random));
         const Rows plain = {unpacked.data(), dim * 4, nullptr};
         std::vector<float> a(static_cast<std::size_t>(num_rows * dim), 0.0f), b = a;
-        kernels.pv[2](p.data(), num_keys, num_rows, &quantized, num_keys, dim, a.data(), dim);
-        kernels.pv[0](p.data(), num_keys, num_rows, &plain, num_keys, dim, b.data(), dim);
+        kernels.of(Format::q4_0)
+            .pv(p.data(), num_keys, num_rows, &quantized, num_keys, dim, a.data(), dim);
+        kernels.of(Format::f32)
+            .pv(p.data(), num_keys, num_rows, &plain, num_keys, dim, b.data(), dim);
         EXPECT(a == b, "some elements differ");
       });
   }

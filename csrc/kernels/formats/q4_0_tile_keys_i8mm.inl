@@ -1,15 +1,15 @@
-// Packed Q4_0 keys against a group of query rows with smmla (FEAT_I8MM), in place of packed.inl's
-// qk_packed. It multiplies two rows of eight bytes by two others: two tokens by a query row's high
-// bytes and its low ones, whose products are wanted side by side anyway. That is twice as many
-// products an instruction as sdot has, 8 for a block of four tokens and a query row instead of 16,
-// for four zips a block that all rows share.
+// Packed Q4_0 keys against a group of query rows with smmla (FEAT_I8MM), in place of
+// tile_keys.inl's qk_tiles. It multiplies two rows of eight bytes by two others: two tokens by a
+// query row's high bytes and its low ones, whose products are wanted side by side anyway. That is
+// twice as many products an instruction as sdot has, 8 for a block of four tokens and a query row
+// instead of 16, for four zips a block that all rows share.
 
 enum : int { kDimsOfMatrix = 8, kTokensAtOnce = 4, kTokenVectors = 2 };
 
-/// As packed.inl's, but eight high bytes and the eight low bytes of the same dims in turns.
-void prepare_packed_query_i8mm(const float *q, size_t ld_q, int num_rows, int head_dim,
-                               float *prepared) noexcept {
-  prepare_packed_query(q, ld_q, num_rows, head_dim, prepared);
+/// As tile_keys.inl's, but eight high bytes and the eight low bytes of the same dims in turns.
+void prepare_tile_query_i8mm(const float *q, size_t ld_q, int num_rows, int head_dim,
+                             float *prepared) noexcept {
+  prepare_tile_query(q, ld_q, num_rows, head_dim, prepared);
   for (int r = 0; r < num_rows; ++r) {
     i32 *row = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
     for (int b = 0; b < head_dim / QK4_0; ++b, row += kPreparedBlock) {
@@ -29,8 +29,8 @@ using TokenMatrices = int8x16_t[QK4_0 / kDimsOfMatrix][2];
 
 MIXEDKV_INLINE void open_tokens(const uint8_t *words, TokenMatrices &x) {
   for (int w = 0; w < kWordsOfBlock / 2; w += 2) {
-    const i32v a = load_i32(words + w * kPackedTokens * 4);
-    const i32v b = load_i32(words + (w + 1) * kPackedTokens * 4);
+    const i32v a = load_i32(words + w * kTileTokens * 4);
+    const i32v b = load_i32(words + (w + 1) * kTileTokens * 4);
     const i32v pairs[2] = {vzip1q_s32(a, b), vzip2q_s32(a, b)};
     for (int p = 0; p < 2; ++p) {
       x[w / 2][p] = vreinterpretq_s8_s32(low_nibbles(pairs[p]));
@@ -52,8 +52,8 @@ MIXEDKV_INLINE void scores_i8mm(const i32 *q, size_t ld_q, const uint8_t *tile, 
     f32v d[kTokenVectors];
     for (int v = 0; v < kTokenVectors; ++v) {
       const int first = token + v * kTokensAtOnce;
-      open_tokens(tile + b * kPackedBlockBytes + first * 4, x[v]);
-      d[v] = load(packed_scale(tile, num_blocks, b, first));
+      open_tokens(tile + b * kNibbleBlockBytes + first * 4, x[v]);
+      d[v] = load(nibble_scale(tile, num_blocks, b, first));
     }
     for (int r = 0; r < R; ++r) {
       const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
@@ -83,26 +83,35 @@ MIXEDKV_INLINE void scores_i8mm(const i32 *q, size_t ld_q, const uint8_t *tile, 
 }
 
 template <int R>
-void qk_packed_rows_i8mm(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
-                         int num_blocks, float *scores, size_t ld_scores) noexcept {
-  const ptrdiff_t tile_bytes = num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+void qk_tiles_rows_i8mm(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
+                        float *scores, size_t ld_scores) noexcept {
+  const ptrdiff_t tile_bytes = num_blocks * (kNibbleBlockBytes + kTileScaleBytes);
   for (int t = 0; t < num_tiles; ++t) {
     prefetch_tile(tiles, num_tiles, t + kTilesAsked, 0, tile_bytes);
-    for (int token = 0; token < kPackedTokens; token += kTokenVectors * kTokensAtOnce)
+    for (int token = 0; token < kTileTokens; token += kTokenVectors * kTokensAtOnce)
       scores_i8mm<R>(q, ld_q, tile_at(tiles, t), token, num_blocks,
-                     scores + t * kPackedTokens + token, ld_scores);
+                     scores + t * kTileTokens + token, ld_scores);
   }
 }
 
-void qk_packed_i8mm(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
-                    int head_dim, float *scores, size_t ld_scores) noexcept {
+void qk_tiles_i8mm(const float *prepared, int num_rows, const Rows *tiles, int num_tiles,
+                   int head_dim, float *scores, size_t ld_scores) noexcept {
   const size_t ld = prepared_row(head_dim);
   for (int r = 0; r < num_rows; r += kPackedRows) {
     const i32 *q = reinterpret_cast<const i32 *>(prepared + static_cast<size_t>(r) * ld);
-    const auto run = num_rows - r == 1   ? qk_packed_rows_i8mm<1>
-                     : num_rows - r == 2 ? qk_packed_rows_i8mm<2>
-                     : num_rows - r == 3 ? qk_packed_rows_i8mm<3>
-                                         : qk_packed_rows_i8mm<kPackedRows>;
+    const auto run = num_rows - r == 1   ? qk_tiles_rows_i8mm<1>
+                     : num_rows - r == 2 ? qk_tiles_rows_i8mm<2>
+                     : num_rows - r == 3 ? qk_tiles_rows_i8mm<3>
+                                         : qk_tiles_rows_i8mm<kPackedRows>;
     run(q, ld, *tiles, num_tiles, head_dim / QK4_0, scores + at(r, ld_scores, 0), ld_scores);
   }
 }
+
+constexpr TileKernels make_tiles_q4_0_i8mm() {
+  TileKernels k = make_tiles_q4_0();
+  k.prepare_query = prepare_tile_query_i8mm;
+  k.qk = qk_tiles_i8mm;
+  return k;
+}
+
+constexpr TileKernels tiles_q4_0_i8mm = make_tiles_q4_0_i8mm();

@@ -25,6 +25,6 @@ namespace {
 
 } // namespace
 
-#include "kernels/loops/table.inl"
+constexpr Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = make_kernels();
 
 } // namespace mixedkv

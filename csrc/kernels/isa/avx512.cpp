@@ -29,16 +29,14 @@ namespace {
 
 #include "kernels/vocabulary/x86_bytes.inl"
 
-#include "kernels/umbrella.inl"
-
 #if defined(MIXEDKV_BF16)
 #include "kernels/vocabulary/avx512_bf16.inl"
-
-#include "kernels/loops/bf16.inl"
 #endif
+
+#include "kernels/umbrella.inl"
 
 } // namespace
 
-#include "kernels/loops/table.inl"
+constexpr Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = make_kernels();
 
 } // namespace mixedkv

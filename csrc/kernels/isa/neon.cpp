@@ -23,6 +23,6 @@ namespace {
 
 } // namespace
 
-#include "kernels/loops/table.inl"
+constexpr Kernels MIXEDKV_TABLE(MIXEDKV_ISA) = make_kernels();
 
 } // namespace mixedkv

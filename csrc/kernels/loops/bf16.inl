@@ -5,7 +5,7 @@
 // registers. An element of the result is added up in the order of its pairs, whichever tile it was
 // computed in, so that a row gets the same bits however many come with it.
 //
-// bf16_<isa>.h adds to the vocabulary of simd_common.h:
+// bf16_<isa>.h adds to the vocabulary of vocabulary/common.h:
 //
 //   kProductRows, kProductPanels   rows and panels whose sums fit in the registers
 //   round_side_by_side(a, b)       2 * kLanes bf16: those of a, then those of b
@@ -173,7 +173,7 @@ bool bf16_all_finite(const bf16_t *x, size_t n) noexcept {
         !any_not_finite(bits_as_f32(pairs)) && !any_not_finite(bits_as_f32(shift_left<16>(pairs)));
   }
   for (; i < n; ++i)
-    finite &= (x[i] & 0x7f80u) != 0x7f80u;
+    finite &= (x[i].bits & 0x7f80u) != 0x7f80u;
   return finite;
 }
 
@@ -202,50 +202,24 @@ MIXEDKV_INLINE void key_words(const T *const (&rows)[kPanelColumns], int num_key
 }
 
 template <typename T>
-void bf16_keys(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept {
-  const T *rows[kPanelColumns];
-  for (int j = 0; j < kPanelColumns; ++j)
-    rows[j] = row_at<T>(*k, j < num_keys ? j : 0);
-  key_words(rows, num_keys, head_dim, panel);
-}
-
-void bf16_keys_q4_0(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept {
-  alignas(64) float unpacked[kPanelColumns][kPanelStretch];
-  const float *rows[kPanelColumns];
-  for (int j = 0; j < kPanelColumns; ++j)
-    rows[j] = unpacked[j];
-  for (int begin = 0; begin < head_dim; begin += kPanelStretch) {
-    const int n = head_dim - begin < kPanelStretch ? head_dim - begin : kPanelStretch;
-    for (int j = 0; j < num_keys; ++j)
-      unpack_row(row_at<block_q4_0>(*k, j) + begin / QK4_0, unpacked[j], n);
-    key_words(rows, num_keys, n, panel + begin * kPanelColumns);
-  }
-}
-
-/// Nibbles K and K + 2 of a word are dims that follow one another.
-template <int K> MIXEDKV_INLINE void store_key_pair(i32v x, f32v d, bf16_t *dims) {
-  constexpr int dim = K / 2 + K % 2 * (QK4_0 / 2);
-  store_i32(dims + dim * kPanelColumns,
-            round_interleaved(mul(signed_nibble<K>(x), d), mul(signed_nibble<K + 2>(x), d)));
-}
-
-void bf16_packed_keys(const void *tile, int head_dim, bf16_t *panel) noexcept {
-  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
-  const int num_blocks = head_dim / QK4_0;
-  const i32v flip = set1_i32(static_cast<int32_t>(0x88888888));
-  for (int b = 0; b < num_blocks; ++b)
-    for (int token = 0; token < kPackedTokens; token += kLanes) {
-      const f32v d = load(packed_scale(bytes, num_blocks, b, token));
-      for (int w = 0; w < 4; ++w) {
-        const i32v x = xor_i32(
-            load_i32(bytes + b * kPackedBlockBytes + (w * kPackedTokens + token) * 4), flip);
-        bf16_t *dims = panel + (b * QK4_0 + w * 4) * kPanelColumns + 2 * token;
-        store_key_pair<0>(x, d, dims);
-        store_key_pair<1>(x, d, dims);
-        store_key_pair<4>(x, d, dims);
-        store_key_pair<5>(x, d, dims);
-      }
+void bf16_key_panel(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept {
+  if constexpr (!is_blocks<T>) {
+    const T *rows[kPanelColumns];
+    for (int j = 0; j < kPanelColumns; ++j)
+      rows[j] = row_at<T>(*k, j < num_keys ? j : 0);
+    key_words(rows, num_keys, head_dim, panel);
+  } else {
+    alignas(64) float unpacked[kPanelColumns][kPanelStretch];
+    const float *rows[kPanelColumns];
+    for (int j = 0; j < kPanelColumns; ++j)
+      rows[j] = unpacked[j];
+    for (int begin = 0; begin < head_dim; begin += kPanelStretch) {
+      const int n = head_dim - begin < kPanelStretch ? head_dim - begin : kPanelStretch;
+      for (int j = 0; j < num_keys; ++j)
+        unpack_row(from_dim(row_at<T>(*k, j), begin), unpacked[j], n);
+      key_words(rows, num_keys, n, panel + begin * kPanelColumns);
     }
+  }
 }
 
 /// n dims of two rows, the second one null where there is none, into pair `pair` of the panels.
@@ -260,60 +234,25 @@ MIXEDKV_INLINE void value_words(const T *first, const T *second, int n, bf16_t *
 }
 
 template <typename T>
-void bf16_values(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
-                 size_t ld_panel) noexcept {
-  for (int j = 0; j < num_keys; j += 2, panels += 2 * kPanelColumns)
-    value_words(row_at<T>(*v, j), j + 1 < num_keys ? row_at<T>(*v, j + 1) : nullptr, head_dim_v,
-                panels, ld_panel);
-}
-
-void bf16_values_q4_0(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
-                      size_t ld_panel) noexcept {
-  alignas(64) float rows[2][kPanelStretch];
-  for (int j = 0; j < num_keys; j += 2, panels += 2 * kPanelColumns)
-    for (int begin = 0; begin < head_dim_v; begin += kPanelStretch) {
-      const int n = head_dim_v - begin < kPanelStretch ? head_dim_v - begin : kPanelStretch;
-      const bool two = j + 1 < num_keys;
-      for (int k = 0; k < 1 + two; ++k)
-        unpack_row(row_at<block_q4_0>(*v, j + k) + begin / QK4_0, rows[k], n);
-      value_words<float>(rows[0], two ? rows[1] : nullptr, n,
-                         panels + static_cast<size_t>(begin / kPanelColumns) * ld_panel, ld_panel);
-    }
-}
-
-/// Nibbles K and K + 4 of a word are tokens 2 K and 2 K + 1.
-template <int K> MIXEDKV_INLINE void store_value_pairs(i32v x, const float *d, bf16_t *pairs) {
-  store_i32(pairs + K * 2 * kPanelColumns,
-            round_interleaved(mul(signed_nibble<K>(x), set1(d[2 * K])),
-                              mul(signed_nibble<K + 4>(x), set1(d[2 * K + 1]))));
-  if constexpr (K < 3)
-    store_value_pairs<K + 1>(x, d, pairs);
-}
-
-void bf16_packed_values(const void *tile, int head_dim_v, bf16_t *panels,
-                        size_t ld_panel) noexcept {
-  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
-  const int num_blocks = head_dim_v / QK4_0;
-  for (int b = 0; b < num_blocks; ++b) {
-    float d[kPackedTokens];
-    f16_to_f32(packed_scale(bytes, num_blocks, b, 0), d, kPackedTokens);
-    for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += kLanes) {
-      bf16_t *column =
-          panels + static_cast<size_t>(i / kPanelColumns) * ld_panel + i % kPanelColumns * 2;
-      for (int g = 0; g < 2; ++g)
-        store_value_pairs<0>(load_i32(bytes + (g * head_dim_v + i) * 4), d + g * 8,
-                             column + g * 4 * 2 * kPanelColumns);
-    }
+void bf16_value_panels(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
+                       size_t ld_panel) noexcept {
+  if constexpr (!is_blocks<T>) {
+    for (int j = 0; j < num_keys; j += 2, panels += 2 * kPanelColumns)
+      value_words(row_at<T>(*v, j), j + 1 < num_keys ? row_at<T>(*v, j + 1) : nullptr, head_dim_v,
+                  panels, ld_panel);
+  } else {
+    alignas(64) float rows[2][kPanelStretch];
+    for (int j = 0; j < num_keys; j += 2, panels += 2 * kPanelColumns)
+      for (int begin = 0; begin < head_dim_v; begin += kPanelStretch) {
+        const int n = head_dim_v - begin < kPanelStretch ? head_dim_v - begin : kPanelStretch;
+        const bool two = j + 1 < num_keys;
+        for (int k = 0; k < 1 + two; ++k)
+          unpack_row(from_dim(row_at<T>(*v, j + k), begin), rows[k], n);
+        value_words<float>(rows[0], two ? rows[1] : nullptr, n,
+                           panels + static_cast<size_t>(begin / kPanelColumns) * ld_panel,
+                           ld_panel);
+      }
   }
 }
 
-const Bf16Kernels bf16_kernels = {
-    bf16_round_row,
-    bf16_exp_sum,
-    {bf16_keys<float>, bf16_keys<f16_t>, bf16_keys_q4_0},
-    bf16_packed_keys,
-    {bf16_values<float>, bf16_values<f16_t>, bf16_values_q4_0},
-    bf16_packed_values,
-    bf16_all_finite,
-    bf16_product,
-};
+const Bf16Kernels bf16_kernels = {bf16_round_row, bf16_exp_sum, bf16_all_finite, bf16_product};

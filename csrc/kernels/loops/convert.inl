@@ -1,4 +1,4 @@
-// Row conversions and checks of values, in the vocabulary of simd_common.h.
+// Row conversions and checks of values, in the vocabulary of vocabulary/common.h.
 
 void f32_to_f16(const float *x, f16_t *y, size_t n) noexcept {
   size_t i = 0;
@@ -33,22 +33,4 @@ bool all_finite_f16(const f16_t *x, size_t n) noexcept {
     if ((x[i] & 0x7c00u) == 0x7c00u)
       return false;
   return true;
-}
-
-// --- Q4_0 to values ------------------------------------------------------------------------------
-
-template <bool Exact, int V = 0, typename T> MIXEDKV_INLINE void store_block(const Q4 &q4, T *y) {
-  store(y + V * kLanes, Exact ? q4_vector_exact<V>(q4) : q4_vector<V>(q4));
-  if constexpr ((V + 1) * kLanes < QK4_0)
-    store_block<Exact, V + 1>(q4, y);
-}
-
-void dequantize_row_q4_0_f32(const block_q4_0 *x, float *y, size_t n) noexcept {
-  for (size_t b = 0; b < n / QK4_0; ++b)
-    store_block<true>(q4_open(x + b), y + b * QK4_0);
-}
-
-void dequantize_row_q4_0_f16(const block_q4_0 *x, f16_t *y, size_t n) noexcept {
-  for (size_t b = 0; b < n / QK4_0; ++b)
-    store_block<true>(q4_open(x + b), y + b * QK4_0);
 }

@@ -1,4 +1,4 @@
-// A group of query rows against a run of keys, in the vocabulary of simd_common.h.
+// A group of query rows against a run of keys, in the vocabulary of vocabulary/common.h.
 //
 // qk: a micro-tile of R query rows by C keys keeps one vector of partial sums for each pair, lanes
 // are dims, and a key's values are loaded or unpacked once for the R rows. Four vectors at a time
@@ -10,8 +10,8 @@
 // gets the same bits however many rows come with it, and acc the same bits however a run is cut.
 //
 // Where there are more rows than a tile holds, they go over a few keys (values) at a time, group by
-// group, so that these stay in the first-level cache; rows in Q4_0 are unpacked to f32 on the stack
-// first. Sums run over the values in their order whether they were unpacked or not.
+// group, so that these stay in the first-level cache; rows of blocks are unpacked to f32 on the
+// stack first. Sums run over the values in their order whether they were unpacked or not.
 
 template <typename T> MIXEDKV_INLINE const T *row_at(const Rows &rows, int j) {
   const ptrdiff_t row = rows.index ? rows.index[j] : j;
@@ -25,8 +25,27 @@ MIXEDKV_INLINE Rows rows_from(const Rows &rows, int j) {
   return {static_cast<const char *>(rows.base) + rows.stride * j, rows.stride, nullptr};
 }
 
-template <typename T> constexpr bool is_q4 = false;
-template <> constexpr bool is_q4<block_q4_0> = true;
+/// Whether values come in blocks of kBlockValues, or each on its own.
+template <typename T> constexpr bool is_blocks = true;
+template <> constexpr bool is_blocks<float> = false;
+template <> constexpr bool is_blocks<f16_t> = false;
+
+enum : int { kBlockValues = 32 };
+constexpr int kVectors = kBlockValues / kLanes; // in a block
+
+/// How blocks of T are read; each format specialises it: Opened, what open(block) makes of a block
+/// so that it can be read vector by vector; vector<V>(opened), values V * kLanes on as f32, but for
+/// the sign of zeros, and NaN where d is infinite; exact<V>(opened): in all bits.
+template <typename T> struct BlockWords;
+template <typename T> using Opened = typename BlockWords<T>::Opened;
+
+template <typename B, bool Exact, int V = 0, typename T>
+MIXEDKV_INLINE void store_block(const Opened<B> &opened, T *y) {
+  store(y + V * kLanes, Exact ? BlockWords<B>::template exact<V>(opened)
+                              : BlockWords<B>::template vector<V>(opened));
+  if constexpr ((V + 1) * kLanes < kBlockValues)
+    store_block<B, Exact, V + 1>(opened, y);
+}
 
 enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first-level caches
 enum : int { kMaxUnpackedDim = 512 };
@@ -48,14 +67,15 @@ MIXEDKV_INLINE void ask_ahead(const Rows &rows, const void *part, size_t bytes) 
     prefetch(reinterpret_cast<const void *>(begin + i));
 }
 
-MIXEDKV_INLINE void unpack_row(const block_q4_0 *x, float *y, int n) {
-  for (int b = 0; b < n / QK4_0; ++b)
-    store_block<false>(q4_open(x + b), y + b * QK4_0);
+/// Rows of blocks as f32, but for the sign of zeros and the like (block_vector).
+template <typename T> MIXEDKV_INLINE void unpack_row(const T *x, float *y, int n) {
+  for (int b = 0; b < n / kBlockValues; ++b)
+    store_block<T, false>(BlockWords<T>::open(x + b), y + b * kBlockValues);
 }
 /// What rows of T are read as once they are on the stack. Halves stay as they are: converting them
 /// in a load costs less than a store and a second load.
-template <typename T> struct UnpackedAs { using Type = T; };
-template <> struct UnpackedAs<block_q4_0> { using Type = float; };
+template <typename T, bool Blocks = is_blocks<T>> struct UnpackedAs { using Type = T; };
+template <typename T> struct UnpackedAs<T, true> { using Type = float; };
 template <typename T> using Unpacked = typename UnpackedAs<T>::Type;
 
 MIXEDKV_INLINE size_t at(int row, size_t ld, int column) {
@@ -93,43 +113,43 @@ MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const T *const (&k
 
 /// One block of G keys from key c on, vector by vector. (Recursion over keys as well, in place of a
 /// loop, changed nothing on AVX and made NEON spill.)
-template <int V, int G, int R, int C>
-MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const Q4 (&blocks)[G], int c,
-                                       f32v (&sum)[R][C]) {
+template <typename T, int V, int G, int R, int C>
+MIXEDKV_INLINE void add_block_vectors(const float *q, size_t ld_q, const Opened<T> (&blocks)[G],
+                                      int c, f32v (&sum)[R][C]) {
   f32v k[G];
   for (int g = 0; g < G; ++g)
-    k[g] = q4_vector<V>(blocks[g]);
+    k[g] = BlockWords<T>::template vector<V>(blocks[g]);
   for (int r = 0; r < R; ++r) {
     const f32v x = load(q + at(r, ld_q, V * kLanes));
     for (int g = 0; g < G; ++g)
       sum[r][c + g] = fma(x, k[g], sum[r][c + g]);
   }
-  if constexpr ((V + 1) * kLanes < QK4_0)
-    add_block_products<V + 1>(q, ld_q, blocks, c, sum);
+  if constexpr ((V + 1) * kLanes < kBlockValues)
+    add_block_vectors<T, V + 1>(q, ld_q, blocks, c, sum);
 }
 
-template <int R, int C>
-MIXEDKV_INLINE void add_products(const float *q, size_t ld_q, const block_q4_0 *const (&keys)[C],
-                                 int head_dim, f32v (&sum)[R][C]) {
+template <int R, int C, typename T>
+MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const T *const (&keys)[C],
+                                       int head_dim, f32v (&sum)[R][C]) {
   constexpr int G = C < kOpenKeys ? C : kOpenKeys;
   static_assert(C % G == 0, "whole groups of keys");
-  for (int b = 0; b < head_dim / QK4_0; ++b)
+  for (int b = 0; b < head_dim / kBlockValues; ++b)
     for (int c = 0; c < C; c += G) {
-      Q4 blocks[G];
+      Opened<T> blocks[G];
       for (int g = 0; g < G; ++g)
-        blocks[g] = q4_open(keys[c + g] + b);
-      add_block_products<0>(q + b * QK4_0, ld_q, blocks, c, sum);
+        blocks[g] = BlockWords<T>::open(keys[c + g] + b);
+      add_block_vectors<T, 0>(q + b * kBlockValues, ld_q, blocks, c, sum);
     }
 }
 
 template <typename T> MIXEDKV_INLINE size_t bytes_of_row(int n) {
-  return static_cast<size_t>(n) / (is_q4<T> ? QK4_0 : 1) * sizeof(T);
+  return static_cast<size_t>(n) / (is_blocks<T> ? kBlockValues : 1) * sizeof(T);
 }
 
 template <int R, typename T>
 void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_dim, float *scores,
              size_t ld_scores) noexcept {
-  constexpr int C = key_tile(R, is_q4<T>);
+  constexpr int C = key_tile(R, is_blocks<T>);
   static_assert(R * C % 4 == 0, "scores are added up in fours");
   for (int j = 0; j < num_keys; j += C) {
     const int count = num_keys - j < C ? num_keys - j : C;
@@ -142,7 +162,10 @@ void qk_rows(const float *q, size_t ld_q, const Rows &k, int num_keys, int head_
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c)
         sum[r][c] = zero();
-    add_products(q, ld_q, keys, head_dim, sum);
+    if constexpr (is_blocks<T>)
+      add_block_products(q, ld_q, keys, head_dim, sum);
+    else
+      add_products(q, ld_q, keys, head_dim, sum);
     if (C % 4 == 0 && count == C) {
       for (int r = 0; r < R; ++r)
         for (int c = 0; c + 3 < C; c += 4)
@@ -200,7 +223,7 @@ MIXEDKV_INLINE void qk_of(const float *q, size_t ld_q, int num_rows, const Rows 
   for (int j = 0; j < num_keys; j += step) {
     const int count = num_keys - j < step ? num_keys - j : step;
     Rows part = rows_from(*k, j);
-    if constexpr (is_q4<T>) {
+    if constexpr (is_blocks<T>) {
       for (int c = 0; c < count; ++c)
         unpack_row(row_at<T>(part, c), unpacked + c * head_dim, head_dim);
       part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim, nullptr};
@@ -209,18 +232,10 @@ MIXEDKV_INLINE void qk_of(const float *q, size_t ld_q, int num_rows, const Rows 
   }
 }
 
-void qk_f32(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
-            float *scores, size_t ld_scores) noexcept {
-  qk_of<float>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
-}
-void qk_f16(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
-            float *scores, size_t ld_scores) noexcept {
-  qk_of<f16_t>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
-}
-[[maybe_unused]] // an ISA may have its own
-void qk_q4_0(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, int head_dim,
-             float *scores, size_t ld_scores) noexcept {
-  qk_of<block_q4_0>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
+template <typename T>
+void qk_rows_of(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys,
+                int head_dim, float *scores, size_t ld_scores) noexcept {
+  qk_of<T>(q, ld_q, num_rows, k, num_keys, head_dim, scores, ld_scores);
 }
 
 // --- pv ----------------------------------------------------------------------------------------
@@ -271,37 +286,29 @@ MIXEDKV_INLINE void pv_dims(const float *p, size_t ld_p, const Rows &v, int num_
     pv_vectors<R, 1, true, Ahead, T>(p, ld_p, v, num_keys, i, head_dim_v - i, acc, ld_acc);
 }
 
-template <int R, typename T> struct PvRows {
-  static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
-                  float *acc, size_t ld_acc) noexcept {
-    pv_dims<R, value_tile(R, false), true, T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
-  }
-};
-
-constexpr int kVectors = QK4_0 / kLanes; // in a block
-
 /// Vectors V to V + N - 1 of a block.
-template <int V, int N> MIXEDKV_INLINE void unpack_vectors(const Q4 &q4, f32v *x) {
-  x[0] = q4_vector<V>(q4);
+template <typename T, int V, int N>
+MIXEDKV_INLINE void unpack_vectors(const Opened<T> &opened, f32v *x) {
+  x[0] = BlockWords<T>::template vector<V>(opened);
   if constexpr (N > 1)
-    unpack_vectors<V + 1, N - 1>(q4, x + 1);
+    unpack_vectors<T, V + 1, N - 1>(opened, x + 1);
 }
 
 /// Of NB blocks the vectors V to V + N - 1; all of them where there is more than one block.
-template <int R, int NB, int V, int N>
+template <int R, int NB, int V, int N, typename T>
 MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys, int block,
                               float *acc, size_t ld_acc) {
   constexpr int B = N * NB;
-  const int i = block * QK4_0 + V * kLanes;
+  const int i = block * kBlockValues + V * kLanes;
   f32v sum[R][B];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
       sum[r][b] = load(acc + at(r, ld_acc, i + b * kLanes));
   for (int j = 0; j < num_keys; ++j) {
-    const block_q4_0 *row = row_at<block_q4_0>(v, j) + block;
+    const T *row = row_at<T>(v, j) + block;
     f32v x[B];
     for (int b = 0; b < NB; ++b)
-      unpack_vectors<V, N>(q4_open(row + b), x + b * N);
+      unpack_vectors<T, V, N>(BlockWords<T>::open(row + b), x + b * N);
     for (int r = 0; r < R; ++r) {
       const f32v weight = set1(p[at(r, ld_p, j)]);
       for (int b = 0; b < B; ++b)
@@ -315,25 +322,27 @@ MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int nu
 
 /// From a block on, NB blocks at a time, then half as many, down to parts of a block: N vectors
 /// from vector V on.
-template <int R, int NB, int V, int N>
+template <int R, int NB, int V, int N, typename T>
 MIXEDKV_INLINE void pv_all_blocks(const float *p, size_t ld_p, const Rows &v, int num_keys,
                                   int block, int num_blocks, float *acc, size_t ld_acc) {
   for (; block + NB <= num_blocks; block += NB)
-    pv_blocks<R, NB, V, N>(p, ld_p, v, num_keys, block, acc, ld_acc);
+    pv_blocks<R, NB, V, N, T>(p, ld_p, v, num_keys, block, acc, ld_acc);
   if constexpr (NB > 1)
-    pv_all_blocks<R, NB / 2, V, N>(p, ld_p, v, num_keys, block, num_blocks, acc, ld_acc);
+    pv_all_blocks<R, NB / 2, V, N, T>(p, ld_p, v, num_keys, block, num_blocks, acc, ld_acc);
   else if constexpr (V + N < kVectors)
-    pv_all_blocks<R, 1, V + N, N>(p, ld_p, v, num_keys, 0, num_blocks, acc, ld_acc);
+    pv_all_blocks<R, 1, V + N, N, T>(p, ld_p, v, num_keys, 0, num_blocks, acc, ld_acc);
 }
 
-template <int R> struct PvRows<R, block_q4_0> {
-  static void run(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v,
-                  float *acc, size_t ld_acc) noexcept {
-    constexpr int B = value_tile(R, true);
-    pv_all_blocks<R, (B > kVectors ? B / kVectors : 1), 0, (B > kVectors ? kVectors : B)>(
-        p, ld_p, v, num_keys, 0, head_dim_v / QK4_0, acc, ld_acc);
-  }
-};
+template <int R, typename T>
+void pv_rows(const float *p, size_t ld_p, const Rows &v, int num_keys, int head_dim_v, float *acc,
+             size_t ld_acc) noexcept {
+  constexpr int B = value_tile(R, is_blocks<T>);
+  if constexpr (is_blocks<T>)
+    pv_all_blocks<R, (B > kVectors ? B / kVectors : 1), 0, (B > kVectors ? kVectors : B), T>(
+        p, ld_p, v, num_keys, 0, head_dim_v / kBlockValues, acc, ld_acc);
+  else
+    pv_dims<R, B, true, T>(p, ld_p, v, num_keys, 0, head_dim_v, acc, ld_acc);
+}
 
 template <typename T, int R = kRows>
 MIXEDKV_INLINE void pv_tile(int num_rows, const float *p, size_t ld_p, const Rows &v, int num_keys,
@@ -341,7 +350,7 @@ MIXEDKV_INLINE void pv_tile(int num_rows, const float *p, size_t ld_p, const Row
   if constexpr (R > 1)
     if (num_rows < R)
       return pv_tile<T, R - 1>(num_rows, p, ld_p, v, num_keys, head_dim_v, acc, ld_acc);
-  PvRows<R, T>::run(p, ld_p, v, num_keys, head_dim_v, acc, ld_acc);
+  pv_rows<R, T>(p, ld_p, v, num_keys, head_dim_v, acc, ld_acc);
 }
 
 template <typename T>
@@ -390,7 +399,7 @@ MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows 
       pv_groups<T>(p, ld_p, num_rows, *v, num_keys, head_dim_v, acc, ld_acc);
     return;
   }
-  if constexpr (!is_q4<T>)
+  if constexpr (!is_blocks<T>)
     if (num_rows >= kManyRows) {
       pv_many<T>(p, ld_p, num_rows, *v, num_keys, head_dim_v, acc, ld_acc);
       return;
@@ -400,7 +409,7 @@ MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows 
   for (int j = 0; j < num_keys; j += step) {
     const int count = num_keys - j < step ? num_keys - j : step;
     Rows part = rows_from(*v, j);
-    if constexpr (is_q4<T>) {
+    if constexpr (is_blocks<T>) {
       for (int c = 0; c < count; ++c)
         unpack_row(row_at<T>(part, c), unpacked + c * head_dim_v, head_dim_v);
       part = {unpacked, static_cast<ptrdiff_t>(sizeof(float)) * head_dim_v, nullptr};
@@ -409,15 +418,8 @@ MIXEDKV_INLINE void pv_of(const float *p, size_t ld_p, int num_rows, const Rows 
   }
 }
 
-void pv_f32(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
-            float *acc, size_t ld_acc) noexcept {
-  pv_of<float>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
-}
-void pv_f16(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
-            float *acc, size_t ld_acc) noexcept {
-  pv_of<f16_t>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
-}
-void pv_q4_0(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
-             float *acc, size_t ld_acc) noexcept {
-  pv_of<block_q4_0>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
+template <typename T>
+void pv_rows_of(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys,
+                int head_dim_v, float *acc, size_t ld_acc) noexcept {
+  pv_of<T>(p, ld_p, num_rows, v, num_keys, head_dim_v, acc, ld_acc);
 }

@@ -1,4 +1,4 @@
-// One row of scores: maximum, exponential, soft cap. In the vocabulary of simd_common.h.
+// One row of scores: maximum, exponential, soft cap. In the vocabulary of vocabulary/common.h.
 
 float row_max(const float *x, size_t n) noexcept {
   // Four chains, since a maximum takes several cycles and nothing else keeps the units busy.

@@ -1,4 +1,4 @@
-// Packed Q4_0 keys (packed.h) against a group of query rows, in integers.
+// Packed Q4_0 keys (formats/nibble_tile.h) against a group of query rows, in integers.
 //
 // Each block of a query row is rounded once to 15 bits, q = s * (128 * hi + lo), two signed
 // bytes a dim. Lanes are tokens: a vector of words, split into low and high nibbles, is multiplied
@@ -18,7 +18,6 @@ enum : int {
   /// Asked for so far ahead: memory answers in time, and the second cache still has room.
   kTilesAsked = 8,
   kPackedRows = 4,
-  kTileVectors = kPackedTokens / kLanes,
 };
 
 MIXEDKV_INLINE const uint8_t *tile_at(const Rows &tiles, int i) {
@@ -43,7 +42,7 @@ MIXEDKV_INLINE void prefetch_tile(const Rows &tiles, int n, int t, ptrdiff_t off
 
 /// A row: num_blocks * kPreparedBlock words.
 MIXEDKV_INLINE size_t prepared_row(int head_dim) {
-  return packed_query_floats(static_cast<size_t>(head_dim));
+  return tile_query_floats(static_cast<size_t>(head_dim));
 }
 
 MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
@@ -73,8 +72,8 @@ MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
   memcpy(out + 2 * kWordsOfBlock + 1, &scale, sizeof scale);
 }
 
-void prepare_packed_query(const float *q, size_t ld_q, int num_rows, int head_dim,
-                          float *prepared) noexcept {
+void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
+                        float *prepared) noexcept {
   for (int r = 0; r < num_rows; ++r) {
     i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
     for (int b = 0; b < head_dim / QK4_0; ++b)
@@ -84,7 +83,7 @@ void prepare_packed_query(const float *q, size_t ld_q, int num_rows, int head_di
 
 // --- qk ----------------------------------------------------------------------------------------
 
-/// Scores of R rows against V vectors of tokens; vector v's words are at words[v], kPackedTokens
+/// Scores of R rows against V vectors of tokens; vector v's words are at words[v], kTileTokens
 /// apart, its scales at scales[v].
 template <int R, int V>
 MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *const (&words)[V],
@@ -99,11 +98,11 @@ MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *cons
     f32v d[V];
     for (int v = 0; v < V; ++v) {
       for (int w = 0; w < kWordsOfBlock / 2; ++w) {
-        const i32v x = load_i32(words[v] + b * kPackedBlockBytes + w * kPackedTokens * 4);
+        const i32v x = load_i32(words[v] + b * kNibbleBlockBytes + w * kTileTokens * 4);
         nibbles[w][v] = low_nibbles(x);
         nibbles[w + kWordsOfBlock / 2][v] = high_nibbles(x);
       }
-      d[v] = load(scales[v] + b * kPackedTokens);
+      d[v] = load(scales[v] + b * kTileTokens);
     }
     for (int r = 0; r < R; ++r) {
       const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
@@ -137,10 +136,10 @@ MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *cons
 }
 
 template <int R>
-void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
-                    float *scores, size_t ld_scores) noexcept {
+void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
+                   float *scores, size_t ld_scores) noexcept {
   constexpr int V = kPackedVectors;
-  const ptrdiff_t tile_bytes = num_blocks * (kPackedBlockBytes + kPackedScaleBytes);
+  const ptrdiff_t tile_bytes = num_blocks * (kNibbleBlockBytes + kTileScaleBytes);
   const int n = num_tiles * kTileVectors;
   for (int x = 0; x < n; x += V) {
     const int count = n - x < V ? n - x : V;
@@ -152,7 +151,7 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
       const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
       const int token = vector % kTileVectors * kLanes;
       words[v] = tile + token * 4;
-      scales[v] = packed_scale(tile, num_blocks, 0, token);
+      scales[v] = nibble_scale(tile, num_blocks, 0, token);
       out[v] = scores + vector * kLanes;
       if (token == 0)
         prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);
@@ -162,7 +161,7 @@ void qk_packed_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
 }
 
 [[maybe_unused]] // an ISA may have its own
-void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
+void qk_tiles(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
                float *scores, size_t ld_scores) noexcept {
   const size_t ld = prepared_row(head_dim);
   const int num_blocks = head_dim / QK4_0;
@@ -171,16 +170,16 @@ void qk_packed(const float *prepared, int num_rows, const Rows *tiles, int num_t
     float *out = scores + at(r, ld_scores, 0);
     switch (num_rows - r) {
     case 1:
-      qk_packed_rows<1>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<1>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     case 2:
-      qk_packed_rows<2>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<2>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     case 3:
-      qk_packed_rows<3>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<3>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     default:
-      qk_packed_rows<kPackedRows>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<kPackedRows>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
     }
   }
 }

@@ -2,14 +2,6 @@
 // round theirs, and kept in an f32 that has no more bits than that. (Products of two are exact in
 // f32; what remains to differ is the order of sums.)
 
-bf16_t float_to_bf16(float x) {
-  const uint32_t bits = bits_of(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return static_cast<bf16_t>(bits >> 16 | 0x40u);
-  return static_cast<bf16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-float bf16_to_float(bf16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
-
 void bf16_round_row(const float *x, bf16_t *y, size_t n) noexcept {
   for (size_t i = 0; i < n + n % 2; ++i)
     y[i] = i < n ? float_to_bf16(x[i]) : bf16_t{0};
@@ -18,7 +10,7 @@ void bf16_round_row(const float *x, bf16_t *y, size_t n) noexcept {
 float bf16_exp_sum(const float *x, bf16_t *p, size_t n, float m) noexcept {
   float sum = 0.0f;
   for (size_t i = 0; i < (n + 31) / 32 * 32; ++i) {
-    p[i] = 0;
+    p[i] = bf16_t{0};
     if (i < n) {
       p[i] = float_to_bf16(
           static_cast<float>(exp(static_cast<double>(x[i]) - static_cast<double>(m))));
@@ -33,37 +25,42 @@ size_t in_panel(int i, int column) {
   return static_cast<size_t>(i / 2 * 2 * kPanelColumns + column * 2 + i % 2);
 }
 
+template <typename T> float row_value(const Rows &rows, int j, int i);
+
 template <typename T>
-void bf16_keys(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept {
+void bf16_key_panel(const Rows *k, int num_keys, int head_dim, bf16_t *panel) noexcept {
   for (int i = 0; i < head_dim + head_dim % 2; ++i)
     for (int j = 0; j < kPanelColumns; ++j)
       panel[in_panel(i, j)] =
-          j < num_keys && i < head_dim ? float_to_bf16(value_at(row_at<T>(*k, j), i)) : bf16_t{0};
-}
-
-void bf16_packed_keys(const void *tile, int head_dim, bf16_t *panel) noexcept {
-  for (int i = 0; i < head_dim; ++i)
-    for (int j = 0; j < kPanelColumns; ++j)
-      panel[in_panel(i, j)] = float_to_bf16(
-          dequantize(packed_key(static_cast<const uint8_t *>(tile), head_dim / QK4_0, i / QK4_0, j),
-                     i % QK4_0));
+          j < num_keys && i < head_dim ? float_to_bf16(row_value<T>(*k, j, i)) : bf16_t{0};
 }
 
 template <typename T>
-void bf16_values(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
-                 size_t ld_panel) noexcept {
+void bf16_value_panels(const Rows *v, int num_keys, int head_dim_v, bf16_t *panels,
+                       size_t ld_panel) noexcept {
   for (int j = 0; j < num_keys + num_keys % 2; ++j)
     for (int i = 0; i < (head_dim_v + kPanelColumns - 1) / kPanelColumns * kPanelColumns; ++i)
       panels[static_cast<size_t>(i / kPanelColumns) * ld_panel + in_panel(j, i % kPanelColumns)] =
-          j < num_keys && i < head_dim_v ? float_to_bf16(value_at(row_at<T>(*v, j), i)) : bf16_t{0};
+          j < num_keys && i < head_dim_v ? float_to_bf16(row_value<T>(*v, j, i)) : bf16_t{0};
 }
 
-void bf16_packed_values(const void *tile, int head_dim_v, bf16_t *panels,
-                        size_t ld_panel) noexcept {
-  for (int j = 0; j < kPackedTokens; ++j)
+template <typename Block> float tile_key(const void *tile, int head_dim, int i, int token);
+template <typename Block> float tile_value(const void *tile, int head_dim, int i, int token);
+
+template <typename Block>
+void bf16_tile_key_panel(const void *tile, int head_dim, bf16_t *panel) noexcept {
+  for (int i = 0; i < head_dim; ++i)
+    for (int j = 0; j < kPanelColumns; ++j)
+      panel[in_panel(i, j)] = float_to_bf16(tile_key<Block>(tile, head_dim, i, j));
+}
+
+template <typename Block>
+void bf16_tile_value_panels(const void *tile, int head_dim_v, bf16_t *panels,
+                            size_t ld_panel) noexcept {
+  for (int j = 0; j < kTileTokens; ++j)
     for (int i = 0; i < head_dim_v; ++i)
       panels[static_cast<size_t>(i / kPanelColumns) * ld_panel + in_panel(j, i % kPanelColumns)] =
-          float_to_bf16(packed_value(static_cast<const uint8_t *>(tile), head_dim_v / QK4_0, i, j));
+          float_to_bf16(tile_value<Block>(tile, head_dim_v, i, j));
 }
 
 bool bf16_all_finite(const bf16_t *x, size_t n) noexcept {
@@ -87,13 +84,4 @@ void bf16_product(const bf16_t *a, size_t ld_a, int num_rows, const bf16_t *pane
     }
 }
 
-const Bf16Kernels bf16_kernels = {
-    bf16_round_row,
-    bf16_exp_sum,
-    {bf16_keys<float>, bf16_keys<f16_t>, bf16_keys<block_q4_0>},
-    bf16_packed_keys,
-    {bf16_values<float>, bf16_values<f16_t>, bf16_values<block_q4_0>},
-    bf16_packed_values,
-    bf16_all_finite,
-    bf16_product,
-};
+const Bf16Kernels bf16_kernels = {bf16_round_row, bf16_exp_sum, bf16_all_finite, bf16_product};

@@ -1,5 +1,5 @@
 // Vector vocabulary of AVX2 with FMA and F16C: 8 lanes, 16 registers. Meanings of the words:
-// simd_common.h.
+// vocabulary/common.h.
 
 constexpr int kLanes = 8;
 using f32v = __m256;

@@ -1,5 +1,5 @@
-// Integer vocabulary of AVX2 for packed.inl; meanings of the words: simd_common.h. A file that
-// is compiled for AVX-VNNI defines MIXEDKV_VNNI first.
+// Integer vocabulary of AVX2 for tile_keys.inl; meanings of the words: vocabulary/common.h. A file
+// that is compiled for AVX-VNNI defines MIXEDKV_VNNI first.
 
 using i32v = __m256i;
 constexpr int kPackedVectors = 1; // 16 registers: a block's nibbles take eight,

@@ -1,5 +1,5 @@
 // Vector vocabulary of AVX-512 (F, BW, DQ, VL): 16 lanes, 32 registers, masks for every tail.
-// Meanings of the words: simd_common.h.
+// Meanings of the words: vocabulary/common.h.
 
 constexpr int kLanes = 16;
 using f32v = __m512;

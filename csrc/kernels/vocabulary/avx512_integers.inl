@@ -1,5 +1,5 @@
-// Integer vocabulary of AVX-512 for packed.inl; meanings of the words: simd_common.h. A file
-// that is compiled for VNNI defines MIXEDKV_VNNI first.
+// Integer vocabulary of AVX-512 for tile_keys.inl; meanings of the words: vocabulary/common.h. A
+// file that is compiled for VNNI defines MIXEDKV_VNNI first.
 
 using i32v = __m512i;
 constexpr int kPackedVectors = 2;

@@ -25,7 +25,7 @@
 //   kOpenKeys               keys whose Q4_0 blocks are unpacked together in qk
 //   value_tile(R, q4)       vectors of V beside R rows in pv: a power of two
 //
-// For packed.inl and transposed.inl, integers_<isa>.h adds these:
+// For tile_keys.inl and transposed.inl, integers_<isa>.h adds these:
 //
 //   i32v                    a vector of kLanes 32-bit numbers, seen as bytes or halves too
 //   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32
@@ -43,7 +43,7 @@
 //   kValueVectors           vectors of dims that pv_packed works on at a time
 //   kWeightBlocks           blocks whose weights pv_packed makes together: a power of two
 //
-// For pack.inl, bytes_<architecture>.h adds these:
+// For q4_0_tiles.inl, bytes_<architecture>.h adds these:
 //
 //   b16                     sixteen bytes;  load_b16 store_b16, set1_b16, set1_words_b16 (of one
 //                           byte, of one 32-bit word), and_b16 or_b16 xor_b16
@@ -53,7 +53,7 @@
 //   transpose_words_b16(x)  of four: word j of x[i] becomes word i of x[j]
 #pragma once
 
-#include "formats/token_tile.h"
+#include "formats/nibble_tile.h"
 #include "kernels/isa_tables.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
 // Vector vocabulary of Advanced SIMD on aarch64 (the base instruction set, no extension): 4 lanes,
-// 32 registers. Meanings of the words: simd_common.h.
+// 32 registers. Meanings of the words: vocabulary/common.h.
 
 constexpr int kLanes = 4;
 using f32v = float32x4_t;

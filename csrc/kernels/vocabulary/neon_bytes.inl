@@ -1,4 +1,5 @@
-// Sixteen bytes at a time for pack.inl, in Advanced SIMD; meanings of the words: simd_common.h.
+// Sixteen bytes at a time for q4_0_tiles.inl, in Advanced SIMD; meanings of the words:
+// vocabulary/common.h.
 
 using b16 = uint8x16_t;
 

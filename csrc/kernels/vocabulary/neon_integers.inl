@@ -1,5 +1,5 @@
-// Integer vocabulary of NEON for packed.inl; meanings of the words: simd_common.h. A file that
-// is compiled for dot products defines MIXEDKV_DOTPROD first.
+// Integer vocabulary of NEON for tile_keys.inl; meanings of the words: vocabulary/common.h. A file
+// that is compiled for dot products defines MIXEDKV_DOTPROD first.
 
 using i32v = int32x4_t;
 constexpr int kPackedVectors = 2;

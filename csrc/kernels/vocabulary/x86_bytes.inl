@@ -1,5 +1,5 @@
-// Sixteen bytes at a time for pack.inl, in 128-bit instructions of x86; meanings of the words:
-// simd_common.h.
+// Sixteen bytes at a time for q4_0_tiles.inl, in 128-bit instructions of x86; meanings of the
+// words: vocabulary/common.h.
 
 using b16 = __m128i;
 

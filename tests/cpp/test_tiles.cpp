@@ -9,7 +9,8 @@
 // Usage: test_packed [part of a check's name]
 
 #include "checks.h"
-#include "formats/token_tile.h"
+#include "formats/nibble_tile.h"
+#include "formats/tile_layout.h"
 #include "kernels/dispatch.h"
 #include "rows/row_plane.h"
 
@@ -21,13 +22,13 @@ using namespace testing;
 namespace {
 
 using Kind = RowPlane::Kind;
-constexpr int kTokens = kPackedTokens;
+constexpr int kTokens = kTileTokens;
 
 std::size_t size(int n) { return static_cast<std::size_t>(n); }
 
 f16_t half_of(float x) {
   f16_t half;
-  kernels_for("scalar").f32_to_f16(&x, &half, 1);
+  kernels_for("scalar").of(Format::f16).from_f32(&x, &half, 1);
   return half;
 }
 
@@ -52,14 +53,16 @@ std::vector<block_q4_0> random_row(Random &random, int num_blocks) {
 
 void pack(Kind kind, const block_q4_0 *blocks, int first, int count, int num_blocks,
           unsigned char *tile, int token) {
-  (kind == Kind::keys ? pack_key_blocks : pack_value_blocks)(blocks, first, count, num_blocks, tile,
+  const TileLayout &layout = *tile_layout(Format::q4_0);
+  (kind == Kind::keys ? layout.put_keys : layout.put_values)(blocks, first, count, num_blocks, tile,
                                                              token);
 }
 
 void unpack(Kind kind, const unsigned char *tile, int num_blocks, int token, int first, int count,
             block_q4_0 *blocks) {
-  (kind == Kind::keys ? unpack_key_blocks : unpack_value_blocks)(tile, num_blocks, token, first,
-                                                                 count, blocks);
+  const TileLayout &layout = *tile_layout(Format::q4_0);
+  (kind == Kind::keys ? layout.get_keys : layout.get_values)(tile, num_blocks, token, first, count,
+                                                             blocks);
 }
 
 enum class Order { dense, strided, indexed };
@@ -76,8 +79,8 @@ struct TileSet {
 
   TileSet(Random &random, Kind tile_kind, int num_tiles, int row_dim, Order order)
       : kind(tile_kind), num(num_tiles), dim(row_dim), num_blocks(row_dim / QK4_0) {
-    const std::size_t tile_bytes = packed_tile_bytes(size(dim));
-    stride = static_cast<std::ptrdiff_t>(tile_bytes) + (order == Order::dense ? 0 : 6);
+    const std::size_t num_bytes = tile_bytes(Format::q4_0, size(dim));
+    stride = static_cast<std::ptrdiff_t>(num_bytes) + (order == Order::dense ? 0 : 6);
     const int stored = order == Order::indexed ? 2 * num + 1 : num;
     for (int t = 0; order == Order::indexed && t < stored; ++t)
       index.push_back(t);
@@ -85,7 +88,7 @@ struct TileSet {
     index.resize(order == Order::indexed ? size(num) : 0);
     // The allocation ends with the last tile's last byte; scales need the alignment of a half.
     bytes.reset(
-        new Input<unsigned char>(size(static_cast<int>(stride)) * size(stored - 1) + tile_bytes,
+        new Input<unsigned char>(size(static_cast<int>(stride)) * size(stored - 1) + num_bytes,
                                  2 * size(between(random, 0, 3))));
     std::memset(bytes->data(), 0xff, bytes->size()); // NaN, in all that is not one of the tiles
     blocks.resize(size(num * kTokens * num_blocks));
@@ -156,14 +159,14 @@ bool same_bits(const float *a, const float *b, std::size_t n) {
 void test_layout() {
   check("a tile takes the bytes that its rows take in ggml's order", [] {
     for (std::size_t n = 32; n <= 512; n += 32)
-      EXPECT(packed_tile_bytes(n) == 16 * row_bytes(Format::q4_0, n), "%zu values", n);
+      EXPECT(tile_bytes(Format::q4_0, n) == 16 * row_bytes(Format::q4_0, n), "%zu values", n);
   });
   for (Kind kind : {Kind::keys, Kind::values}) {
     const std::string of_kind = kind == Kind::keys ? " keys" : " values";
     check("pack and unpack" + of_kind + ", every token, in parts, the others as they were", [&] {
       Random random(41);
       for (int num_blocks = 1; num_blocks <= 16; ++num_blocks) {
-        const std::size_t bytes = packed_tile_bytes(size(num_blocks * QK4_0));
+        const std::size_t bytes = tile_bytes(Format::q4_0, size(num_blocks * QK4_0));
         Output<unsigned char> tile(bytes, 2 * size(num_blocks % 4));
         for (std::size_t i = 0; i < bytes; ++i)
           tile[i] = static_cast<unsigned char>(random());
@@ -197,7 +200,7 @@ void test_layout() {
       // Whatever was there before, sixteen rows make the same tile.
       Random random(42);
       for (int num_blocks : {1, 2, 3, 4, 8, 16}) {
-        const std::size_t bytes = packed_tile_bytes(size(num_blocks * QK4_0));
+        const std::size_t bytes = tile_bytes(Format::q4_0, size(num_blocks * QK4_0));
         std::vector<unsigned char> tiles[2] = {std::vector<unsigned char>(bytes, 0x00),
                                                std::vector<unsigned char>(bytes, 0xff)};
         for (int token = 0; token < kTokens; ++token) {
@@ -257,19 +260,19 @@ void test_row_plane() {
       std::memcpy(row.bytes.data(), row.values.data(), row.bytes.size());
     } else if (type == Format::f16) {
       f16_t *halves = reinterpret_cast<f16_t *>(row.bytes.data());
-      scalar.f32_to_f16(row.values.data(), halves, size(width));
-      scalar.f16_to_f32(halves, row.values.data(), size(width));
+      scalar.of(Format::f16).from_f32(row.values.data(), halves, size(width));
+      scalar.of(Format::f16).to_f32(halves, row.values.data(), size(width));
     } else {
       block_q4_0 *blocks = reinterpret_cast<block_q4_0 *>(row.bytes.data());
-      scalar.quantize_row_q4_0_f32(row.values.data(), blocks, size(width));
-      scalar.dequantize_row_q4_0_f32(blocks, row.values.data(), size(width));
+      scalar.of(Format::q4_0).from_f32(row.values.data(), blocks, size(width));
+      scalar.of(Format::q4_0).to_f32(blocks, row.values.data(), size(width));
     }
     return row;
   };
   const auto quantized = [&](std::vector<float> values) {
     std::vector<block_q4_0> blocks(values.size() / QK4_0);
-    scalar.quantize_row_q4_0_f32(values.data(), blocks.data(), values.size());
-    scalar.dequantize_row_q4_0_f32(blocks.data(), values.data(), values.size());
+    scalar.of(Format::q4_0).from_f32(values.data(), blocks.data(), values.size());
+    scalar.of(Format::q4_0).to_f32(blocks.data(), values.data(), values.size());
     return values;
   };
   const Format types[] = {Format::f32, Format::f16, Format::q4_0};
@@ -299,7 +302,7 @@ void test_row_plane() {
           case 0: { // from a plane of rows
             const RowPlane rows(kind, type, width, heads, 3);
             std::vector<char> other(rows.bytes());
-            if (rows.packed()) {
+            if (rows.layout() == Layout::tiles) {
               rows.put(other.data(), head, 2, Format::q4_0, row.bytes.data());
             } else {
               rows.put(other.data(), head, 2, type, row.bytes.data());
@@ -354,9 +357,9 @@ void test_row_plane() {
 struct Prepared {
   std::vector<float> floats;
   Prepared(const Kernels &kernels, const float *q, std::size_t ld_q, int num_rows, int dim) {
-    const std::size_t n = packed_query_floats(size(dim)) * size(num_rows);
+    const std::size_t n = tile_query_floats(size(dim)) * size(num_rows);
     Output<float> out(n, 1);
-    kernels.prepare_packed_query(q, ld_q, num_rows, dim, out.data());
+    kernels.tiles_of(Format::q4_0)->prepare_query(q, ld_q, num_rows, dim, out.data());
     EXPECT(out.guards_intact(), "guards of a prepared query: rows %d dim %d", num_rows, dim);
     floats.assign(out.data(), out.data() + n);
   }
@@ -368,7 +371,8 @@ std::vector<float> scores_alone(const Kernels &kernels, const float *q, const Ti
   const Prepared prepared(kernels, q, 0, 1, keys.dim);
   std::vector<float> scores(size(count * kTokens));
   const Rows rows = keys.rows_from(first);
-  kernels.qk_packed(prepared.floats.data(), 1, &rows, count, keys.dim, scores.data(), 0);
+  kernels.tiles_of(Format::q4_0)
+      ->qk(prepared.floats.data(), 1, &rows, count, keys.dim, scores.data(), 0);
   return scores;
 }
 
@@ -410,8 +414,8 @@ void check_qk_packed(const Kernels &kernels, Random &random, int num_rows, int n
   OutputRows scores(random, num_rows, keys.num_tokens(), between(random, 0, 5));
   const Prepared prepared(kernels, q.row(0), q.ld, num_rows, dim);
   const Rows rows = keys.rows();
-  kernels.qk_packed(prepared.floats.data(), num_rows, &rows, num_tiles, dim, scores.row(0),
-                    scores.ld);
+  kernels.tiles_of(Format::q4_0)
+      ->qk(prepared.floats.data(), num_rows, &rows, num_tiles, dim, scores.row(0), scores.ld);
   EXPECT(scores.untouched_between(), "guards: rows %d tiles %d dim %d", num_rows, num_tiles, dim);
   for (int r = 0; r < num_rows; ++r) {
     expect_scores(scores.row(r), q.row(r), keys, true);
@@ -530,8 +534,8 @@ void test_qk_packed(const std::string &isa, const Kernels &kernels) {
           OutputRows scores(random, num_rows, keys.num_tokens(), 0);
           const Prepared prepared(kernels, q.row(0), q.ld, num_rows, dim);
           const Rows rows = keys.rows();
-          kernels.qk_packed(prepared.floats.data(), num_rows, &rows, 3, dim, scores.row(0),
-                            scores.ld);
+          kernels.tiles_of(Format::q4_0)
+              ->qk(prepared.floats.data(), num_rows, &rows, 3, dim, scores.row(0), scores.ld);
           for (int r = 0; r < num_rows; ++r) {
             if (r != bad_row) {
               expect_scores(scores.row(r), q.row(r), keys, true);
@@ -561,7 +565,8 @@ void test_qk_packed(const std::string &isa, const Kernels &kernels) {
           const Rows rows = keys.rows();
           std::vector<float> before(size(num_rows) * 32), after(before.size());
           const auto run = [&](std::vector<float> &scores) {
-            kernels.qk_packed(prepared.floats.data(), num_rows, &rows, 2, dim, scores.data(), 32);
+            kernels.tiles_of(Format::q4_0)
+                ->qk(prepared.floats.data(), num_rows, &rows, 2, dim, scores.data(), 32);
           };
           run(before);
           keys.set_scale(bad_key, between(random, 0, 2), bad);
@@ -578,9 +583,9 @@ void test_qk_packed(const std::string &isa, const Kernels &kernels) {
     const Rows none = {nullptr, 0, nullptr};
     std::vector<float> q(64, 1.0f), out(64, 5.0f), expected = out;
     const Prepared prepared(kernels, q.data(), 32, 1, 32);
-    kernels.qk_packed(prepared.floats.data(), 1, &none, 0, 32, out.data(), 16);
-    kernels.qk_packed(prepared.floats.data(), 0, &none, 0, 32, out.data(), 16);
-    kernels.prepare_packed_query(q.data(), 32, 0, 32, out.data());
+    kernels.tiles_of(Format::q4_0)->qk(prepared.floats.data(), 1, &none, 0, 32, out.data(), 16);
+    kernels.tiles_of(Format::q4_0)->qk(prepared.floats.data(), 0, &none, 0, 32, out.data(), 16);
+    kernels.tiles_of(Format::q4_0)->prepare_query(q.data(), 32, 0, 32, out.data());
     EXPECT(out == expected, "wrote");
   });
 }
@@ -592,7 +597,7 @@ std::vector<float> acc_alone(const Kernels &kernels, const float *p, const TileS
                              const float *before) {
   std::vector<float> acc(before, before + values.dim);
   const Rows rows = values.rows();
-  kernels.pv_packed(p, 0, 1, &rows, values.num, values.dim, acc.data(), 0);
+  kernels.tiles_of(Format::q4_0)->pv(p, 0, 1, &rows, values.num, values.dim, acc.data(), 0);
   return acc;
 }
 
@@ -651,8 +656,8 @@ struct PvCase {
   std::vector<float> run(const Kernels &kernels) const {
     std::vector<float> acc = before;
     const Rows rows = values.rows();
-    kernels.pv_packed(p.row(0), p.ld, num_rows, &rows, values.num, values.dim, acc.data(),
-                      size(values.dim));
+    kernels.tiles_of(Format::q4_0)
+        ->pv(p.row(0), p.ld, num_rows, &rows, values.num, values.dim, acc.data(), size(values.dim));
     return acc;
   }
   void expect(const std::vector<float> &acc) const {
@@ -674,7 +679,8 @@ void check_pv_packed(const Kernels &kernels, Random &random, int num_rows, int n
   for (int r = 0; r < num_rows; ++r)
     std::copy(pv.before_row(r), pv.before_row(r) + dim, acc.row(r));
   const Rows rows = pv.values.rows();
-  kernels.pv_packed(pv.p.row(0), pv.p.ld, num_rows, &rows, num_tiles, dim, acc.row(0), acc.ld);
+  kernels.tiles_of(Format::q4_0)
+      ->pv(pv.p.row(0), pv.p.ld, num_rows, &rows, num_tiles, dim, acc.row(0), acc.ld);
   EXPECT(acc.untouched_between(), "guards: rows %d tiles %d dim %d", num_rows, num_tiles, dim);
   for (int r = 0; r < num_rows; ++r) {
     expect_acc(acc.row(r), pv.before_row(r), pv.p.row(r), pv.values);
@@ -800,8 +806,8 @@ void test_pv_packed(const std::string &isa, const Kernels &kernels) {
   check(isa + " pv_packed without rows or tiles touches nothing", [&] {
     const Rows none = {nullptr, 0, nullptr};
     std::vector<float> p(32, 1.0f), acc(32, 5.0f), expected = acc;
-    kernels.pv_packed(p.data(), 32, 1, &none, 0, 32, acc.data(), 32);
-    kernels.pv_packed(p.data(), 32, 0, &none, 0, 32, acc.data(), 32);
+    kernels.tiles_of(Format::q4_0)->pv(p.data(), 32, 1, &none, 0, 32, acc.data(), 32);
+    kernels.tiles_of(Format::q4_0)->pv(p.data(), 32, 0, &none, 0, 32, acc.data(), 32);
     EXPECT(acc == expected, "wrote");
   });
 }
@@ -822,15 +828,15 @@ void test_unpack(const std::string &isa, const Kernels &kernels) {
               tiles.set_scale(j, b, static_cast<f16_t>(step == 3 ? random() : random() & 0xbbff));
           Output<float> out(size(dim * kTokens), size(step));
           if (kind == Kind::keys)
-            kernels.unpack_packed_keys(tiles.tile(0), dim, out.data());
+            kernels.tiles_of(Format::q4_0)->keys_to_f32(tiles.tile(0), dim, out.data());
           else
-            kernels.unpack_packed_values(tiles.tile(0), dim, out.data());
+            kernels.tiles_of(Format::q4_0)->values_to_f32(tiles.tile(0), dim, out.data());
           EXPECT(out.guards_intact(), "guards, dim %d", dim);
           for (int j = 0; j < kTokens; ++j)
             for (int i = 0; i < dim; ++i) {
               const block_q4_0 &block = tiles.block(j, i / QK4_0);
               float d;
-              kernels_for("scalar").f16_to_f32(&block.d, &d, 1);
+              kernels_for("scalar").of(Format::f16).to_f32(&block.d, &d, 1);
               const std::uint8_t byte = block.qs[i % 16];
               const int q = i % QK4_0 < 16 ? byte & 15 : byte >> 4;
               const float want = static_cast<float>(q - 8) * d;
@@ -845,7 +851,7 @@ void test_unpack(const std::string &isa, const Kernels &kernels) {
 void test_transposed(const std::string &isa, const Kernels &kernels) {
   const Kernels &scalar = kernels_for("scalar");
   for (Format type : {Format::f32, Format::f16, Format::q4_0})
-    check(isa + " transpose_keys " + kv_type_name(type), [&] {
+    check(isa + " transpose_keys " + format_name(type), [&] {
       Random random(72);
       for (int dim : {1, 4, 17, 32, 80, 96, 128, 129, 160, 512, 544})
         for (int num_keys = 1; num_keys <= kTokens; ++num_keys) {
@@ -871,19 +877,19 @@ void test_transposed(const std::string &isa, const Kernels &kernels) {
             if (type == Format::f32) {
               std::memcpy(row, values, bytes);
             } else if (type == Format::f16) {
-              scalar.f32_to_f16(values, reinterpret_cast<f16_t *>(row), size(dim));
-              scalar.f16_to_f32(reinterpret_cast<f16_t *>(row), values, size(dim));
+              scalar.of(Format::f16).from_f32(values, reinterpret_cast<f16_t *>(row), size(dim));
+              scalar.of(Format::f16).to_f32(reinterpret_cast<f16_t *>(row), values, size(dim));
             } else {
               block_q4_0 *blocks = reinterpret_cast<block_q4_0 *>(row);
-              scalar.quantize_row_q4_0_f32(values, blocks, size(dim));
-              scalar.dequantize_row_q4_0_f32(blocks, values, size(dim));
+              scalar.of(Format::q4_0).from_f32(values, blocks, size(dim));
+              scalar.of(Format::q4_0).to_f32(blocks, values, size(dim));
             }
           }
           const Rows k = {rows.data(), static_cast<std::ptrdiff_t>(stride),
                           index.empty() ? nullptr : index.data()};
           Output<float> kt(size(dim * kTokens), size(num_keys % 4));
           std::fill(kt.data(), kt.data() + kt.size(), kNan);
-          kernels.transpose_keys[static_cast<int>(type)](&k, num_keys, dim, kt.data());
+          kernels.of(type).transpose_keys(&k, num_keys, dim, kt.data());
           EXPECT(kt.guards_intact(), "guards, keys %d dim %d", num_keys, dim);
           for (int i = 0; i < dim; ++i)
             for (int j = 0; j < kTokens; ++j) {
@@ -1034,8 +1040,9 @@ std::vector<char> row_to_pack(Random &random, Format type, int dim) {
   if (type == Format::f32)
     std::memcpy(row.data(), values.data(), row.size());
   else
-    kernels_for("scalar").f32_to_f16(values.data(), reinterpret_cast<f16_t *>(row.data()),
-                                     size(dim));
+    kernels_for("scalar")
+        .of(Format::f16)
+        .from_f32(values.data(), reinterpret_cast<f16_t *>(row.data()), size(dim));
   return row;
 }
 
@@ -1050,7 +1057,7 @@ std::uint32_t some_tokens(Random &random, int step) {
 void test_pack(const std::string &isa, const Kernels &kernels) {
   for (Kind kind : {Kind::keys, Kind::values})
     for (Format type : {Format::f32, Format::f16})
-      check(isa + " pack_" + (kind == Kind::keys ? "keys " : "values ") + kv_type_name(type), [&] {
+      check(isa + " pack_" + (kind == Kind::keys ? "keys " : "values ") + format_name(type), [&] {
         Random random(91);
         const Kernels &scalar = kernels_for("scalar");
         for (int step = 0; step < 140; ++step) {
@@ -1063,7 +1070,8 @@ void test_pack(const std::string &isa, const Kernels &kernels) {
             storage.push_back(row_to_pack(random, type, dim));
             rows[t] = set >> t & 1 ? storage.back().data() : nullptr;
           }
-          Output<unsigned char> tile(packed_tile_bytes(size(dim)), 2 * size(between(random, 0, 7)));
+          Output<unsigned char> tile(tile_bytes(Format::q4_0, size(dim)),
+                                     2 * size(between(random, 0, 7)));
           for (std::size_t i = 0; i < tile.size(); ++i)
             tile[i] = static_cast<unsigned char>(random());
           // By the layout's own definition, token by token.
@@ -1073,15 +1081,17 @@ void test_pack(const std::string &isa, const Kernels &kernels) {
             if (rows[t] == nullptr)
               continue;
             if (type == Format::f32)
-              scalar.quantize_row_q4_0_f32(static_cast<const float *>(rows[t]), blocks.data(),
-                                           size(dim));
+              scalar.of(Format::q4_0)
+                  .from_f32(static_cast<const float *>(rows[t]), blocks.data(), size(dim));
             else
-              scalar.quantize_row_q4_0_f16(static_cast<const f16_t *>(rows[t]), blocks.data(),
-                                           size(dim));
+              scalar.of(Format::q4_0)
+                  .from_f16(static_cast<const f16_t *>(rows[t]), blocks.data(), size(dim));
             pack(kind, blocks.data(), 0, num_blocks, num_blocks, expected.data(), t);
           }
-          const auto run = kind == Kind::keys ? kernels.pack_keys : kernels.pack_values;
-          run[static_cast<int>(type)](rows, dim, tile.data());
+          const TileKernels &tiles = *kernels.tiles_of(Format::q4_0);
+          const auto of_f32 = kind == Kind::keys ? tiles.pack_keys_f32 : tiles.pack_values_f32;
+          const auto of_f16 = kind == Kind::keys ? tiles.pack_keys_f16 : tiles.pack_values_f16;
+          (type == Format::f32 ? of_f32 : of_f16)(rows, dim, tile.data());
           EXPECT(std::memcmp(tile.data(), expected.data(), expected.size()) == 0,
                  "dim %d, tokens %04x", dim, set);
           EXPECT(tile.guards_intact(), "guards, dim %d, tokens %04x", dim, set);

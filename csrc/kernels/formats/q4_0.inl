@@ -1,4 +1,4 @@
-// Values to Q4_0, in the vocabulary of simd_common.h.
+// Q4_0: values to rows, in the vocabulary of common.h.
 //
 // The value of largest magnitude with its sign comes from two integer maxima over the bits of the
 // floats: the largest signed integer is the largest positive value, the largest unsigned one is the
@@ -36,7 +36,6 @@ inline uint32_t first_sign(const f32v *x, uint32_t magnitude) noexcept {
 
 /// One block, whatever is in it.
 template <typename T> void quantize_block(const T *source, block_q4_0 *y) noexcept {
-  constexpr int kVectors = QK4_0 / kLanes;
   f32v x[kVectors];
   for (int i = 0; i < kVectors; ++i)
     x[i] = load(source + i * kLanes);
@@ -70,7 +69,7 @@ template <typename T> void quantize_block(const T *source, block_q4_0 *y) noexce
 
 /// kQuantBlocks blocks: y[i] from the 32 values of type T at source(i).
 template <typename T, typename F> MIXEDKV_INLINE void quantize_group(F source, block_q4_0 *y) {
-  constexpr int kVectors = QK4_0 / kLanes, kGroups = kQuantBlocks / kLanes;
+  constexpr int kGroups = kQuantBlocks / kLanes;
   f32v top[kGroups], bottom[kGroups];
   find_group_extremes<T>(source, top, bottom);
   f16_t scales[kQuantBlocks];
@@ -119,10 +118,25 @@ template <typename T> MIXEDKV_INLINE void quantize_row(const T *x, block_q4_0 *y
     quantize_block(x + b * QK4_0, y + b);
 }
 
-void quantize_row_q4_0_f32(const float *x, block_q4_0 *y, size_t n) noexcept {
-  quantize_row(x, y, n);
+template <> struct BlockWords<block_q4_0> {
+  using Opened = Q4;
+  static MIXEDKV_INLINE Q4 open(const block_q4_0 *block) { return q4_open(block); }
+  template <int V> static MIXEDKV_INLINE f32v vector(const Q4 &q4) { return q4_vector<V>(q4); }
+  template <int V> static MIXEDKV_INLINE f32v exact(const Q4 &q4) { return q4_vector_exact<V>(q4); }
+};
+
+// --- the table ---------------------------------------------------------------------------------
+
+void q4_0_from_f32(const float *x, void *y, size_t n) noexcept {
+  quantize_row(x, static_cast<block_q4_0 *>(y), n);
+}
+void q4_0_from_f16(const f16_t *x, void *y, size_t n) noexcept {
+  quantize_row(x, static_cast<block_q4_0 *>(y), n);
 }
 
-void quantize_row_q4_0_f16(const f16_t *x, block_q4_0 *y, size_t n) noexcept {
-  quantize_row(x, y, n);
+constexpr RowKernels rows_q4_0() {
+  RowKernels k = block_rows<block_q4_0>();
+  k.from_f32 = q4_0_from_f32;
+  k.from_f16 = q4_0_from_f16;
+  return k;
 }

@@ -1,0 +1,232 @@
+// Rows to packed Q4_0 (formats/nibble_tile.h), a tile at a time: what a move to the cold tier
+// spends its time on.
+//
+// Blocks are quantised one by one, as rows are, and meet in registers: for keys, four tokens' words
+// change places with four words' tokens; for values, the nibbles of eight tokens are laid side by
+// side in bytes, two by two, and the bytes zipped to words. Either is a fraction of what quantising
+// takes. Token by token, as tiles were packed before, every value was a read and a write of
+// a word for the sake of one nibble.
+
+/// Quantises block b of the rows that there are; the others become blocks of bytes that pack to
+/// zeros where they are values.
+template <typename T>
+MIXEDKV_INLINE void quantize_blocks(const void *const *rows, int b,
+                                    block_q4_0 (&blocks)[kTileTokens]) {
+  const void *some = nullptr;
+  bool all = true;
+  for (int t = 0; t < kTileTokens; ++t) {
+    all &= rows[t] != nullptr;
+    some = rows[t] ? rows[t] : some;
+  }
+  if (!some)
+    return;
+  for (int first = 0; first < kTileTokens; first += kQuantBlocks) {
+    const auto source = [=](int i) {
+      const void *row = rows[first + i] ? rows[first + i] : some;
+      return static_cast<const T *>(row) + b * QK4_0;
+    };
+    quantize_group<T>(source, blocks + first);
+  }
+  for (int t = 0; t < kTileTokens && !all; ++t)
+    if (!rows[t])
+      memset(blocks[t].qs, 0x88, sizeof blocks[t].qs);
+}
+
+MIXEDKV_INLINE void pack_scales(const void *const *rows, const block_q4_0 (&blocks)[kTileTokens],
+                                f16_t *scales) {
+  for (int t = 0; t < kTileTokens; ++t)
+    if (rows[t])
+      scales[t] = blocks[t].d;
+}
+
+template <typename T> void pack_keys(const void *const *rows, int head_dim, void *tile) noexcept {
+  uint8_t *bytes = static_cast<uint8_t *>(tile);
+  const int num_blocks = head_dim / QK4_0;
+  block_q4_0 blocks[kTileTokens];
+  for (int b = 0; b < num_blocks; ++b) {
+    quantize_blocks<T>(rows, b, blocks);
+    for (int t = 0; t < kTileTokens; t += 4) {
+      uint8_t *words = bytes + b * kNibbleBlockBytes + t * 4;
+      if (rows[t] && rows[t + 1] && rows[t + 2] && rows[t + 3]) {
+        b16 x[4];
+        for (int i = 0; i < 4; ++i)
+          x[i] = load_b16(blocks[t + i].qs);
+        transpose_words_b16(x);
+        for (int w = 0; w < 4; ++w)
+          store_b16(words + w * 4 * kTileTokens, x[w]);
+        continue;
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int w = 0; w < 4 && rows[t + i]; ++w)
+          memcpy(words + i * 4 + w * 4 * kTileTokens, blocks[t + i].qs + 4 * w, 4);
+    }
+    pack_scales(rows, blocks, nibble_scale(bytes, num_blocks, b, 0));
+  }
+}
+
+/// Sixteen words of values from the bytes that hold their nibbles; those in `keep` stay.
+MIXEDKV_INLINE void pack_words(b16 (&x)[4], uint32_t keep, uint8_t *words) {
+  interleave_b16(x);
+  for (int i = 0; i < 4; ++i) {
+    if (keep)
+      x[i] = or_b16(x[i], and_b16(load_b16(words + 16 * i), set1_words_b16(keep)));
+    store_b16(words + 16 * i, x[i]);
+  }
+}
+
+template <typename T>
+void pack_values(const void *const *rows, int head_dim_v, void *tile) noexcept {
+  uint8_t *bytes = static_cast<uint8_t *>(tile);
+  const int num_blocks = head_dim_v / QK4_0;
+  uint32_t keep[2] = {0, 0};
+  for (int t = 0; t < kTileTokens; ++t)
+    if (!rows[t])
+      keep[t / 8] |= 15u << nibble_shift(t);
+  const b16 flip = set1_b16(0x88);
+  block_q4_0 blocks[kTileTokens];
+  for (int b = 0; b < num_blocks; ++b) {
+    quantize_blocks<T>(rows, b, blocks);
+    for (int g = 0; g < 2; ++g) {
+      if (keep[g] == 0xffffffffu)
+        continue;
+      // Nibbles 0 to 7 of a word: tokens 0, 2, 4, 6, then 1, 3, 5, 7.
+      static constexpr int kFirst[4] = {0, 4, 1, 5};
+      b16 low[4], high[4];
+      for (int i = 0; i < 4; ++i) {
+        const b16 a = xor_b16(load_b16(blocks[g * 8 + kFirst[i]].qs), flip);
+        const b16 c = xor_b16(load_b16(blocks[g * 8 + kFirst[i] + 2].qs), flip);
+        low[i] = low_nibbles_of(a, c);
+        high[i] = high_nibbles_of(a, c);
+      }
+      uint8_t *words = bytes + (g * num_blocks + b) * QK4_0 * 4;
+      pack_words(low, keep[g], words);
+      pack_words(high, keep[g], words + QK4_0 / 2 * 4);
+    }
+    pack_scales(rows, blocks, nibble_scale(bytes, num_blocks, b, 0));
+  }
+}
+
+// --- as f32 ----------- ------------------------------------------------------------------------
+
+template <int K> MIXEDKV_INLINE f32v signed_nibble(i32v x) {
+  return to_f32(shift_right_signed<28>(shift_left<28 - 4 * K>(x)));
+}
+
+template <int K> MIXEDKV_INLINE void unpack_key_nibbles(i32v x, f32v d, float *dims) {
+  constexpr int dim = K / 2 + K % 2 * (QK4_0 / 2);
+  store(dims + dim * kTileTokens, mul(signed_nibble<K>(x), d));
+  if constexpr (K < 7)
+    unpack_key_nibbles<K + 1>(x, d, dims);
+}
+
+void tile_keys_to_f32(const void *tile, int head_dim, float *kt) noexcept {
+  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
+  const int num_blocks = head_dim / QK4_0;
+  const i32v flip = set1_i32(static_cast<int32_t>(0x88888888));
+  for (int b = 0; b < num_blocks; ++b)
+    for (int token = 0; token < kTileTokens; token += kLanes) {
+      const f32v d = load(nibble_scale(bytes, num_blocks, b, token));
+      for (int w = 0; w < 4; ++w) {
+        const i32v x = load_i32(bytes + b * kNibbleBlockBytes + (w * kTileTokens + token) * 4);
+        unpack_key_nibbles<0>(xor_i32(x, flip), d, kt + (b * QK4_0 + w * 4) * kTileTokens + token);
+      }
+    }
+}
+
+template <int K>
+MIXEDKV_INLINE void unpack_value_nibbles(i32v x, const float *d, float *values, size_t ld) {
+  constexpr int token = K % 4 * 2 + K / 4;
+  store(values + static_cast<size_t>(token) * ld, mul(signed_nibble<K>(x), set1(d[token])));
+  if constexpr (K < 7)
+    unpack_value_nibbles<K + 1>(x, d, values, ld);
+}
+
+void tile_values_to_f32(const void *tile, int head_dim_v, float *values) noexcept {
+  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
+  const int num_blocks = head_dim_v / QK4_0;
+  const size_t ld = static_cast<size_t>(head_dim_v);
+  for (int b = 0; b < num_blocks; ++b) {
+    float d[kTileTokens];
+    f16_to_f32(nibble_scale(bytes, num_blocks, b, 0), d, kTileTokens);
+    for (int g = 0; g < 2; ++g)
+      for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += kLanes)
+        unpack_value_nibbles<0>(load_i32(bytes + (g * head_dim_v + i) * 4), d + g * 8,
+                                values + static_cast<size_t>(g) * 8 * ld + i, ld);
+  }
+}
+
+#if defined(MIXEDKV_BF16)
+// --- as panels of bf16 ---------------------------------------------------------------------------
+
+/// Nibbles K and K + 2 of a word are dims that follow one another.
+template <int K> MIXEDKV_INLINE void store_key_pair(i32v x, f32v d, bf16_t *dims) {
+  constexpr int dim = K / 2 + K % 2 * (QK4_0 / 2);
+  store_i32(dims + dim * kPanelColumns,
+            round_interleaved(mul(signed_nibble<K>(x), d), mul(signed_nibble<K + 2>(x), d)));
+}
+
+void tile_key_panel(const void *tile, int head_dim, bf16_t *panel) noexcept {
+  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
+  const int num_blocks = head_dim / QK4_0;
+  const i32v flip = set1_i32(static_cast<int32_t>(0x88888888));
+  for (int b = 0; b < num_blocks; ++b)
+    for (int token = 0; token < kTileTokens; token += kLanes) {
+      const f32v d = load(nibble_scale(bytes, num_blocks, b, token));
+      for (int w = 0; w < 4; ++w) {
+        const i32v x =
+            xor_i32(load_i32(bytes + b * kNibbleBlockBytes + (w * kTileTokens + token) * 4), flip);
+        bf16_t *dims = panel + (b * QK4_0 + w * 4) * kPanelColumns + 2 * token;
+        store_key_pair<0>(x, d, dims);
+        store_key_pair<1>(x, d, dims);
+        store_key_pair<4>(x, d, dims);
+        store_key_pair<5>(x, d, dims);
+      }
+    }
+}
+
+/// Nibbles K and K + 4 of a word are tokens 2 K and 2 K + 1.
+template <int K> MIXEDKV_INLINE void store_value_pairs(i32v x, const float *d, bf16_t *pairs) {
+  store_i32(pairs + K * 2 * kPanelColumns,
+            round_interleaved(mul(signed_nibble<K>(x), set1(d[2 * K])),
+                              mul(signed_nibble<K + 4>(x), set1(d[2 * K + 1]))));
+  if constexpr (K < 3)
+    store_value_pairs<K + 1>(x, d, pairs);
+}
+
+void tile_value_panels(const void *tile, int head_dim_v, bf16_t *panels, size_t ld_panel) noexcept {
+  const uint8_t *bytes = static_cast<const uint8_t *>(tile);
+  const int num_blocks = head_dim_v / QK4_0;
+  for (int b = 0; b < num_blocks; ++b) {
+    float d[kTileTokens];
+    f16_to_f32(nibble_scale(bytes, num_blocks, b, 0), d, kTileTokens);
+    for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += kLanes) {
+      bf16_t *column =
+          panels + static_cast<size_t>(i / kPanelColumns) * ld_panel + i % kPanelColumns * 2;
+      for (int g = 0; g < 2; ++g)
+        store_value_pairs<0>(load_i32(bytes + (g * head_dim_v + i) * 4), d + g * 8,
+                             column + g * 4 * 2 * kPanelColumns);
+    }
+  }
+}
+#endif
+
+// --- the table
+// ------------------------------------------------------------------------------------
+
+constexpr TileKernels make_tiles_q4_0() {
+  TileKernels k{};
+  k.prepare_query = prepare_tile_query;
+  k.qk = qk_tiles;
+  k.pv = pv_tiles;
+  k.values_to_f32 = tile_values_to_f32;
+  k.keys_to_f32 = tile_keys_to_f32;
+  k.pack_keys_f32 = pack_keys<float>;
+  k.pack_keys_f16 = pack_keys<f16_t>;
+  k.pack_values_f32 = pack_values<float>;
+  k.pack_values_f16 = pack_values<f16_t>;
+#if defined(MIXEDKV_BF16)
+  k.key_panel = tile_key_panel;
+  k.value_panels = tile_value_panels;
+#endif
+  return k;
+}

@@ -1,0 +1,163 @@
+// Token tiles of any format, value by value; a prepared query is the query. A format specialises
+// InTile with where the block of a token's key and the value of a token's dim are.
+
+template <typename Block> struct InTile;
+
+/// Nibbles as nibble_tile.h has them; Flip: what values' nibbles are changed by.
+template <typename Block, uint8_t Flip> struct NibbleInTile {
+  static size_t key_byte(int block, int i, int token) {
+    return static_cast<size_t>(block * kNibbleBlockBytes + (i / 4 * kTileTokens + token) * 4 +
+                               i % 4);
+  }
+  static Block key(const uint8_t *tile, int num_blocks, int block, int token) {
+    Block out;
+    for (int i = 0; i < kNibbleCodeBytes; ++i)
+      out.qs[i] = tile[key_byte(block, i, token)];
+    out.d = *nibble_scale(tile, num_blocks, block, token);
+    return out;
+  }
+  static void put_key(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
+    for (int i = 0; i < kNibbleCodeBytes; ++i)
+      tile[key_byte(block, i, token)] = from.qs[i];
+    *nibble_scale(tile, num_blocks, block, token) = from.d;
+  }
+  static const uint8_t *word(const uint8_t *tile, int num_blocks, int block, int i, int token) {
+    return tile + (token / 8 * num_blocks * kBlockValues + block * kBlockValues + i) * 4;
+  }
+  static Block value(const uint8_t *tile, int num_blocks, int block, int token) {
+    Block out;
+    memset(out.qs, 0, sizeof out.qs);
+    for (int i = 0; i < kBlockValues; ++i) {
+      uint32_t bits;
+      memcpy(&bits, word(tile, num_blocks, block, i, token), sizeof bits);
+      const uint32_t nibble = (bits >> nibble_shift(token) & 15u) ^ Flip;
+      out.qs[i % kNibbleCodeBytes] |= static_cast<uint8_t>(nibble << i / kNibbleCodeBytes * 4);
+    }
+    out.d = *nibble_scale(tile, num_blocks, block, token);
+    return out;
+  }
+  static void put_value(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
+    for (int i = 0; i < kBlockValues; ++i) {
+      const uint32_t nibble =
+          (static_cast<uint32_t>(from.qs[i % kNibbleCodeBytes]) >> i / kNibbleCodeBytes * 4 & 15u) ^
+          Flip;
+      uint8_t *at = const_cast<uint8_t *>(word(tile, num_blocks, block, i, token));
+      uint32_t bits;
+      memcpy(&bits, at, sizeof bits);
+      bits &= ~(15u << nibble_shift(token));
+      bits |= nibble << nibble_shift(token);
+      memcpy(at, &bits, sizeof bits);
+    }
+    *nibble_scale(tile, num_blocks, block, token) = from.d;
+  }
+};
+
+template <typename Block> float tile_key(const void *tile, int head_dim, int i, int token) {
+  return BlockMath<Block>::value(InTile<Block>::key(static_cast<const uint8_t *>(tile),
+                                                    head_dim / kBlockValues, i / kBlockValues,
+                                                    token),
+                                 i % kBlockValues);
+}
+template <typename Block> float tile_value(const void *tile, int head_dim, int i, int token) {
+  return BlockMath<Block>::value(InTile<Block>::value(static_cast<const uint8_t *>(tile),
+                                                      head_dim / kBlockValues, i / kBlockValues,
+                                                      token),
+                                 i % kBlockValues);
+}
+
+void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
+                        float *prepared) noexcept {
+  const size_t n = static_cast<size_t>(head_dim);
+  for (size_t r = 0; r < static_cast<size_t>(num_rows); ++r)
+    memcpy(prepared + r * tile_query_floats(n), q + r * ld_q, n * sizeof(float));
+}
+
+template <typename Block>
+void tile_keys_to_f32(const void *tile, int head_dim, float *kt) noexcept {
+  for (int i = 0; i < head_dim; ++i)
+    for (int token = 0; token < kTileTokens; ++token)
+      *kt++ = tile_key<Block>(tile, head_dim, i, token);
+}
+
+template <typename Block>
+void tile_values_to_f32(const void *tile, int head_dim_v, float *values) noexcept {
+  for (int token = 0; token < kTileTokens; ++token)
+    for (int i = 0; i < head_dim_v; ++i)
+      *values++ = tile_value<Block>(tile, head_dim_v, i, token);
+}
+
+template <typename Block>
+void qk_tiles(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
+              float *scores, size_t ld_scores) noexcept {
+  const size_t ld = tile_query_floats(static_cast<size_t>(head_dim));
+  for (int t = 0; t < num_tiles; ++t)
+    for (int token = 0; token < kTileTokens; ++token)
+      for (int r = 0; r < num_rows; ++r) {
+        const float *q = prepared + static_cast<size_t>(r) * ld;
+        float sum = 0.0f;
+        for (int b = 0; b < head_dim / kBlockValues; ++b) {
+          const Block block =
+              InTile<Block>::key(row_at<uint8_t>(*tiles, t), head_dim / kBlockValues, b, token);
+          for (int i = 0; i < kBlockValues; ++i)
+            sum += q[b * kBlockValues + i] * BlockMath<Block>::value(block, i);
+        }
+        scores[static_cast<size_t>(r) * ld_scores + static_cast<size_t>(t * kTileTokens + token)] =
+            sum;
+      }
+}
+
+template <typename Block>
+void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,
+              int head_dim_v, float *acc, size_t ld_acc) noexcept {
+  for (int r = 0; r < num_rows; ++r)
+    for (int j = 0; j < num_tiles * kTileTokens; ++j) {
+      const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
+      if (weight == 0.0f)
+        continue;
+      for (int b = 0; b < head_dim_v / kBlockValues; ++b) {
+        const Block block = InTile<Block>::value(row_at<uint8_t>(*tiles, j / kTileTokens),
+                                                 head_dim_v / kBlockValues, b, j % kTileTokens);
+        float *a = acc + static_cast<size_t>(r) * ld_acc + static_cast<size_t>(b * kBlockValues);
+        for (int i = 0; i < kBlockValues; ++i)
+          a[i] += weight * BlockMath<Block>::value(block, i);
+      }
+    }
+}
+
+void read_block(const float *row, int b, float *x) {
+  memcpy(x, row + b * kBlockValues, kBlockValues * sizeof(float));
+}
+void read_block(const f16_t *row, int b, float *x) {
+  for (int i = 0; i < kBlockValues; ++i)
+    x[i] = half_to_float(row[b * kBlockValues + i]);
+}
+
+template <typename Block, typename T, bool Keys>
+void pack(const void *const *rows, int head_dim, void *tile) noexcept {
+  const int num_blocks = head_dim / kBlockValues;
+  for (int token = 0; token < kTileTokens; ++token)
+    for (int b = 0; rows[token] && b < num_blocks; ++b) {
+      float x[kBlockValues];
+      read_block(static_cast<const T *>(rows[token]), b, x);
+      Block block;
+      BlockMath<Block>::quantize(x, &block);
+      (Keys ? InTile<Block>::put_key : InTile<Block>::put_value)(static_cast<uint8_t *>(tile),
+                                                                 num_blocks, b, token, block);
+    }
+}
+
+template <typename Block> constexpr TileKernels tiles_of() {
+  TileKernels k{};
+  k.prepare_query = prepare_tile_query;
+  k.qk = qk_tiles<Block>;
+  k.pv = pv_tiles<Block>;
+  k.values_to_f32 = tile_values_to_f32<Block>;
+  k.keys_to_f32 = tile_keys_to_f32<Block>;
+  k.pack_keys_f32 = pack<Block, float, true>;
+  k.pack_keys_f16 = pack<Block, f16_t, true>;
+  k.pack_values_f32 = pack<Block, float, false>;
+  k.pack_values_f16 = pack<Block, f16_t, false>;
+  k.key_panel = bf16_tile_key_panel<Block>;
+  k.value_panels = bf16_tile_value_panels<Block>;
+  return k;
+}
