@@ -45,7 +45,7 @@ cache = mkv.MixedKVCache(
     hot_size=128,
     cold_size=1024,
     group_size=32,
-    sinks=4,
+    sink_tokens=4,
 )
 
 

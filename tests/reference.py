@@ -297,7 +297,7 @@ class MixedCacheModel:
         hot_v_type: str = "f16",
         cold_k_type: str = "q4_0",
         cold_v_type: str = "q4_0",
-        sinks: int = 0,
+        sink_tokens: int = 0,
         window_left: int = -1,
         quantize: bool = True,
     ) -> None:
@@ -311,7 +311,7 @@ class MixedCacheModel:
         self.level = math.floor(threshold * hot_size)
         self.n_seq_max = n_seq_max
         self.types = {HOT: (hot_k_type, hot_v_type), COLD: (cold_k_type, cold_v_type)}
-        self.sinks = sinks
+        self.sink_tokens = sink_tokens
         self.window_left = window_left
         self.quantize = quantize
 
@@ -332,7 +332,7 @@ class MixedCacheModel:
         return size - len(self.in_tier(tier))
 
     def pinned(self, t: Token) -> bool:
-        return t.pos < self.sinks
+        return t.pos < self.sink_tokens
 
     def movable(self) -> list[Token]:
         """Committed hot tokens that are not pinned, oldest first.

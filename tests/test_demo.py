@@ -199,7 +199,7 @@ def test_demo_refuses_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None
         ({"hot_size": 99999999999999}, "hot_size=99999999999999 .* GiB"),
         ({"cold_size": 99999999999999}, "cold_size=99999999999999 .* GiB"),
         ({"group_size": 2**50}, "group_size"),
-        ({"sinks": 32}, "sinks"),
+        ({"sinks": 32}, "sink_tokens"),
         ({"cold_size": 33}, "cold_size"),
     ):
         with pytest.raises((ValueError, MemoryError), match=message):

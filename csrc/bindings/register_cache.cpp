@@ -84,7 +84,7 @@ std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_head
                                std::int64_t hot_size, std::int64_t cold_size,
                                std::int64_t group_size, double threshold, std::int64_t n_pad,
                                std::int64_t n_seq_max, const std::array<std::string, 4> &types,
-                               std::int64_t sinks, std::int64_t window_left,
+                               std::int64_t sink_tokens, std::int64_t window_left,
                                const std::vector<bool> &layers, bool quantize) {
   CacheConfig config;
   config.num_layers = narrow(num_layers, "num_layers");
@@ -101,7 +101,7 @@ std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_head
   config.hot_v_type = parse_kv_type(types[1], "hot_v_type");
   config.cold_k_type = parse_kv_type(types[2], "cold_k_type");
   config.cold_v_type = parse_kv_type(types[3], "cold_v_type");
-  config.sinks = narrow(sinks, "sinks");
+  config.sink_tokens = narrow(sink_tokens, "sink_tokens");
   config.window_left = window_left;
   config.layers.assign(layers.begin(), layers.end());
   config.quantize = quantize;
@@ -318,7 +318,7 @@ void register_cache(py::module_ &m) {
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_kv_heads"), py::arg("head_dim"),
            py::arg("head_dim_v"), py::arg("hot_size"), py::arg("cold_size"), py::arg("group_size"),
            py::arg("threshold"), py::arg("n_pad"), py::arg("n_seq_max"), py::arg("types"),
-           py::arg("sinks"), py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
+           py::arg("sink_tokens"), py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
       .def("find_slot", &find_slot, py::arg("pos"), py::arg("begin"), py::arg("ids"))
       .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),

@@ -122,14 +122,14 @@ void check_config(const CacheConfig &config) {
   check(config.threshold > 0.0 && config.threshold <= 1.0, "threshold", "be above 0 and at most 1",
         config.threshold);
   check(config.window_left >= -1, "window_left", "be -1 (none) or at least 0", config.window_left);
-  check(config.sinks >= 0, "sinks", "be at least 0", config.sinks);
+  check(config.sink_tokens >= 0, "sink_tokens", "be at least 0", config.sink_tokens);
   const std::int64_t level = trigger_level(config);
-  if (config.quantize && config.sinks > 0 &&
-      std::int64_t{config.sinks} * config.n_seq_max >= level) {
-    refuse("sinks",
+  if (config.quantize && config.sink_tokens > 0 &&
+      std::int64_t{config.sink_tokens} * config.n_seq_max >= level) {
+    refuse("sink_tokens",
            "stay, times n_seq_max (" + std::to_string(config.n_seq_max) +
                "), below floor(threshold * hot_size) = " + std::to_string(level),
-           config.sinks);
+           config.sink_tokens);
   }
   const std::size_t num_flags = config.layers.size();
   if (num_flags != 0 && num_flags != static_cast<std::size_t>(config.num_layers)) {

@@ -118,13 +118,14 @@ std::optional<Slot> MixedCache::find_slot(const std::int64_t *pos, const TokenOw
   std::int64_t num_pinned = 0;
   if (n > m.hot.cells.num_free()) {
     room.movable = m.movable.count(m.hot.cells);
-    num_pinned = std::count_if(pos, pos + n, [&](std::int64_t p) { return p < m.config.sinks; });
+    num_pinned =
+        std::count_if(pos, pos + n, [&](std::int64_t p) { return p < m.config.sink_tokens; });
   }
   const SlotPlan plan = plan_slot(room, n, num_pinned);
   if (!plan.fits) {
     return std::nullopt;
   }
-  m.slot.plan(pos, owners, n, plan.num_cold, m.config.sinks);
+  m.slot.plan(pos, owners, n, plan.num_cold, m.config.sink_tokens);
   m.visibility.begin_slot(m.slot.pos.data(), m.slot.seq.data(), n);
   m.slot.allocate_scratch(m.hot.rows.shape());
 

@@ -36,7 +36,7 @@ struct MixedCache::Impl {
         journal(hot_shape(c), c.quantize ? c.hot_size : 0),
         slot(std::min<std::int64_t>(c.n_seq_max, c.hot_size), hot_shape(c).num_layers),
         visibility(c.hot_size + cold_cells(c), c.n_seq_max),
-        movable(c.sinks, c.quantize ? c.hot_size : 0),
+        movable(c.sink_tokens, c.quantize ? c.hot_size : 0),
         targets(c.quantize ? static_cast<std::size_t>(c.hot_size) : 0),
         owner_words(hot.cells.words_per_cell()) {}
 

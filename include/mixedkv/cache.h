@@ -29,7 +29,7 @@ struct CacheConfig {
   Format hot_v_type = Format::f16;
   Format cold_k_type = Format::q4_0;
   Format cold_v_type = Format::q4_0;
-  int sinks = 0;                    ///< positions below this never leave hot
+  int sink_tokens = 0;              ///< positions below this never leave hot
   std::int64_t window_left = -1;    ///< default of attend
   std::vector<std::uint8_t> layers; ///< [num_layers], non-zero: cached; empty: all
   bool quantize = true;             ///< false: one tier, no moves

@@ -79,7 +79,7 @@ class MixedCache:
         n_pad: int,
         n_seq_max: int,
         types: tuple[str, str, str, str],
-        sinks: int,
+        sink_tokens: int,
         window_left: int,
         layers: list[bool],
         quantize: bool,

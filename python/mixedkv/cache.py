@@ -139,7 +139,7 @@ class _KVCache:
         n_pad: int,
         n_seq_max: int,
         types: tuple[str, str, str, str],
-        sinks: int,
+        sink_tokens: int,
         window_left: int,
         layer_filter: Callable[[int], bool] | Iterable[int] | None,
         quantize: bool,
@@ -168,7 +168,7 @@ class _KVCache:
             _positive(n_pad, "n_pad"),
             _positive(n_seq_max, "n_seq_max"),
             types,
-            _integer(sinks, "sinks"),
+            _integer(sink_tokens, "sink_tokens"),
             window(window_left),
             _layers(layer_filter, self._num_layers),
             bool(quantize),
@@ -526,7 +526,7 @@ class MixedKVCache(_KVCache):
         Sequence ids are 0 to n_seq_max - 1.
     hot_k_type, hot_v_type, cold_k_type, cold_v_type
         "f32", "f16" or "q4_0".
-    sinks
+    sink_tokens
         First positions of each sequence that never leave hot.
     window_left
         attend's default window; -1: none.
@@ -541,7 +541,7 @@ class MixedKVCache(_KVCache):
     ------
     ValueError
         Naming the parameter and its value; also where the pins of all sequences
-        (sinks * n_seq_max) reach the trigger's level.
+        (sink_tokens * n_seq_max) reach the trigger's level.
     """
 
     #: Parameters that a later version gives a meaning, with the one value that they take now.
@@ -564,7 +564,7 @@ class MixedKVCache(_KVCache):
         hot_v_type: str = "f16",
         cold_k_type: str = "q4_0",
         cold_v_type: str = "q4_0",
-        sinks: int = 0,
+        sink_tokens: int = 0,
         hot_keep: int = 0,
         rotate: bool = False,
         window_left: int = -1,
@@ -585,7 +585,7 @@ class MixedKVCache(_KVCache):
             n_pad=n_pad,
             n_seq_max=n_seq_max,
             types=(hot_k_type, hot_v_type, cold_k_type, cold_v_type),
-            sinks=sinks,
+            sink_tokens=sink_tokens,
             window_left=window_left,
             layer_filter=layer_filter,
             quantize=quantize,
@@ -644,7 +644,7 @@ class UnifiedKVCache(_KVCache):
             n_pad=n_pad,
             n_seq_max=n_seq_max,
             types=(k_type, v_type, "f16", "f16"),
-            sinks=0,
+            sink_tokens=0,
             window_left=window_left,
             layer_filter=layer_filter,
             quantize=False,

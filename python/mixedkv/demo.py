@@ -390,7 +390,7 @@ def _mixed_options(settings: Settings, cold_size: int) -> dict[str, Any]:
         "hot_size": settings.hot_size,
         "cold_size": cold_size,
         "group_size": settings.group_size,
-        "sinks": settings.sinks,
+        "sink_tokens": settings.sinks,
         "n_pad": _n_pad(settings),
         "threshold": _THRESHOLD,
     }

@@ -31,11 +31,11 @@ from conftest import Q4_0_REL, assert_close, normal, relative_error, tolerance
 # --- attention ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("sink_tokens", [0, 2])
 def test_cache_prefill_and_decode_equal_model(
-    isa: str, rng: np.random.Generator, sinks: int
+    isa: str, rng: np.random.Generator, sink_tokens: int
 ) -> None:
-    cache, model = twins(sinks=sinks)
+    cache, model = twins(sink_tokens=sink_tokens)
     step(cache, model, rng, range(40), rel=Q4_0_REL)
     for p in range(40, 70):
         step(cache, model, rng, [p], rel=Q4_0_REL)
@@ -77,7 +77,7 @@ def test_cache_window_of_the_configuration_and_override(
 
 
 def test_cache_pinned_sinks_do_not_widen_a_window(rng: np.random.Generator) -> None:
-    cache, model = twins(sinks=4, window_left=5)
+    cache, model = twins(sink_tokens=4, window_left=5)
     step(cache, model, rng, range(30), rel=Q4_0_REL)
     v = np.zeros((HKV, 1, DV), np.float32)
     cache.find_slot(pos=[30], seq_id=[0])
@@ -322,7 +322,7 @@ def as_f32(rows: np.ndarray) -> np.ndarray:
 
 
 def test_export_rows_gives_what_is_stored() -> None:
-    cache = mixed(sinks=2)
+    cache = mixed(sink_tokens=2)
     add(cache, range(5))
     add(cache, range(5, 14))
     hot, cold = cache.export_rows(1, 0)

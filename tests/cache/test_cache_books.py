@@ -179,9 +179,9 @@ BAD_CONFIG: dict[str, dict[str, Any]] = {
     "hot_v_type": {"hot_v_type": "F16"},
     "cold_k_type": {"cold_k_type": ""},
     "cold_v_type": {"cold_v_type": "int4"},
-    "sinks": {"sinks": -1},
-    "sinks_at_level": {"sinks": 12},
-    "sinks_of_all": {"sinks": 4, "n_seq_max": 3},
+    "sink_tokens": {"sink_tokens": -1},
+    "sink_tokens_at_level": {"sink_tokens": 12},
+    "sink_tokens_of_all": {"sink_tokens": 4, "n_seq_max": 3},
     "window_left": {"window_left": -2},
     "layer_filter": {"layer_filter": [0, 2]},
     "layer_filter_negative": {"layer_filter": [-1]},
@@ -215,7 +215,7 @@ def test_cache_refuses_config(case: str) -> None:
         ("hot_k_type", 1),
         ("quantize", "yes"),
         ("layer_filter", 3),
-        ("sinks", 0.5),
+        ("sink_tokens", 0.5),
     ],
 )
 def test_cache_refuses_config_of_other_types(name: str, value: Any) -> None:
@@ -224,10 +224,10 @@ def test_cache_refuses_config_of_other_types(name: str, value: Any) -> None:
         mixed(**{name: value})
 
 
-def test_cache_sinks_below_the_level_are_fine() -> None:
-    mixed(sinks=11)
-    mixed(sinks=3, n_seq_max=3)
-    one_tier(sinks=16)
+def test_cache_sink_tokens_below_the_level_are_fine() -> None:
+    mixed(sink_tokens=11)
+    mixed(sink_tokens=3, n_seq_max=3)
+    one_tier(sink_tokens=16)
 
 
 def test_cache_allocation_that_cannot_be_is_an_error_not_a_crash() -> None:

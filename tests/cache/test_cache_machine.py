@@ -47,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         grid=st.sampled_from(GRID),
         types=st.sampled_from(TYPES),
         n_seq_max=st.integers(1, 3),
-        sinks=st.integers(0, 1),
+        sink_tokens=st.integers(0, 1),
         threshold=st.sampled_from([0.8, 0.8, 0.5, 1.0]),
         window_left=st.sampled_from([-1, -1, -1, 0, 5]),
     )
@@ -57,13 +57,13 @@ class CacheMachine(RuleBasedStateMachine):
         grid: tuple[int, ...],
         types: tuple[str, ...],
         n_seq_max: int,
-        sinks: int,
+        sink_tokens: int,
         threshold: float,
         window_left: int,
     ) -> None:
         hot, cold, group, n_pad = grid
-        if sinks * n_seq_max >= int(threshold * hot):
-            sinks = 0
+        if sink_tokens * n_seq_max >= int(threshold * hot):
+            sink_tokens = 0
         shape: dict[str, Any] = {
             "num_layers": LAYERS,
             "num_kv_heads": HKV,
@@ -81,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
             "hot_v_type": types[1],
             "cold_k_type": types[2],
             "cold_v_type": types[3],
-            "sinks": sinks,
+            "sink_tokens": sink_tokens,
             "quantize": kind == "mixed",
         }
         if kind == "unified":

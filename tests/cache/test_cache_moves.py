@@ -97,7 +97,7 @@ def test_cache_order_is_kept_over_restores() -> None:
 
 
 def test_cache_pinned_sinks_stay_hot() -> None:
-    cache = mixed(hot=16, cold=200, group=8, sinks=3)
+    cache = mixed(hot=16, cold=200, group=8, sink_tokens=3)
     for p in range(150):
         add(cache, [p])
     assert hot_positions(cache)[:3] == [0, 1, 2]
@@ -106,7 +106,7 @@ def test_cache_pinned_sinks_stay_hot() -> None:
 
 
 def test_cache_pins_are_first_positions_of_every_sequence() -> None:
-    cache = mixed(hot=16, cold=200, group=8, sinks=2, n_seq_max=3)
+    cache = mixed(hot=16, cold=200, group=8, sink_tokens=2, n_seq_max=3)
     for p in range(50):
         for s in range(3):
             add(cache, [p], s)
@@ -115,7 +115,7 @@ def test_cache_pins_are_first_positions_of_every_sequence() -> None:
 
 
 def test_cache_pins_follow_positions_as_they_are_now() -> None:
-    cache = mixed(hot=16, cold=64, group=8, sinks=2)
+    cache = mixed(hot=16, cold=64, group=8, sink_tokens=2)
     add(cache, range(10, 16))
     cache.seq_add(0, 10, 12, -10)  # 10, 11 become 0, 1
     for p in range(16, 60):
@@ -129,7 +129,7 @@ def test_cache_pins_follow_positions_as_they_are_now() -> None:
 
 def test_cache_pins_count_as_occupied() -> None:
     """Level 12, 4 pinned: 13 in use move 13 // 4."""
-    cache = mixed(hot=16, cold=64, group=8, sinks=4)
+    cache = mixed(hot=16, cold=64, group=8, sink_tokens=4)
     add(cache, range(13))
     assert cold_positions(cache) == [4, 5, 6]
 
@@ -195,25 +195,25 @@ def test_cache_move_does_not_fail_for_a_value() -> None:
 # --- long ubatches --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("sink_tokens", [0, 3])
 @pytest.mark.parametrize("before", [0, 7])
 @pytest.mark.parametrize("n", [17, 40, 60])
 def test_cache_long_ubatch_keeps_the_newest_up_to_the_level(
-    sinks: int, before: int, n: int
+    sink_tokens: int, before: int, n: int
 ) -> None:
-    cache = mixed(hot=16, cold=64, group=8, sinks=sinks)
+    cache = mixed(hot=16, cold=64, group=8, sink_tokens=sink_tokens)
     add(cache, range(before))
     slot = add(cache, range(before, before + n))
     total, level = before + n, 12
     assert slot.num_tokens == n
     assert slot.num_hot + slot.num_cold == n
-    assert slot.num_moved == max(before - sinks, 0)
-    want = [*range(sinks), *range(total - level + sinks, total)]
+    assert slot.num_moved == max(before - sink_tokens, 0)
+    want = [*range(sink_tokens), *range(total - level + sink_tokens, total)]
     assert hot_positions(cache) == want
     stats = cache.stats()
     assert (stats.hot_tokens, stats.cold_tokens) == (level, total - level)
     assert stats.moved == total - level
-    moves = max(before - sinks, 0)
+    moves = max(before - sink_tokens, 0)
     assert stats.events == -(-moves // 8) - (-slot.num_cold // 8)
 
 
@@ -231,13 +231,13 @@ def test_cache_long_ubatch_by_position_not_by_index(rng: np.random.Generator) ->
     assert hot_positions(cache) == list(range(38, 50))
 
 
-@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("sink_tokens", [0, 2])
 def test_cache_long_ubatch_is_attended_in_the_hot_type(
-    isa: str, rng: np.random.Generator, sinks: int
+    isa: str, rng: np.random.Generator, sink_tokens: int
 ) -> None:
     """f32 hot: nothing of its own ubatch is rounded when attended, all of cold's is after."""
     n = 50
-    cache = mixed(hot=16, cold=64, hot_k_type="f32", hot_v_type="f32", sinks=sinks)
+    cache = mixed(hot=16, cold=64, hot_k_type="f32", hot_v_type="f32", sink_tokens=sink_tokens)
     q = normal(rng, HQ, n, D)
     cache.find_slot(pos=range(n), seq_id=[0] * n)
     for layer in range(LAYERS):

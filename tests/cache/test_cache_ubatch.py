@@ -229,7 +229,7 @@ def test_cache_restore_forgets_the_ubatch(make: Callable[..., Cache]) -> None:
 
 
 def test_cache_restore_puts_moved_tokens_back_bit_for_bit() -> None:
-    cache = mixed(hot=16, threshold=1.0, sinks=1)
+    cache = mixed(hot=16, threshold=1.0, sink_tokens=1)
     for p in range(16):
         add(cache, [p])
     before, k = snapshot(cache), cache.keys(1, 0)
@@ -259,7 +259,10 @@ def test_cache_restore_of_a_long_ubatch() -> None:
 
 
 def test_cache_after_restore_it_goes_on_as_if_nothing_had_been() -> None:
-    a, b = mixed(hot=8, cold=32, group=4, sinks=1), mixed(hot=8, cold=32, group=4, sinks=1)
+    a, b = (
+        mixed(hot=8, cold=32, group=4, sink_tokens=1),
+        mixed(hot=8, cold=32, group=4, sink_tokens=1),
+    )
     for i in range(12):
         if a.find_slot(pos=[100 + i] * (i + 1), seq_id=[0] * (i + 1)) is not None:
             a.restore()

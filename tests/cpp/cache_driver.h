@@ -259,17 +259,17 @@ void random_operations(unsigned seed) {
       {8, 32, 4, 4, 500}, {16, 64, 8, 8, 400}, {32, 128, 16, 8, 200}, {64, 256, 32, 16, 100}};
   for (const Grid &grid : grids) {
     for (const int n_seq_max : {1, 2, 4}) {
-      for (const int sinks : {0, 1}) {
+      for (const int sink_tokens : {0, 1}) {
         CacheConfig config = small_config(grid.hot, grid.cold, grid.group, grid.n_pad);
         config.num_layers = 1 + static_cast<int>(seed % 3);
         config.n_seq_max = n_seq_max;
-        config.sinks = sinks;
+        config.sink_tokens = sink_tokens;
         ++seed;
         const std::string name = std::to_string(grid.hot) + "/" + std::to_string(grid.cold) + "/" +
                                  std::to_string(grid.group) + "/" + std::to_string(grid.n_pad) +
                                  " layers=" + std::to_string(config.num_layers) +
                                  " n_seq_max=" + std::to_string(n_seq_max) +
-                                 " sinks=" + std::to_string(sinks);
+                                 " sink_tokens=" + std::to_string(sink_tokens);
         report("cache_random " + name, Driver(config, seed).run(grid.num_steps));
       }
     }
@@ -299,11 +299,11 @@ void random_operations(unsigned seed) {
   config.num_layers = 3;
   config.layers = {1, 0, 1};
   config.n_seq_max = 2;
-  config.sinks = 2;
+  config.sink_tokens = 2;
   config.threshold = 0.33;
   report("cache_random_layer_filter threshold=0.33", Driver(config, ++seed).run(300));
   config.layers.clear();
-  config.sinks = 0;
+  config.sink_tokens = 0;
   config.threshold = 0.05; // a level of 0: nothing stays
   report("cache_random level=0", Driver(config, ++seed).run(300));
   config.threshold = 1.0;

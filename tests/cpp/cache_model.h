@@ -103,13 +103,13 @@ struct Model {
   std::int64_t hot_room() const { return config.hot_size - count(false); }
   std::int64_t movable() const {
     return std::count_if(tokens.begin(), tokens.end(),
-                         [&](const Token &t) { return !t.cold && t.pos >= config.sinks; });
+                         [&](const Token &t) { return !t.cold && t.pos >= config.sink_tokens; });
   }
 
   void move_oldest() {
     Token *oldest = nullptr;
     for (Token &t : tokens) {
-      if (t.cold || t.pos < config.sinks) {
+      if (t.cold || t.pos < config.sink_tokens) {
         continue;
       }
       if (oldest == nullptr || std::tie(t.stamp, t.pos, t.owners) <
@@ -148,7 +148,7 @@ struct Model {
       const std::int64_t cold_left = cold_room() - movable();
       std::int64_t stay = 0; // pinned ones have to
       for (const Token &t : ubatch) {
-        stay += t.pos < config.sinks;
+        stay += t.pos < config.sink_tokens;
       }
       while (pins + stay < level() || n - stay > cold_left) {
         ++stay;
@@ -168,7 +168,7 @@ struct Model {
                        [](const Token *a, const Token *b) { return a->pos < b->pos; });
       std::int64_t to_cold = n - stay;
       for (Token *t : by_age) {
-        if (to_cold > 0 && t->pos >= config.sinks) {
+        if (to_cold > 0 && t->pos >= config.sink_tokens) {
           t->cold = true;
           --to_cold;
         }

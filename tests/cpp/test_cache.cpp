@@ -186,7 +186,7 @@ bool first_in_first_out() {
 bool pins() {
   CacheConfig config = small_config(16, 64, 8, 8); // level 12
   config.n_seq_max = 2;
-  config.sinks = 2;
+  config.sink_tokens = 2;
   MixedCache cache(config);
   EXPECT(append(cache, make_tokens(0, 8, 0)));
   EXPECT(append(cache, make_tokens(0, 8, 1)));
@@ -464,11 +464,11 @@ bool wrong_configs() {
   EXPECT(refused([](CacheConfig &c) { c.threshold = std::nan(""); }, "threshold"));
   EXPECT(refused([](CacheConfig &c) { c.n_pad = 0; }, "n_pad"));
   EXPECT(refused([](CacheConfig &c) { c.n_seq_max = 0; }, "n_seq_max"));
-  EXPECT(refused([](CacheConfig &c) { c.sinks = -1; }, "sinks"));
-  EXPECT(refused([](CacheConfig &c) { c.sinks = 12; }, "sinks")); // the level
+  EXPECT(refused([](CacheConfig &c) { c.sink_tokens = -1; }, "sink_tokens"));
+  EXPECT(refused([](CacheConfig &c) { c.sink_tokens = 12; }, "sink_tokens")); // the level
   EXPECT(refused(
       [](CacheConfig &c) {
-        c.sinks = 4;
+        c.sink_tokens = 4;
         c.n_seq_max = 3;
       },
       "= 12, got 4"));
@@ -484,9 +484,9 @@ bool wrong_configs() {
       },
       "hot_size"));
   CacheConfig config = small_config(16, 64, 8, 8);
-  config.sinks = 11;
+  config.sink_tokens = 11;
   MixedCache just_below(config);
-  config.sinks = 100;
+  config.sink_tokens = 100;
   config.quantize = false; // pins mean nothing then, nor does the cold type
   config.head_dim = 3;
   config.cold_size = -5;

@@ -425,7 +425,7 @@ def test_holes_in_the_mask(llama: Any, lossless: dict[str, Any]) -> None:
 
 def test_sinks_are_the_first_tokens_of_each_row(llama: Any) -> None:
     ids, mask = padded([60, 40])
-    cache = mkt.MixedCache(llama.config, hot_size=32, cold_size=64, group_size=8, sinks=2)
+    cache = mkt.MixedCache(llama.config, hot_size=32, cold_size=64, group_size=8, sink_tokens=2)
     llama(ids, attention_mask=mask, past_key_values=cache)
     for row in range(2):
         cold = cache.native.tiers(row)
@@ -805,7 +805,7 @@ def test_error_full(llama: Any) -> None:
         ({"threshold": 1.5}, "threshold"),
         ({"hot_k_type": "q8_0"}, "hot_k_type"),
         ({"max_batch_size": 0}, "max_batch_size"),
-        ({"hot_size": 32, "sinks": 32}, "sinks"),
+        ({"hot_size": 32, "sink_tokens": 32}, "sink_tokens"),
     ],
 )
 def test_error_options(llama: Any, options: dict[str, Any], message: str) -> None:
@@ -824,7 +824,7 @@ def test_error_too_many_rows(llama: Any) -> None:
 
 
 def test_copy(llama: Any) -> None:
-    cache = small(llama, sinks=3)
+    cache = small(llama, sink_tokens=3)
     twin = copy.deepcopy(cache)
     llama(tokens(1, 6), past_key_values=twin)
     assert cache.get_seq_length() == 0
@@ -1026,7 +1026,7 @@ def test_trained_model_stays_close() -> None:
 
     config = loaded.model.config
     full = logits(mkt.MixedCache(config, hot_size=1280, quantize=False))
-    cache = mkt.MixedCache(config, hot_size=128, cold_size=1184, sinks=4)
+    cache = mkt.MixedCache(config, hot_size=128, cold_size=1184, sink_tokens=4)
     found = evaluate.compare_logits(full, logits(cache))
     assert cache.stats().cold_tokens > 1100
     assert 0 < found.kl_mean < 0.025

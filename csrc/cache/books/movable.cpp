@@ -5,7 +5,7 @@
 namespace mixedkv {
 
 std::int64_t Movable::count(const Cells &hot) const {
-  if (sinks_ == 0) {
+  if (sink_tokens_ == 0) {
     return hot.num_committed();
   }
   std::int64_t n = 0;

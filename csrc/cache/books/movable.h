@@ -11,10 +11,10 @@ namespace mixedkv {
 
 class Movable {
 public:
-  /// Positions below sinks never leave hot. num_cells: of hot; 0 where nothing is ever picked.
-  /// Throws std::bad_alloc.
-  Movable(int sinks, std::int64_t num_cells)
-      : sinks_(sinks), picked_(static_cast<std::size_t>(num_cells)) {}
+  /// Positions below sink_tokens never leave hot. num_cells: of hot; 0 where nothing is ever
+  /// picked. Throws std::bad_alloc.
+  Movable(int sink_tokens, std::int64_t num_cells)
+      : sink_tokens_(sink_tokens), picked_(static_cast<std::size_t>(num_cells)) {}
 
   /// Committed tokens that are not pinned.
   std::int64_t count(const Cells &hot) const;
@@ -26,10 +26,10 @@ public:
 
 private:
   bool may_move(const Cells &hot, std::int32_t cell) const {
-    return hot.committed(cell) && hot.pos(cell) >= sinks_;
+    return hot.committed(cell) && hot.pos(cell) >= sink_tokens_;
   }
 
-  int sinks_;
+  int sink_tokens_;
   std::vector<std::int32_t> picked_; ///< [num_cells], so that pick allocates nothing
 };
 

@@ -159,7 +159,7 @@ def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
         cold_size=room,
         group_size=settings.group_size,
         n_pad=math.gcd(settings.hot_size, pad),
-        sinks=settings.sinks,
+        sink_tokens=settings.sinks,
         hot_k_type=settings.k_type,
         hot_v_type=settings.v_type,
         threads=settings.threads,

@@ -78,7 +78,7 @@ def gather(config: Any, peers: Sequence[str], hot_size: int) -> Field:
                 f"mixedkv mixed, {hot_size} hot",
                 mkt.NAME,
                 lambda tokens: mkt.MixedCache(
-                    config, hot_size=hot_size, cold_size=_padded(tokens), sinks=4
+                    config, hot_size=hot_size, cold_size=_padded(tokens), sink_tokens=4
                 ),
                 _MOST_KL_MIXED,
             ),

@@ -65,7 +65,7 @@ class MixedCache(Cache):
         Cells of each tier and most tokens of one move, *for each row of the batch*: they are
         multiplied by the number of rows when the first rows come. All layers have the same sizes,
         those with a sliding window too.
-    threshold, n_pad, sinks, hot_keep, rotate, quantize
+    threshold, n_pad, sink_tokens, hot_keep, rotate, quantize
     hot_k_type, hot_v_type, cold_k_type, cold_v_type
         As in `mixedkv.MixedKVCache`. ``quantize=False`` gives a standard cache of one tier, where
         `hot_size` is the whole size.
@@ -107,7 +107,7 @@ class MixedCache(Cache):
         group_size: int = 256,
         threshold: float = 0.8,
         n_pad: int = 32,
-        sinks: int = 0,
+        sink_tokens: int = 0,
         hot_keep: int = 0,
         rotate: bool = False,
         hot_k_type: str = "f16",
@@ -131,7 +131,7 @@ class MixedCache(Cache):
         self._options: dict[str, Any] = {
             "threshold": threshold,
             "n_pad": n_pad,
-            "sinks": sinks,
+            "sink_tokens": sink_tokens,
             "hot_keep": hot_keep,
             "rotate": rotate,
             "hot_k_type": hot_k_type,
