@@ -69,7 +69,7 @@ def hot_positions(cache: Cache, seq: int = 0) -> list[int]:
 def snapshot(cache: Cache, seqs: int = 1) -> list[Any]:
     """Everything that can be seen of a cache but the time that it took."""
     stats = dataclasses.asdict(cache.stats())
-    for name in ("seconds", "books_bytes"):
+    for name in ("move_seconds", "books_bytes"):
         del stats[name]
     seen: list[Any] = [len(cache), stats]
     for seq in range(seqs):

@@ -121,7 +121,7 @@ def result(monkeypatch: pytest.MonkeyPatch) -> Any:
         tokens_seen=100,
         moved=80,
         events=9,
-        seconds=0.25,
+        move_seconds=0.25,
         hot_bytes=3200,
         cold_bytes=2700,
         journal_bytes=3200,

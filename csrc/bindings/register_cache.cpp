@@ -288,7 +288,7 @@ py::dict stats(Handle &handle) {
   d["tokens_seen"] = s.tokens_seen;
   d["moved"] = s.moved;
   d["events"] = s.events;
-  d["seconds"] = s.seconds;
+  d["move_seconds"] = s.move_seconds;
   d["hot_bytes"] = s.hot_bytes;
   d["cold_bytes"] = s.cold_bytes;
   d["journal_bytes"] = s.journal_bytes;

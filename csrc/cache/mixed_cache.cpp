@@ -54,7 +54,7 @@ void MixedCache::Impl::move(const MovePlan &plan, bool keep_for_restore) noexcep
   }
   const std::int32_t *oldest = movable.pick(hot.cells, n);
   {
-    const Stopwatch stopwatch(counters.seconds);
+    const Stopwatch stopwatch(counters.move_seconds);
     cold.take_copies(hot, oldest, n, targets.data());
   }
   if (keep_for_restore) {
@@ -174,7 +174,7 @@ void MixedCache::store(int layer, const RowsView &k, const RowsView &v) {
     store_tokens(*slot.scratch, 0, slot.cold_tokens, slot.cold_rows);
     slot.scratch_layer = number;
     // From the hot type, so that cold holds the same as if hot had held them first.
-    const Stopwatch stopwatch(m.counters.seconds);
+    const Stopwatch stopwatch(m.counters.move_seconds);
     m.cold.rows.copy_layer(*slot.scratch, 0, slot.cold_rows.data(), number, slot.cold_cells.data(),
                            slot.num_cold());
   }

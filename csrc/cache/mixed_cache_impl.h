@@ -26,7 +26,7 @@ struct Counters {
   std::int64_t tokens_seen = 0;
   std::int64_t moved = 0;
   std::int64_t events = 0;
-  double seconds = 0.0;
+  double move_seconds = 0.0;
 };
 
 struct MixedCache::Impl {

@@ -126,7 +126,7 @@ CacheStats MixedCache::stats() const {
   stats.tokens_seen = m.counters.tokens_seen;
   stats.moved = m.counters.moved;
   stats.events = m.counters.events;
-  stats.seconds = m.counters.seconds;
+  stats.move_seconds = m.counters.move_seconds;
   stats.hot_bytes = static_cast<std::int64_t>(m.hot.rows.bytes());
   stats.cold_bytes = static_cast<std::int64_t>(m.cold.rows.bytes());
   stats.journal_bytes = static_cast<std::int64_t>(m.journal.bytes());

@@ -75,7 +75,7 @@ struct CacheStats {
   std::int64_t tokens_seen = 0; ///< tokens ever committed
   std::int64_t moved = 0;       ///< tokens ever moved hot -> cold
   std::int64_t events = 0;      ///< batches of moves
-  double seconds = 0.0;         ///< spent quantising
+  double move_seconds = 0.0;    ///< spent on moves, mostly quantising
   std::int64_t hot_bytes = 0;   ///< allocated for rows, the whole tier
   std::int64_t cold_bytes = 0;
   std::int64_t journal_bytes = 0; ///< allocated for what restore needs

@@ -90,8 +90,8 @@ class CacheStats:
     moved: int
     #: Batches of moves.
     events: int
-    #: Time spent quantising.
-    seconds: float
+    #: Time spent on moves, mostly quantising.
+    move_seconds: float
     hot_bytes: int
     cold_bytes: int
     #: What restore needs, allocated with the cache.

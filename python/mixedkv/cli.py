@@ -303,7 +303,7 @@ def _print_demo(result: demo_module.Result, plot: Path) -> None:
     )
     table.add_section()
     table.add_row("tokens moved, in batches", *(f"{one.moved:,}, {one.events}" for one in stats))
-    table.add_row("seconds spent moving", *(f"{one.seconds:.3f}" for one in stats))
+    table.add_row("seconds spent moving", *(f"{one.move_seconds:.3f}" for one in stats))
     console.print(table)
 
     found = result.fidelity

@@ -372,7 +372,7 @@ def cache(request: pytest.FixtureRequest) -> Any:
 
 def seen(cache: Any) -> list[Any]:
     stats = dataclasses.asdict(cache.stats())
-    del stats["seconds"], stats["books_bytes"]
+    del stats["move_seconds"], stats["books_bytes"]
     looks: list[Any] = [len(cache), stats]
     for seq in range(3):
         looks += [list(cache.positions(seq)), list(cache.tiers(seq))]

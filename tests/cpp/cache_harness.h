@@ -63,7 +63,7 @@ bool same(const Seen &a, const Seen &b, bool strictly) {
   EXPECT(a.stats.journal_bytes == b.stats.journal_bytes);
   EXPECT(a.stats.scratch_bytes == b.stats.scratch_bytes);
   if (strictly) {
-    EXPECT(a.stats.seconds == b.stats.seconds);
+    EXPECT(a.stats.move_seconds == b.stats.move_seconds);
   }
   return true;
 }

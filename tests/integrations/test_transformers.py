@@ -926,7 +926,9 @@ def test_error_in_attention_restores(llama: Any) -> None:
     with pytest.raises(NotImplementedError):
         llama(ids[:, 30:], past_key_values=cache, block_indices=1)
     cache.crop(0)
-    assert dataclasses.replace(cache.stats(), seconds=0) == dataclasses.replace(before, seconds=0)
+    assert dataclasses.replace(cache.stats(), move_seconds=0) == dataclasses.replace(
+        before, move_seconds=0
+    )
 
 
 # --- masks -------------------------------------------------------------------------------------

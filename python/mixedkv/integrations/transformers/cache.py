@@ -200,7 +200,7 @@ class MixedCache(Cache):
         added = {
             field.name: sum(getattr(stats, field.name) for stats in all_stats)
             for field in dataclasses.fields(all_stats[0])
-            if field.name.endswith("bytes") or field.name in ("seconds", "bytes_saved")
+            if field.name.endswith("bytes") or field.name in ("move_seconds", "bytes_saved")
         }
         return dataclasses.replace(all_stats[0], **added)
 
