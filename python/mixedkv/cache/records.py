@@ -1,0 +1,82 @@
+"""What the caches hand out: slots, rows, counters, errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+
+CacheFull = _core.CacheFull
+
+
+class StateFileError(Exception):
+    """A state file can't be read, or does not fit the cache."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What :meth:`MixedKVCache.find_slot` found for a ubatch."""
+
+    #: Tokens of the ubatch.
+    num_tokens: int
+    #: Tokens that will lie in hot at commit.
+    num_hot: int
+    #: Tokens of a ubatch longer than hot that go straight on to cold at commit.
+    num_cold: int
+    #: Older tokens moved to cold to make room.
+    num_moved: int
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a layer as one tier stores them, in order of position."""
+
+    #: int64 [n].
+    positions: NDArray[np.int64]
+    #: [Hkv, n, D] in the tier's type: float32, float16, or Q4_0 rows (uint8, ggml's block order).
+    k: NDArray[Any]
+    #: [Hkv, n, Dv] likewise.
+    v: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters of a cache. Tokens are cells in use; bytes are what is allocated."""
+
+    hot_tokens: int
+    cold_tokens: int
+    hot_size: int
+    cold_size: int
+    #: Tokens ever committed.
+    tokens_seen: int
+    #: Tokens ever moved from hot to cold.
+    moved: int
+    #: Batches of moves.
+    events: int
+    #: Time spent on moves, mostly quantising.
+    move_seconds: float
+    hot_bytes: int
+    cold_bytes: int
+    #: What restore needs, allocated with the cache.
+    journal_bytes: int
+    #: Cells, indices, plans.
+    books_bytes: int
+    #: Of a ubatch longer than hot, while it is pending.
+    scratch_bytes: int
+    #: What the tokens now in cold would take more in f16.
+    bytes_saved: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that the cache holds."""
+        return (
+            self.hot_bytes
+            + self.cold_bytes
+            + self.journal_bytes
+            + self.books_bytes
+            + self.scratch_bytes
+        )
