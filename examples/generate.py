@@ -7,7 +7,7 @@ import time
 
 import mixedkv.integrations.transformers as mkt
 import torch
-from mixedkv import models, texts
+from mixedkv.tools import models, texts
 
 mkt.register()
 loaded = models.load()  # SmolLM2-135M-Instruct, through pip; or models.load("a/hub-name")

@@ -175,7 +175,7 @@ def trained_model() -> Path:
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
-        from mixedkv import models
+        from mixedkv.tools import models
 
         return models.fetch()
     except (ImportError, RuntimeError) as error:

@@ -10,7 +10,7 @@ _CLI_MODULES = ("typer", "rich", "click")
 def main() -> None:
     """Run the command line; say which extra is missing where one is."""
     try:
-        from .cli import app
+        from .tools.cli import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _CLI_MODULES:
             raise

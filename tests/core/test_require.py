@@ -16,8 +16,8 @@ pytest.importorskip("rich")
 pytest.importorskip("platformdirs")
 
 TESTS = Path(__file__).parent
-LLAMA = "test_llamacpp.py::test_llama_cpp_refuses_what_is_no_model"
-MODEL = "test_trained.py::test_trained_model_chain_on_one_layer"
+LLAMA = "tools/test_llamacpp.py::test_llama_cpp_refuses_what_is_no_model"
+MODEL = "tools/test_trained.py::test_trained_model_chain_on_one_layer"
 
 
 def run(test: str, require: str, broken: str, tmp_path: Path) -> tuple[int, str]:
