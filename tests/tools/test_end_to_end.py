@@ -24,11 +24,11 @@ import mixedkv as mkv  # noqa: E402
 import mixedkv.integrations.transformers as mkt  # noqa: E402
 import typer  # noqa: E402
 from mixedkv.tools import models  # noqa: E402
-from mixedkv.tools.bench import command  # noqa: E402
-from mixedkv.tools.bench.end_to_end import PEERS, contenders, plan, plot, report  # noqa: E402
-from mixedkv.tools.bench.end_to_end import run as run_module  # noqa: E402
+from mixedkv.tools.bench import command, plot, report  # noqa: E402
+from mixedkv.tools.bench.end_to_end import PEERS, contenders, plan  # noqa: E402
 from mixedkv.tools.bench.end_to_end.stopwatch import Stopwatch  # noqa: E402
-from mixedkv.tools.bench.plan import Faster  # noqa: E402
+from mixedkv.tools.bench.results import Faster, faster  # noqa: E402
+from mixedkv.tools.progress import Progress  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -60,15 +60,17 @@ def ids() -> Any:
     return torch.randint(2, VOCAB, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
 
 
-class Silent:
+class Heard:
+    """A Progress that remembers."""
+
     def __init__(self) -> None:
-        self.cells: list[str] = []
+        self.phases: list[str] = []
 
-    def cell(self, title: str) -> None:
-        self.cells.append(title)
+    def phase(self, title: str, total: int | None = None) -> None:
+        self.phases.append(title)
 
-    def doing(self, what: str, share: float) -> None:
-        assert 0.0 <= share <= 1.0
+    def at(self, done: float, total: float, what: str = "") -> None:
+        assert 0.0 <= done <= total
 
 
 def small_plan(**changes: Any) -> plan.Plan:
@@ -84,7 +86,7 @@ def small_plan(**changes: Any) -> plan.Plan:
 
 
 def run(model: Any, ids: Any, wanted: plan.Plan, field: contenders.Field) -> plan.Report:
-    return plan.run(wanted, "tiny", model, ids, field, Silent())
+    return plan.run(wanted, "tiny", model, ids, field)
 
 
 def rows_of(found: plan.Report) -> dict[str, plan.Row]:
@@ -164,11 +166,11 @@ def test_run_everything_once(model: Any, ids: Any, chunk: int | None) -> None:
     wanted = small_plan(contexts=[64, POSITIONS], prefill_chunk=chunk)
     threads = torch.get_num_threads(), mkv.get_num_threads()
     model.set_attn_implementation("sdpa")
-    progress = Silent()
+    progress = Heard()
     field = contenders.gather(model.config, [], 32)
     found = plan.run(wanted, "tiny", model, ids, field, progress)
     assert found.wrong == []
-    assert progress.cells == ["context 64, 1 thread", f"context {POSITIONS}, 1 thread"]
+    assert progress.phases == ["context 64, 1 thread", f"context {POSITIONS}, 1 thread"]
     # What was set before is set again.
     assert (torch.get_num_threads(), mkv.get_num_threads()) == threads
     assert model.config._attn_implementation == "sdpa"
@@ -210,8 +212,8 @@ def test_run_times_no_wrong_cache(model: Any, ids: Any) -> None:
     assert rows[FIRST].step is not None
     # A peer's fault is not ours.
     assert len(found.wrong) == 1
-    assert found.wrong[0].startswith("broken, context 64, 1 threads: RuntimeError")
-    assert report.render_table(found.tables[0]) is not None
+    assert found.wrong[0].startswith("broken, context 64, 1 thread: RuntimeError")
+    assert report.render_whole(found.tables[0]) is not None
 
 
 def test_run_goes_on_without_who_fails_midway(model: Any, ids: Any) -> None:
@@ -320,8 +322,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, model: Any) -> Callable[..., Any]:
         codes = torch.tensor([[2 + ord(character) % (VOCAB - 2) for character in text[:50]]])
         return types.SimpleNamespace(input_ids=codes)
 
-    def load(name: str | None, progress: Callable[[int, int], None]) -> models.LoadedModel:
-        progress(1, 2)
+    def load(name: str | None, progress: Progress) -> models.LoadedModel:
+        progress.at(1, 2)
         return models.LoadedModel(name or "tiny", model, tokenizer)
 
     monkeypatch.setattr(models, "load", load)
@@ -425,19 +427,19 @@ def test_faster_ones() -> None:
     table = example().tables[0]
     mixed, row, _ = table.rows
     row.ratio, row.prefill_ratio = 0.75, 1.5
-    found = plan._faster((one, one.ratio) for one in table.rows)
+    found = faster((one, one.ratio) for one in table.rows)
     assert found == [Faster(row.name, FIRST, 0.75)]
-    assert plan._faster((one, one.prefill_ratio) for one in table.rows) == []
+    assert faster((one, one.prefill_ratio) for one in table.rows) == []
     mixed.peer = "mixedkv"
     mixed.ratio = 0.5
-    assert plan._faster([(mixed, mixed.ratio)]) == []
+    assert faster([(mixed, mixed.ratio)]) == []
 
 
 def test_prompt_is_repeated_where_it_is_short(model: Any) -> None:
     def tokenizer(text: str, return_tensors: str) -> Any:
         return types.SimpleNamespace(input_ids=torch.arange(30)[None])
 
-    ids = run_module._tokens(tokenizer, small_plan(), POSITIONS)
+    ids = plan.text_of(tokenizer, small_plan(), POSITIONS)
     assert ids.shape == (1, 64 + small_plan().fed)
     assert ids[0, 30:33].tolist() == [0, 1, 2]
 
@@ -446,17 +448,27 @@ def test_prompt_is_repeated_where_it_is_short(model: Any) -> None:
 
 
 def example() -> plan.Report:
-    row = plan.Row("hqq", "QuantizedCache quanto", "sdpa", 1234.5, 123.45, FIRST)
+    row = plan.Row(peer="hqq", name="QuantizedCache quanto", implementation="sdpa")
+    row.tokens_per_second, row.ratio, row.against = 1234.5, 123.45, FIRST
     row.step = row.step_best = row.step_mean = row.attention = row.rest = 0.1234
     row.prefill = row.prefill_attention = row.prefill_rest = 123.45
     row.prefill_ratio, row.kl, row.top1 = 123.45, 1.2e-3, 1.0
-    mixed = plan.Row("mixedkv", "mixedkv mixed, 1024 hot", "mixedkv", 12.3, 1.0, FIRST)
-    wrong = plan.Row("mixedkv", F16, "mixedkv", problem="wrong: KL divergence above 0.001")
-    table = plan.Table(8192, 8056, 64, [mixed, row, wrong], 1, 16, 8, 1.5)
+    mixed = plan.Row(peer="mixedkv", name="mixedkv mixed, 1024 hot", implementation="mixedkv")
+    mixed.tokens_per_second, mixed.ratio, mixed.against = 12.3, 1.0, FIRST
+    wrong = plan.Row(peer="mixedkv", name=F16, implementation="mixedkv")
+    wrong.problem = "wrong: KL divergence above 0.001"
+    table = plan.Table(context=8192, prompt=8056, threads=64, rows=[mixed, row, wrong])
+    table.prefill_rounds, table.rounds, table.steps, table.others_load = 1, 16, 8, 1.5
     table.faster = [Faster("DynamicCache", FIRST, 0.123)]
     machine = {"mixedkv": "1", "isa": "scalar", "cpu": "a CPU", "threads": 64}
     model = {"title": "tiny", "parameters": 1e6, "dtype": "float32", "positions": POSITIONS}
-    return plan.Report(machine, model, {"mixedkv": "1"}, {"fp8": "not [here]"}, [table])
+    return plan.Report(
+        machine=machine,
+        model=model,
+        peers={"mixedkv": "1"},
+        absent={"fp8": "not [here]"},
+        tables=[table],
+    )
 
 
 def test_tables_fit_80_columns() -> None:
@@ -464,7 +476,7 @@ def test_tables_fit_80_columns() -> None:
 
     console = Console(width=80)
     with console.capture() as capture:
-        report.print_report(example(), console)
+        report.print_whole(example(), console)
     text = capture.get()
     lines = [line for line in text.splitlines() if "quanto" in line]
     assert len(lines) == 2
@@ -477,5 +489,5 @@ def test_tables_fit_80_columns() -> None:
 
 def test_plot_of_rows_with_and_without_times(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot.save_plot(example(), tmp_path / "figure.svg")
+    plot.save_whole(example(), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("<svg") == 1

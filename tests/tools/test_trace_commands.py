@@ -175,14 +175,16 @@ def test_trace_blames_the_path_that_failed(tmp_path: Path) -> None:
 def test_trace_names_its_file_where_writing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mixedkv.tools import models
     from mixedkv.tools.trace import record
-    from mixedkv.tools.trace.commands import recording
 
     def full(path: Path, *_: Any) -> None:
         raise OSError(28, "No space left on device", str(path.with_name(".scratch")))
 
     empty = record.Recording(TraceHeader("test", "1", "none", "standard"))
-    monkeypatch.setattr(recording, "_run_transformers", lambda *_: empty)
+    loaded = models.LoadedModel("tiny", None, lambda text: {"input_ids": [1]})
+    monkeypatch.setattr(models, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(record, "record", lambda *_, **__: empty)
     monkeypatch.setattr(traces, "write_trace", full)
     path = tmp_path / "t.gguf"
     assert one_line(call("trace", "-o", path)) == f"mixedkv: {path}: No space left on device\n"

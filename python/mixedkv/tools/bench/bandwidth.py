@@ -10,8 +10,6 @@ import numpy as np
 
 from .problem import aligned_empty
 
-__all__ = ["Reader"]
-
 #: Reads go on for about this long, so that starting the threads weighs nothing.
 _SECONDS = 10e-3
 

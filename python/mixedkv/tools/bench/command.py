@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 import mixedkv as mkv
-from mixedkv.tools._commands import check_plot, need, stop
 
+from .._commands import check_plot, need, quiet_transformers, stop
+from ..options import AsJson
+from ..progress import Bars
 from . import end_to_end as whole
 from .peers import NAMES, load
 from .shapes import DEFAULT_MODELS, MODELS, Shape, parse_shape
 
-__all__ = ["bench"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from . import plan as kernel_plan
+    from .end_to_end import plan as whole_plan
 
 T = TypeVar("T")
 
@@ -80,9 +86,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="One model, short contexts, all threads, short rounds.")
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
-    ] = False,
+    json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the figures into this file (.png, .svg, .pdf).")
     ] = None,
@@ -157,67 +161,108 @@ def bench(
             side = "does not go with" if end_to_end else "needs"
             stop(f"{option}: {side} --end-to-end")
     if end_to_end:
-        from .end_to_end.plan import Plan
-        from .end_to_end.run import end_to_end as run_end_to_end
-
         if model is not None and len(model) != 1:
             stop("--model: one model with --end-to-end")
         if hot_size is not None and hot_size % 32:
             stop(f"--hot-size: must be a multiple of 32, got {hot_size}")
-        run_end_to_end(
-            Plan(
-                contexts=given or (whole.QUICK_CONTEXTS if quick else whole.CONTEXTS),
-                threads=thread_counts,
-                rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
-                steps=steps or _STEPS,
-                seconds=_PREFILL_SECONDS if seconds is None else seconds,
-                prefill_chunk=prefill_chunk,
-            ),
-            model=model[0] if model else None,
-            peers=_choose_peers(peers, whole.PEERS),
-            hot_size=hot_size or _HOT_SIZE,
-            json=json,
-            plot=plot,
-        )
-        return
-    seconds = _SECONDS if seconds is None else seconds
-    shapes = _parse(
-        model or (DEFAULT_MODELS[:1] if quick else DEFAULT_MODELS), parse_shape, "--model"
-    )
-    tasks = _choose(only, _TASKS, "--only")
-    chosen = ["mixedkv", *_choose_peers(peers, NAMES[1:])]
+        chosen = _choose_peers(peers, whole.PEERS)
 
+        from .end_to_end.plan import Plan
+
+        plan = Plan(
+            contexts=given or (whole.QUICK_CONTEXTS if quick else whole.CONTEXTS),
+            threads=thread_counts,
+            rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
+            steps=steps or _STEPS,
+            seconds=_PREFILL_SECONDS if seconds is None else seconds,
+            prefill_chunk=prefill_chunk,
+        )
+        _end_to_end(plan, model[0] if model else None, chosen, hot_size or _HOT_SIZE, json, plot)
+    else:
+        seconds = _SECONDS if seconds is None else seconds
+        if quick:
+            model, seconds = model or [DEFAULT_MODELS[0]], min(seconds, 0.5)
+        shapes = _parse(model or DEFAULT_MODELS, parse_shape, "--model")
+        tasks = _choose(only, _TASKS, "--only")
+        chosen = ["mixedkv", *_choose_peers(peers, NAMES[1:])]
+
+        from .plan import CONVERT_TOKENS, PREFILL_QUERIES
+        from .plan import Plan as KernelPlan
+
+        if given is not None:
+            _check_fits(shapes, tasks, given, PREFILL_QUERIES)
+        prefill = given or (_QUICK_KV if quick else _PREFILL_KV)
+        kernels = KernelPlan(
+            shapes=shapes,
+            tasks=tasks,
+            decode_kv=given or (_QUICK_KV if quick else _DECODE_KV),
+            prefill_kv=[n for n in prefill if n >= PREFILL_QUERIES],
+            threads=thread_counts,
+            seconds=seconds,
+            rounds=rounds,
+            convert_tokens=CONVERT_TOKENS,
+            prefill_queries=PREFILL_QUERIES,
+        )
+        _kernels(kernels, chosen, ggml_dir, build_ggml, json, plot)
+
+
+def _kernels(
+    plan: kernel_plan.Plan,
+    peers: Sequence[str],
+    ggml_dir: Path | None,
+    build_ggml: bool,
+    json: bool,
+    plot: Path | None,
+) -> None:
+    """Run attention and conversion, and print what was found."""
     from rich.console import Console
 
-    from . import plan as plans
-    from .outcome import deliver
+    from .plan import cells, run
     from .plot import save_plot
-    from .progress import RichProgress
-    from .report import print_report
+    from .report import deliver, print_report
 
-    if given is not None:
-        _check_fits(shapes, tasks, given, plans.PREFILL_QUERIES)
     errors = Console(stderr=True)
     if build_ggml:
         ggml_dir = _build_ggml(errors)
     if ggml_dir is not None and not ggml_dir.is_dir():
         stop(f"--ggml-dir: {ggml_dir} is not a directory")
-    loaded, absent = load(chosen, ggml_dir)
-    default_prefill = _QUICK_KV if quick else _PREFILL_KV
-    plan = plans.Plan(
-        shapes=shapes,
-        tasks=tasks,
-        decode_kv=given or (_QUICK_KV if quick else _DECODE_KV),
-        prefill_kv=[n for n in given or default_prefill if n >= plans.PREFILL_QUERIES],
-        threads=thread_counts,
-        seconds=min(seconds, 0.5) if quick else seconds,
-        rounds=rounds,
-        convert_tokens=plans.CONVERT_TOKENS,
-        prefill_queries=plans.PREFILL_QUERIES,
-    )
-    with RichProgress(errors, plans.cells(plan)) as progress:
-        report = plans.run(plan, loaded, absent, progress)
+    loaded, absent = load(peers, ggml_dir)
+    with Bars(errors, phases=sum(map(len, cells(plan)))) as bars:
+        report = run(plan, loaded, absent, bars)
     deliver(report, show=print_report, draw=save_plot, json=json, plot=plot, errors=errors)
+
+
+def _end_to_end(
+    plan: whole_plan.Plan,
+    model: str | None,
+    peers: Sequence[str],
+    hot_size: int,
+    json: bool,
+    plot: Path | None,
+) -> None:
+    """Load a model, run a plan with it, and print what was found."""
+    from rich.console import Console
+
+    import mixedkv.integrations.transformers as mkt
+
+    from .. import models
+    from .end_to_end.contenders import check_memory, gather
+    from .end_to_end.plan import positions_of, run, text_of
+    from .plot import save_whole
+    from .report import deliver, print_whole
+
+    quiet_transformers()
+    mkt.register()
+    errors = Console(stderr=True)
+    with Bars(errors) as bars:
+        bars.phase("loading the model")
+        loaded = models.load(model, progress=bars)
+    ids = text_of(loaded.tokenizer, plan, positions_of(loaded.model))
+    check_memory(loaded.model.config, ids.shape[1], hot_size)
+    contenders = gather(loaded.model.config, peers, hot_size)
+    with Bars(errors, phases=len(plan.contexts) * len(plan.threads)) as bars:
+        report = run(plan, loaded.title, loaded.model, ids, contenders, bars)
+    deliver(report, show=print_whole, draw=save_whole, json=json, plot=plot, errors=errors)
 
 
 def _split(values: Iterable[str]) -> list[str]:
@@ -266,7 +311,7 @@ def _check_fits(
     shapes: Sequence[Shape], tasks: Sequence[str], lengths: Sequence[int], least_prefill: int
 ) -> None:
     """Refuse a length that no shape has the memory for, and lengths of which nothing runs."""
-    from .memory import available, in_words
+    from ..memory import available, in_words
     from .plan import attention_bytes, fits_memory
 
     if set(tasks) == {"prefill"} and max(lengths) < least_prefill:
@@ -284,13 +329,10 @@ def _check_fits(
             )
 
 
-def _build_ggml(errors: object) -> Path:
-    from rich.console import Console
-
+def _build_ggml(errors: Console) -> Path:
     from .peers.ggml import find_libraries
     from .peers.ggml_build import BuildError, build, build_directory
 
-    assert isinstance(errors, Console)
     directory = build_directory()
     if directory is None:
         need("platformdirs", "demo")

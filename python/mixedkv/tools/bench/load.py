@@ -6,8 +6,6 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["OthersLoad"]
-
 _STAT = Path("/proc/stat")
 
 

@@ -1,31 +1,65 @@
-"""Tables for people."""
+"""What both benches print and draw, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import json as json_module
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .plan import Faster, Report, Row, Table
+from .._commands import naming
+from . import results
+from .plan import Report, Row, Table
+from .results import Faster, count
 
-__all__ = [
-    "duration",
-    "narrow_table",
-    "number",
-    "print_absent",
-    "print_machine",
-    "print_report",
-    "render_faster",
-    "render_load",
-    "render_table",
-]
+if TYPE_CHECKING:
+    from .end_to_end import plan as whole
 
 #: CPUs busy with other things from which on a table says so.
 _BUSY = 0.15
+
+R = TypeVar("R", bound=results.Report[Any])
+Column = tuple[str, Callable[[Any], str]]
+
+
+def deliver(
+    report: R,
+    *,
+    show: Callable[[R, Console], None],
+    draw: Callable[[R, Path], None],
+    json: bool,
+    plot: Path | None,
+    errors: Console,
+) -> None:
+    """Print a report as tables or as JSON, and draw it where a plot is asked for.
+
+    Raises
+    ------
+    typer.Exit
+        With status 1 where mixedkv was wrong.
+    """
+    if json:
+        typer.echo(json_module.dumps(report.as_json(), indent=2))
+    else:
+        show(report, Console())
+    if plot is not None:
+        with naming(plot):
+            draw(report, plot)
+        errors.print(f"plot: {plot}")
+    if report.wrong:
+        if json:
+            for line in report.wrong:
+                errors.print(f"WRONG: {line}")
+        raise typer.Exit(1)
+
+
+# --- what both have -------------------------------------------------------------------------------
 
 
 def duration(seconds: float | None) -> str:
@@ -34,11 +68,8 @@ def duration(seconds: float | None) -> str:
         return "-"
     for factor, unit in ((1e6, "us"), (1e3, "ms")):
         if seconds * factor < 1000:
-            return (
-                f"{seconds * factor:.3g} {unit}"
-                if seconds * factor < 100
-                else (f"{seconds * factor:.0f} {unit}")
-            )
+            form = ".3g" if seconds * factor < 100 else ".0f"
+            return f"{seconds * factor:{form}} {unit}"
     return f"{seconds:.2f} s"
 
 
@@ -47,31 +78,83 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _title(table: Table) -> str:
-    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
-    if table.task == "decode":
-        return f"decode: {table.shape}, kv {table.kv_len}, {threads}"
-    if table.task == "prefill":
-        return (
-            f"prefill: {table.shape}, {table.qo_len} causal queries, kv {table.kv_len}, {threads}"
+def _billions(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.1f}"
+
+
+def _render(
+    title: str,
+    columns: Sequence[Column],
+    groups: Iterable[Iterable[results.Row]],
+    style: Callable[[Any], str],
+    left: int = 1,
+) -> RichTable:
+    """Return a table of rows that makes do with 80 columns; its first `left` columns are words."""
+    rich = RichTable(
+        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0), pad_edge=False
+    )
+    for index, (name, _) in enumerate(columns):
+        rich.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    for group in groups:
+        for row in group:
+            rich.add_row(*(show(row) for _, show in columns), style=style(row))
+        rich.add_section()
+    return rich
+
+
+def _style(row: results.Row) -> str:
+    return "red" if row.problem else "bold" if row.peer == "mixedkv" else ""
+
+
+def _below(table: results.Table[Any], *faster: tuple[str, Sequence[Faster]]) -> Iterator[Text]:
+    """Yield the lines below a table: who was faster than mixedkv, and whether others were busy."""
+    for where, ones in faster:
+        if ones:
+            names = "; ".join(f"{one.name} ({one.ratio:.2f} of {one.against})" for one in ones)
+            yield Text(f"faster than mixedkv{where}: {names}")
+    if table.others_load is not None and table.others_load > _BUSY:
+        yield Text(
+            f"other processes kept {table.others_load:.1f} CPUs busy meanwhile: not to be relied "
+            "on",
+            style="yellow",
         )
-    return f"conversion: {table.kv_len} rows of {table.shape.head_dim}, {threads}"
 
 
-def _style(row: Row) -> str:
-    if row.problem:
-        return "red"
-    if row.role in ("part", "roof"):
-        return "dim"
-    return "bold" if row.peer == "mixedkv" else ""
+def _print(
+    report: results.Report[Any],
+    console: Console,
+    above: Sequence[str],
+    render: Callable[[Any], RenderableType],
+    below: Sequence[str] = (),
+) -> None:
+    """Print everything: machine, tables, and who was not there and why."""
+    machine = report.machine
+    console.print(
+        f"mixedkv {machine['mixedkv']} ({machine['isa']}) on {machine['cpu']}, "
+        f"{machine['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in report.peers.items())
+    )
+    for line in above:
+        console.print(line)
+    for table in report.tables:
+        console.print()
+        console.print(render(table))
+    console.print()
+    for line in below:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for name, reason in report.absent.items():
+        console.print(f"absent: {name}: {reason}", style="yellow", soft_wrap=True, markup=False)
+    for line in report.wrong:
+        console.print(f"WRONG: {line}", style="bold red", soft_wrap=True, markup=False)
 
 
-def render_faster(faster: Sequence[Faster], task: str = "") -> list[RenderableType]:
-    """Return the line that names who was faster than mixedkv, where somebody was."""
-    if not faster:
-        return []
-    names = "; ".join(f"{one.name} ({one.ratio:.2f} of {one.against})" for one in faster)
-    return [Text(f"faster than mixedkv{task and f' in {task}'}: {names}")]
+# --- attention and conversion ---------------------------------------------------------------------
+
+
+def label(table: Table, row: Row) -> str:
+    """Return a row's name, behind the kind of a conversion."""
+    kind = table.task == "convert" and row.role != "roof"
+    return f"{row.role}  {row.name}" if kind else row.name
 
 
 def _groups(table: Table) -> Iterator[list[Row]]:
@@ -88,116 +171,115 @@ def _groups(table: Table) -> Iterator[list[Row]]:
     yield [row for row in table.rows if row.role == "race" and not row.against]
 
 
-def narrow_table(title: str) -> RichTable:
-    """Return an empty table that makes do with 80 columns."""
-    return RichTable(
-        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0), pad_edge=False
-    )
-
-
-def render_load(others_load: float | None) -> list[RenderableType]:
-    """Return the line that says that other processes were busy, where they were."""
-    if others_load is None or others_load <= _BUSY:
-        return []
-    return [
-        Text(
-            f"other processes kept {others_load:.1f} CPUs busy meanwhile: not to be relied on",
-            style="yellow",
-        )
-    ]
-
-
 def render_table(table: Table) -> RenderableType:
     """Return a table for the terminal."""
     if table.skipped:
-        return Text(f"{_title(table)}: skipped, {table.skipped}", style="yellow")
-    rich = narrow_table(f"{_title(table)} ({table.rounds} rounds)")
-    rich.add_column("contender", no_wrap=True)
+        return Text(f"{table.title}: skipped, {table.skipped}", style="yellow")
+    columns: list[Column] = [("contender", lambda row: label(table, row))]
     if table.task != "convert":
-        rich.add_column("math", no_wrap=True)
-    for name in ("best", "median", "ratio"):
-        rich.add_column(name, justify="right", no_wrap=True)
+        columns.append(("math", lambda row: row.arithmetic or ""))
+    left = len(columns)
+    columns += [
+        ("best", lambda row: row.problem or duration(row.best)),
+        ("median", lambda row: "" if row.problem else duration(row.median)),
+        ("ratio", lambda row: number(row.ratio, ".2f")),
+    ]
     if table.task == "prefill":
-        rich.add_column("GFLOP/s", justify="right", no_wrap=True)
+        columns.append(("GFLOP/s", lambda row: _billions(row.flops)))
     else:
-        rich.add_column(" GB/s", justify="right", no_wrap=True)
+        columns.append((" GB/s", lambda row: _billions(row.bytes_per_second)))
     if table.task == "decode":
-        rich.add_column("read", justify="right", no_wrap=True)
-    rich.add_column("error", justify="right", no_wrap=True)
-    for rows in _groups(table):
-        for row in rows:
-            name = f"{row.role}  {row.name}" if table.task == "convert" else row.name
-            if row.role == "roof":
-                name = row.name
-            first = [name] if table.task == "convert" else [name, row.arithmetic or ""]
-            if row.problem:
-                rich.add_row(*first, row.problem, style=_style(row))
-                continue
-            speed = row.flops if table.task == "prefill" else row.bytes_per_second
-            cells = [*first, duration(row.best), duration(row.median)]
-            cells += [number(row.ratio, ".2f"), number(speed and speed / 1e9, ".1f")]
-            if table.task == "decode":
-                share = row.share_of_read
-                cells.append("" if share is None else f"{100 * share:.0f}%")
-            cells.append(number(row.error, ".1e") if row.error else "0" if row.error == 0 else "")
-            rich.add_row(*cells, style=_style(row))
-        rich.add_section()
-    below: list[RenderableType] = []
+        columns.append(("read", lambda row: number(row.share_of_read, ".0%")))
+    columns.append(
+        (
+            "error",
+            lambda row: "" if row.problem else number(row.error, ".1e") if row.error != 0 else "0",
+        )
+    )
+    rich = _render(
+        f"{table.title} ({table.rounds} rounds)",
+        columns,
+        _groups(table),
+        lambda row: "dim" if row.role in ("part", "roof") and not row.problem else _style(row),
+        left,
+    )
+    parts = []
     if table.mixed_over_parts is not None:
         change = 100 * (table.mixed_over_parts - 1)
-        below.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
-    return Group(rich, *below, *render_faster(table.faster), *render_load(table.others_load))
-
-
-def print_machine(machine: dict[str, Any], peers: dict[str, str], console: Console) -> None:
-    """Print where a run took place and who took part."""
-    console.print(
-        f"mixedkv {machine['mixedkv']} ({machine['isa']}) on {machine['cpu']}, "
-        f"{machine['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in peers.items())
-    )
-
-
-def print_absent(absent: dict[str, str], wrong: list[str], console: Console) -> None:
-    """Print who was not there and why, and what mixedkv got wrong."""
-    for name, reason in absent.items():
-        console.print(f"absent: {name}: {reason}", style="yellow", soft_wrap=True, markup=False)
-    for line in wrong:
-        console.print(f"WRONG: {line}", style="bold red", soft_wrap=True, markup=False)
+        parts.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
+    return Group(rich, *parts, *_below(table, ("", table.faster)))
 
 
 def _who_was_faster(tables: Sequence[Table]) -> list[str]:
     """Return one line over all tables; none where mixedkv was compared with nobody."""
-    raced = [
-        table
+    others = [
+        [row.ratio for row in table.rows if row.peer not in ("mixedkv", "memory")]
         for table in tables
-        if any(
-            row.ratio is not None and row.peer not in ("mixedkv", "memory") for row in table.rows
-        )
     ]
+    raced = sum(any(ratio is not None for ratio in ratios) for ratios in others)
     if not raced:
         return []
-    ahead = [table for table in raced if table.faster]
+    ahead = [table for table in tables if table.faster]
     names = dict.fromkeys(one.name for table in ahead for one in table.faster)
     return [
-        f"faster than mixedkv in {len(ahead)} of {len(raced)} tables: "
+        f"faster than mixedkv in {len(ahead)} of {raced} tables: "
         + (", ".join(names) if names else "nobody")
     ]
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print everything: machine, tables, notes, and who was not there."""
-    print_machine(report.machine, report.peers, console)
-    console.print(
+    """Print a report of attention and conversion."""
+    above = (
         "ratio: the contender's time by that of mixedkv's cache on keys of its kind and in its "
         "arithmetic (math), or else in f32; median over the rounds; above 1, mixedkv is faster."
     )
-    for table in report.tables:
-        console.print()
-        console.print(render_table(table))
-    console.print()
-    for line in _who_was_faster(report.tables):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True)
-    print_absent(report.absent, report.wrong, console)
+    below = [*_who_was_faster(report.tables), *(f"note: {note}" for note in report.notes)]
+    _print(report, console, [above], render_table, below)
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+_DECODE: tuple[Column, ...] = (
+    ("contender", lambda row: str(row.name)),
+    ("tok/s", lambda row: number(row.tokens_per_second, ".1f")),
+    ("ratio", lambda row: number(row.ratio, ".2f")),
+    ("step", lambda row: duration(row.step)),
+    ("attention", lambda row: duration(row.attention)),
+    ("rest", lambda row: duration(row.rest)),
+    ("KL", lambda row: number(row.kl, ".1e")),
+    ("top-1", lambda row: "" if row.top1 is None else f"{100 * row.top1:.0f} %"),
+)
+_PREFILL: tuple[Column, ...] = (
+    ("contender", lambda row: str(row.name)),
+    ("ratio", lambda row: number(row.prefill_ratio, ".2f")),
+    ("time", lambda row: duration(row.prefill)),
+    ("attention", lambda row: duration(row.prefill_attention)),
+    ("rest", lambda row: duration(row.prefill_rest)),
+)
+
+
+def render_whole(table: whole.Table) -> RenderableType:
+    """Return the tables of an end-to-end cell for the terminal."""
+    decode = f"decode: {table.title} ({table.rounds} rounds of {table.steps} steps)"
+    prefill = (
+        f"prefill: {table.prompt} tokens, {count(table.threads, 'thread')} "
+        f"({count(table.prefill_rounds, 'round')})"
+    )
+    return Group(
+        _render(decode, _DECODE, [table.rows], _style),
+        _render(prefill, _PREFILL, [table.rows], _style),
+        *(Text(f"{row.name}: {row.problem}", style="red") for row in table.rows if row.problem),
+        *_below(table, (" in decode", table.faster), (" in prefill", table.prefill_faster)),
+    )
+
+
+def print_whole(report: whole.Report, console: Console) -> None:
+    """Print an end-to-end report."""
+    model = report.model
+    above = (
+        f"{model['title']}: {model['parameters'] / 1e6:.0f} M parameters in {model['dtype']}",
+        "ratio: the contender's time by that of mixedkv's mixed cache, median over the rounds; "
+        "above 1, mixedkv is faster. attention: with the cache's storing, quantising and "
+        "dequantising.",
+    )
+    _print(report, console, above, render_whole)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_MODELS", "MODELS", "Shape", "parse_shape"]
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Clock", "Run", "Timing", "measure", "median_ratio"]
-
 #: Timed calls of a turn go on for about this long.
 TURN_SECONDS = 10e-3
 #: Untimed calls before them: others have emptied the caches meanwhile, and one pass over the keys

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import LayerInfo, RecordedStep, TraceHeader
+from ..progress import SILENT, Progress
+from .format import LayerInfo, TraceHeader
 from .gguf_file import F16, F32, Q4_0, TYPE_NAMES
 from .layout import watched
-from .record import Listener, Recording, Settings
+from .record import Listener, Recorder, Recording, Settings
 
 ROUNDING = {"f16": 5e-3, "q4_0": 3e-2}
 """Relative error (norm over norm, a step) of llama.cpp's own attention against exact arithmetic,
@@ -65,6 +66,7 @@ def record(
     *,
     prompt_tokens: int | None = None,
     listener: Listener | None = None,
+    progress: Progress = SILENT,
 ) -> Recording:
     """Run a GGUF model over a prompt and some decode steps, and record its attention.
 
@@ -95,35 +97,26 @@ def record(
         tokens = _tokenize(llama_cpp, model, prompt)[:prompt_tokens]
         if not tokens:
             raise ValueError("the prompt has no token")
-        num_layers = llama_cpp.llama_model_n_layer(model)
-        wanted = set(range(num_layers)) if settings.layers is None else set(settings.layers)
-        for layer in sorted(wanted):
-            if not 0 <= layer < num_layers:
-                raise ValueError(f"layer {layer} is none of the model's, 0 to {num_layers - 1}")
         header = TraceHeader(
             engine="llama.cpp",
             engine_version=f"llama-cpp-python {llama_cpp.__version__}",
             model=path.stem,
             cache="standard",
         )
-        watcher = _Watcher(_ggml(llama_cpp), header, wanted, settings, listener)
+        recorder = Recorder(header, llama_cpp.llama_model_n_layer(model), settings, listener)
+        watcher = _Watcher(_ggml(llama_cpp), recorder, settings)
         callback = llama_cpp.ggml_backend_sched_eval_callback(watcher)
         context = llama_cpp.llama_init_from_model(
             model, _context_params(llama_cpp, settings, len(tokens), callback)
         )
         if not context:
             raise ValueError("llama.cpp refuses these settings (cache types, length)")
-        _run(llama_cpp, model, context, watcher, tokens, settings, listener)
+        _run(llama_cpp, model, context, watcher, tokens, settings, progress)
     finally:
         if context:
             llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
-    lacking = wanted - set(header.layers)
-    if lacking:
-        raise ValueError(
-            f"llama.cpp computed no flash attention for layer {min(lacking)}: it can't be recorded"
-        )
-    return Recording(header, watcher.steps)
+    return recorder.finish()
 
 
 def _tokenize(llama_cpp: Any, model: Any, prompt: str) -> list[int]:
@@ -158,21 +151,20 @@ def _run(
     watcher: _Watcher,
     prompt: list[int],
     settings: Settings,
-    listener: Listener | None,
+    progress: Progress,
 ) -> None:
     vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     rng = np.random.default_rng(settings.seed)
     fed = prompt
     for step in range(1, settings.steps + 2):
-        watcher.begin(step, fed)
+        watcher.recorder.begin(step, fed)
         array = (llama_cpp.llama_token * len(fed))(*fed)
         code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(fed)))
         if watcher.error is not None:
             raise watcher.error
         if code:
             raise ValueError(f"llama.cpp failed in step {step} with code {code}")
-        if listener is not None:
-            listener.step_done(step)
+        progress.at(step, settings.steps + 1)
         pointer = llama_cpp.llama_get_logits_ith(context, -1)
         logits = np.ctypeslib.as_array(pointer, (vocab_size,)).astype(np.float64)
         token = int(logits.argmax())
@@ -198,27 +190,11 @@ def _ggml(llama_cpp: Any) -> Any:
 class _Watcher:
     """The eval callback: asked of every node, then told when the wanted ones are computed."""
 
-    def __init__(
-        self,
-        ggml: Any,
-        header: TraceHeader,
-        wanted: set[int],
-        settings: Settings,
-        listener: Listener | None,
-    ) -> None:
+    def __init__(self, ggml: Any, recorder: Recorder, settings: Settings) -> None:
         self.ggml = ggml
+        self.recorder = recorder
         self.settings = settings
-        self.header = header
-        self.wanted = wanted
-        self.listener = listener
-        self.steps: list[RecordedStep] = []
-        self.step = 0
         self.error: Exception | None = None
-
-    def begin(self, step: int, tokens: list[int]) -> None:
-        self.step = step
-        self.header.tokens.extend(tokens)
-        self.header.step_tokens.append(len(tokens))
 
     def __call__(self, address: int, ask: bool, _: Any) -> bool:
         # An exception must not cross llama.cpp: it is kept, and the graph is broken off.
@@ -229,7 +205,7 @@ class _Watcher:
             if self.ggml.ggml_get_name(address) != address + _Tensor.name.offset:
                 raise ValueError("this llama.cpp lays its tensors out in another way")
             layer = _layer_of(node.src[1])
-            if layer not in self.wanted:
+            if layer not in self.recorder.wanted:
                 return not ask
             if not ask:
                 self._record(node, layer)
@@ -275,8 +251,9 @@ class _Watcher:
             # The cache may be of one type, and what its attention reads of another.
             found = TYPE_NAMES[source.contents.type]
             if found != asked:
-                self.header.notes[f"cast_{name}"] = f"{asked} in the cache, {found} in attention"
-        self.header.layers[layer] = LayerInfo(
+                notes = self.recorder.header.notes
+                notes[f"cast_{name}"] = f"{asked} in the cache, {found} in attention"
+        info = LayerInfo(
             num_qo_heads=q.shape[1],
             num_kv_heads=k.shape[1],
             head_dim=q.shape[3],
@@ -286,10 +263,7 @@ class _Watcher:
             logits_soft_cap=cap,
             sinks=sinks,
         )
-        step = RecordedStep(layer, self.step, tensors)
-        self.steps.append(step)
-        if self.listener is not None:
-            self.listener.recorded(step)
+        self.recorder.add(layer, info, tensors)
 
 
 def _layer_of(pointer: Any) -> int:

@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from mixedkv.tools._commands import printable
-
+from .._commands import printable
 from .verify import Verification
 
 _HOT, _COLD, _INK, _FAINT = "#d1495b", "#2e6f95", "#2b2d33", "#8a8f99"

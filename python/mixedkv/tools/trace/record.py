@@ -10,9 +10,10 @@ attended: hot rows in their type, cold rows as ggml's Q4_0 blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,18 +22,11 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
+from ..progress import SILENT, Progress
 from .format import LayerInfo, RecordedStep, TraceHeader
 from .layout import watched
 
-
-class Listener(Protocol):
-    """Is told what was recorded, while it happens."""
-
-    def recorded(self, step: RecordedStep) -> None:
-        """One layer of one step is recorded."""
-
-    def step_done(self, step: int) -> None:
-        """All layers of a step are."""
+Listener: TypeAlias = Callable[[RecordedStep], None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,56 @@ class Recording:
     steps: list[RecordedStep] = field(default_factory=list)
 
 
+class Recorder:
+    """Takes down what an engine's attention got and gave.
+
+    Parameters
+    ----------
+    num_layers
+        Of the model; `settings.layers` must be among them.
+    listener
+        Is told of each layer of each step.
+    """
+
+    def __init__(
+        self,
+        header: TraceHeader,
+        num_layers: int,
+        settings: Settings,
+        listener: Listener | None,
+    ) -> None:
+        self.header = header
+        self.steps: list[RecordedStep] = []
+        self.step = 0
+        self.wanted = set(range(num_layers) if settings.layers is None else settings.layers)
+        self.listener = listener
+        for layer in sorted(self.wanted):
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"layer {layer} is none of the model's, 0 to {num_layers - 1}")
+
+    def begin(self, step: int, tokens: Sequence[int]) -> None:
+        """Begin a step that takes these tokens."""
+        self.step = step
+        self.header.tokens.extend(tokens)
+        self.header.step_tokens.append(len(tokens))
+
+    def add(self, layer: int, info: LayerInfo, tensors: dict[str, NDArray[Any]]) -> None:
+        """Take down a layer."""
+        self.header.layers[layer] = info
+        self.steps.append(RecordedStep(layer, self.step, tensors))
+        if self.listener is not None:
+            self.listener(self.steps[-1])
+
+    def finish(self) -> Recording:
+        """Give what was recorded."""
+        lacking = self.wanted - set(self.header.layers)
+        if lacking:
+            raise ValueError(
+                f"layer {min(lacking)} of the model has no attention of its own to record"
+            )
+        return Recording(self.header, self.steps)
+
+
 @torch.no_grad()
 def record(
     model: Any,
@@ -83,6 +127,7 @@ def record(
     *,
     title: str = "model",
     listener: Listener | None = None,
+    progress: Progress = SILENT,
 ) -> Recording:
     """Run a model over a prompt and some decode steps, and record its attention.
 
@@ -102,42 +147,32 @@ def record(
 
     if not prompt:
         raise ValueError("the prompt has no token")
-    num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    wanted = set(range(num_layers)) if settings.layers is None else set(settings.layers)
-    for layer in sorted(wanted):
-        if not 0 <= layer < num_layers:
-            raise ValueError(f"layer {layer} is none of the model's, 0 to {num_layers - 1}")
-    total = len(prompt) + settings.steps
-    cache = make_cache(model.config, total, settings)
-    recorder = _Recorder(cache, wanted, settings, listener)
-    recorder.header = TraceHeader(
+    header = TraceHeader(
         engine="transformers",
         engine_version=f"transformers {transformers.__version__}, mixedkv {mkv.__version__}",
         model=title,
         cache="mixed" if settings.mixed else "standard",
         notes={"isa": mkv.isa.active()},
     )
-    cache.observer = recorder.observe
+    num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    recorder = Recorder(header, num_layers, settings, listener)
+    cache = make_cache(model.config, len(prompt) + settings.steps, settings)
+    cache.observer = partial(_observe, recorder, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    ids = list(prompt)
-    fed = ids
+    fed = list(prompt)
     for step in range(1, settings.steps + 2):
         recorder.begin(step, fed)
         logits = model(
             torch.tensor([fed]), past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits[0, -1]
-        if listener is not None:
-            listener.step_done(step)
+        progress.at(step, settings.steps + 1)
         if settings.sample:
             probability = torch.softmax(logits.float(), -1)
             token = int(torch.multinomial(probability, 1, generator=generator))
         else:
             token = int(logits.argmax())
         fed = [token]
-    lacking = wanted - set(recorder.header.layers)
-    if lacking:
-        raise ValueError(f"layer {min(lacking)} of the model has no attention of its own to record")
-    return Recording(recorder.header, recorder.steps)
+    return recorder.finish()
 
 
 def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
@@ -166,81 +201,57 @@ def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
     )
 
 
-class _Recorder:
-    header: TraceHeader
-
-    def __init__(
-        self,
-        cache: mkt.MixedCache,
-        wanted: set[int],
-        settings: Settings,
-        listener: Listener | None,
-    ) -> None:
-        self.cache = cache
-        self.wanted = wanted
-        self.settings = settings
-        self.listener = listener
-        self.steps: list[RecordedStep] = []
-        self.step = 0
-
-    def begin(self, step: int, tokens: Sequence[int]) -> None:
-        self.step = step
-        self.header.tokens.extend(tokens)
-        self.header.step_tokens.append(len(tokens))
-
-    def observe(self, seen: mkt.Observation) -> None:
-        if seen.layer not in self.wanted:
-            return
-        if seen.rows != 1 or seen.kept is not None:
-            raise ValueError("a trace is of one sequence without padding")
-        hot, cold = seen.native.export_rows(seen.place, 0)
-        queries = seen.query.shape[2]
-        q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
-        q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
-        out = watched("kqv_out, the op's [1, query, head, dim]", seen.out.float().numpy())
-        out = np.array(out[0], np.float32, order="C").reshape(queries, -1)
-        watched("kqv_out [query, head * dim]", out)
-        at = np.arange(seen.first + seen.width - queries, seen.first + seen.width)
-        window = seen.options["window_left"]
-        tensors = {
-            "kqv_out": out,
-            "q": q,
-            "k": watched("K [kv head, key, dim], hot", hot.k),
-            "v": watched("V [kv head, key, dim], hot", hot.v),
-        }
-        masks = [position_mask(at, hot.positions, window)]
-        if self.settings.mixed:
-            # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
-            # is masked stands in.
-            positions, k, v = cold.positions, cold.k, cold.v
-            if not len(positions):
-                positions = np.array([-1])
-                k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
-                v = np.zeros((v.shape[0], 1, v.shape[2]), v.dtype)
-            masks.insert(0, position_mask(at, positions, window))
-            tensors["k_quant"] = watched("K_quant [kv head, key, dim], cold", k)
-            tensors["v_quant"] = watched("V_quant [kv head, key, dim], cold", v)
-            self.header.positions_quant[self.step] = positions
-            if self.settings.second_mask:
-                tensors["mask_quant"] = watched("mask_quant [query, key]", masks.pop(0))
-        tensors["mask"] = watched("mask [query, key]", np.concatenate(masks, 1))
-        self.header.positions[self.step] = hot.positions
-        sinks = seen.options["sinks"]
-        scale = seen.options["sm_scale"]
-        self.header.layers[seen.layer] = LayerInfo(
-            num_qo_heads=q.shape[0],
-            num_kv_heads=hot.k.shape[0],
-            head_dim=q.shape[2],
-            head_dim_v=seen.out.shape[3],
-            sm_scale=1 / math.sqrt(q.shape[2]) if scale is None else float(scale),
-            logits_soft_cap=float(seen.options["logits_soft_cap"]),
-            sinks=None if sinks is None else tuple(sinks.tolist()),
-            window_left=-1 if window is None else int(window),
-        )
-        step = RecordedStep(seen.layer, self.step, tensors)
-        self.steps.append(step)
-        if self.listener is not None:
-            self.listener.recorded(step)
+def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> None:
+    """Take down one attention of the model: the observer of its cache."""
+    if seen.layer not in recorder.wanted:
+        return
+    if seen.rows != 1 or seen.kept is not None:
+        raise ValueError("a trace is of one sequence without padding")
+    hot, cold = seen.native.export_rows(seen.place, 0)
+    queries = seen.query.shape[2]
+    q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
+    q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
+    out = watched("kqv_out, the op's [1, query, head, dim]", seen.out.float().numpy())
+    out = np.array(out[0], np.float32, order="C").reshape(queries, -1)
+    watched("kqv_out [query, head * dim]", out)
+    at = np.arange(seen.first + seen.width - queries, seen.first + seen.width)
+    window = seen.options["window_left"]
+    tensors = {
+        "kqv_out": out,
+        "q": q,
+        "k": watched("K [kv head, key, dim], hot", hot.k),
+        "v": watched("V [kv head, key, dim], hot", hot.v),
+    }
+    masks = [position_mask(at, hot.positions, window)]
+    if settings.mixed:
+        # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
+        # is masked stands in.
+        positions, k, v = cold.positions, cold.k, cold.v
+        if not len(positions):
+            positions = np.array([-1])
+            k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
+            v = np.zeros((v.shape[0], 1, v.shape[2]), v.dtype)
+        masks.insert(0, position_mask(at, positions, window))
+        tensors["k_quant"] = watched("K_quant [kv head, key, dim], cold", k)
+        tensors["v_quant"] = watched("V_quant [kv head, key, dim], cold", v)
+        recorder.header.positions_quant[recorder.step] = positions
+        if settings.second_mask:
+            tensors["mask_quant"] = watched("mask_quant [query, key]", masks.pop(0))
+    tensors["mask"] = watched("mask [query, key]", np.concatenate(masks, 1))
+    recorder.header.positions[recorder.step] = hot.positions
+    sinks = seen.options["sinks"]
+    scale = seen.options["sm_scale"]
+    info = LayerInfo(
+        num_qo_heads=q.shape[0],
+        num_kv_heads=hot.k.shape[0],
+        head_dim=q.shape[2],
+        head_dim_v=seen.out.shape[3],
+        sm_scale=1 / math.sqrt(q.shape[2]) if scale is None else float(scale),
+        logits_soft_cap=float(seen.options["logits_soft_cap"]),
+        sinks=None if sinks is None else tuple(sinks.tolist()),
+        window_left=-1 if window is None else int(window),
+    )
+    recorder.add(seen.layer, info, tensors)
 
 
 def position_mask(

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixedkv.tools._commands import printable
-
+from .._commands import printable
 from .compare import Comparison
 from .format import ROLES, RecordedStep, Trace, tensor_name
 from .layout import as_float32, statistics

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mixedkv.tools.bench.memory import available, in_words
-
+from ..memory import available, in_words
 from .arithmetic import _MOST_LOGITS
 from .format import Step, Trace
 from .gguf_file import F32, TraceError

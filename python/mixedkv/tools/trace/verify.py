@@ -19,7 +19,7 @@ Three questions, kept apart:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 
+from ..progress import SILENT, Progress
 from .arithmetic import (
     Problem,
     attend_torch,
@@ -67,7 +68,7 @@ def verify(
     layers: Iterable[int] | None = None,
     isas: Sequence[str] | None = None,
     entropy: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Verification:
     """Recompute every step and judge it.
 
@@ -80,7 +81,7 @@ def verify(
     entropy
         Look at the weights too.
     progress
-        Told of the steps done and in all.
+        Told of the steps.
 
     Raises
     ------
@@ -99,9 +100,9 @@ def verify(
     follower = Follower(trace)
     results: list[StepResult] = []
     diagnosed = 0
+    progress.phase("verifying", len(steps))
     for done, step in enumerate(steps):
-        if progress is not None:
-            progress(done, len(steps))
+        progress.at(done, len(steps))
         data = step.load()
         unquantised = follower.follow(step, data)
         result = _verify_step(
@@ -115,8 +116,7 @@ def verify(
         )
         diagnosed += not result.passed
         results.append(result)
-    if progress is not None:
-        progress(len(steps), len(steps))
+    progress.at(len(steps), len(steps))
     failures = [*incomplete(trace, wanted), *follower.failures]
     if all(result.blind == result.n for result in results):
         failures = [*failures, "no query of any step sees a key: there is nothing to verify"]

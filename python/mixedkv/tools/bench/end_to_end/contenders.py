@@ -13,9 +13,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
-from .. import memory
-
-__all__ = ["REFERENCE", "Contender", "Field", "check_memory", "gather"]
+from ... import memory
 
 #: Who is right: every other contender's predictions are compared with its.
 REFERENCE = "DynamicCache"
@@ -101,7 +99,7 @@ def gather(config: Any, peers: Sequence[str], hot_size: int) -> Field:
         {},
     )
     for backend in peers:
-        _BACKENDS[backend](field, config)
+        _add(field, config, backend)
     return field
 
 
@@ -121,53 +119,31 @@ def _padded(tokens: int) -> int:
     return -(-tokens // _PAD) * _PAD
 
 
-def _add(field: Field, config: Any, peer: str, backend: str, **options: Any) -> None:
+_BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("transformers", {}),  # from transformers 5.23 on
+    "quanto": ("optimum-quanto", {"nbits": 4}),
+    # transformers' own documentation: groups along axis 1 with this backend.
+    "hqq": ("hqq", {"nbits": 4, "axis_key": 1, "axis_value": 1}),
+}
+"""Backends of QuantizedCache: whose they are, and their options."""
+
+
+def _add(field: Field, config: Any, backend: str) -> None:
     """Add a backend of QuantizedCache, if one can be made."""
+    peer, options = _BACKENDS[backend]
 
     def make(tokens: int) -> Any:
         return QuantizedCache(backend, config, **options)
 
     try:
+        version = field.versions.get(peer) or importlib.metadata.version(peer)
         make(0)
+    except importlib.metadata.PackageNotFoundError:
+        field.absent[backend] = f"not installed: pip install {peer}"
     except (ImportError, ValueError) as error:
         field.absent[backend] = " ".join(str(error).split())
-        return
-    field.contenders.append(
-        Contender(peer, f"QuantizedCache {backend}", "sdpa", make, _MOST_KL_QUANTIZED)
-    )
-    if peer != "transformers":
-        field.versions[peer] = importlib.metadata.version(peer)
-
-
-def _add_fp8(field: Field, config: Any) -> None:
-    _add(field, config, "transformers", "fp8")  # from transformers 5.23 on
-
-
-def _add_quanto(field: Field, config: Any) -> None:
-    if not _installed("optimum-quanto"):
-        field.absent["quanto"] = "not installed: pip install optimum-quanto"
-        return
-    _add(field, config, "optimum-quanto", "quanto", nbits=4)
-
-
-def _add_hqq(field: Field, config: Any) -> None:
-    if not _installed("hqq"):
-        field.absent["hqq"] = "not installed: pip install hqq"
-        return
-    # transformers' own documentation: groups along axis 1 with this backend.
-    _add(field, config, "hqq", "hqq", nbits=4, axis_key=1, axis_value=1)
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-_BACKENDS: dict[str, Callable[[Field, Any], None]] = {
-    "fp8": _add_fp8,
-    "quanto": _add_quanto,
-    "hqq": _add_hqq,
-}
+    else:
+        field.versions[peer] = version
+        field.contenders.append(
+            Contender(peer, f"QuantizedCache {backend}", "sdpa", make, _MOST_KL_QUANTIZED)
+        )

@@ -8,12 +8,11 @@ predictions can be compared.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,15 +20,15 @@ from typing import Any
 import torch
 
 import mixedkv as mkv
-from mixedkv.tools import evaluate
 
+from ... import evaluate, texts
+from ...progress import SILENT, Progress
+from .. import results
 from ..load import OthersLoad
-from ..plan import Faster, Progress, machine
+from ..results import faster, machine
 from ..timing import Run, Timing, measure, median_ratio
 from .contenders import REFERENCE, Contender, Field
 from .stopwatch import Stopwatch
-
-__all__ = ["CHECKED_STEPS", "Plan", "Report", "Row", "Table", "positions_of", "run"]
 
 #: Untimed decode steps between prefill and decoding, after which predictions are compared.
 CHECKED_STEPS = 8
@@ -76,19 +75,14 @@ class Plan:
         return prompt
 
 
-@dataclass
-class Row:
-    """One contender in one cell. Times in seconds; None where it was not timed."""
+@dataclass(kw_only=True)
+class Row(results.Row):
+    """One contender in one cell; `ratio` is that of its decoding."""
 
-    peer: str
-    name: str
     #: transformers' name of the attention.
     implementation: str
     #: Decode steps a second, moves and requantising included: steps by the time of all of them.
     tokens_per_second: float | None = None
-    #: Median over the rounds of its decoding time by that of the row named in `against`.
-    ratio: float | None = None
-    against: str | None = None
     #: A decode step: median, shortest, mean.
     step: float | None = None
     step_best: float | None = None
@@ -107,57 +101,44 @@ class Row:
     kl: float | None = None
     top1: float | None = None
     compared: int = 0
-    #: Why it was not timed.
-    problem: str | None = None
 
 
-@dataclass
-class Table:
-    """One cell."""
+@dataclass(kw_only=True)
+class Table(results.Table[Row]):
+    """One cell; `rounds` and `faster` are those of decoding."""
 
     context: int
     prompt: int
-    threads: int
-    rows: list[Row] = field(default_factory=list)
-    #: Rounds of prefill and of decoding, and steps of a round.
     prefill_rounds: int = 0
-    rounds: int = 0
+    #: Of a round of decoding.
     steps: int = 0
-    #: CPUs that other processes kept busy meanwhile; None where it is not known.
-    others_load: float | None = None
-    #: Who decoded, and who read the prompt, faster than mixedkv's mixed cache; the fastest first.
-    faster: list[Faster] = field(default_factory=list)
-    prefill_faster: list[Faster] = field(default_factory=list)
-
-
-@dataclass
-class Report:
-    """Everything that a run found."""
-
-    machine: dict[str, Any]
-    model: dict[str, Any]
-    peers: dict[str, str]
-    absent: dict[str, str]
-    tables: list[Table] = field(default_factory=list)
+    #: Who read the prompt faster than mixedkv's mixed cache; the fastest first.
+    prefill_faster: list[results.Faster] = field(default_factory=list)
 
     @property
-    def wrong(self) -> list[str]:
-        """What mixedkv itself got wrong; must be empty."""
-        return [
-            f"{row.name}, context {table.context}, {table.threads} threads: {row.problem}"
-            for table in self.tables
-            for row in table.rows
-            if row.peer == "mixedkv" and row.problem
-        ]
+    def subject(self) -> str:
+        """What it is of, in words."""
+        return f"context {self.context}"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
-        return {"task": "end-to-end", **dataclasses.asdict(self)}
+
+@dataclass(kw_only=True)
+class Report(results.Report[Table]):
+    """Everything that a run found."""
+
+    model: dict[str, Any]
+    task: str = "end-to-end"
 
 
 def positions_of(model: Any) -> int:
     """Return how many positions a model was made for."""
     return int(model.config.get_text_config(decoder=True).max_position_embeddings)
+
+
+def text_of(tokenizer: Any, plan: Plan, positions: int) -> torch.Tensor:
+    """Return prose as long as a plan needs, [1, n]: repeated where it is too short."""
+    needed = max(plan.prompt(context, positions) for context in plan.contexts) + plan.fed
+    ids: torch.Tensor = tokenizer(texts.library_prose(), return_tensors="pt").input_ids
+    return ids.repeat(1, -(-needed // ids.shape[1]))[:, :needed]
 
 
 class Session:
@@ -167,7 +148,9 @@ class Session:
         self, contender: Contender, model: Any, ids: torch.Tensor, prompt: int, plan: Plan
     ) -> None:
         self.contender = contender
-        self.row = Row(contender.peer, contender.name, contender.implementation)
+        self.row = Row(
+            peer=contender.peer, name=contender.name, implementation=contender.implementation
+        )
         self.prefill_attention: list[float] = []
         self.steps: list[float] = []
         self.attention: list[float] = []
@@ -190,8 +173,7 @@ class Session:
         try:
             return step()
         except Exception as error:
-            text = str(error).strip().splitlines()
-            self.row.problem = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+            self.row.fail(error)
             return math.nan
 
     def warm(self) -> float:
@@ -280,7 +262,7 @@ def run(
     model: Any,
     ids: torch.Tensor,
     contenders: Field,
-    progress: Progress,
+    progress: Progress = SILENT,
 ) -> Report:
     """Run a plan.
 
@@ -319,7 +301,7 @@ def run(
     try:
         for context, prompt in zip(plan.contexts, prompts, strict=True):
             for threads in plan.threads:
-                table = Table(context, prompt, threads)
+                table = Table(context=context, prompt=prompt, threads=threads)
                 report.tables.append(table)
                 torch.set_num_threads(threads)
                 mkv.set_num_threads(threads)
@@ -338,138 +320,103 @@ def run(
 
 
 def _run_cell(plan: Plan, table: Table, sessions: list[Session], progress: Progress) -> None:
-    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
-    progress.cell(f"context {table.context}, {threads}")
+    progress.phase(table.title)
     table.rows = [session.row for session in sessions]
     for i, session in enumerate(sessions):
-        progress.doing(f"warming up {session.contender.name}", i / len(sessions))
+        progress.at(i, len(sessions), f"warming up {session.contender.name}")
         session.attempt(session.warm)
     load = OthersLoad()
     prefills = _prefill(plan, table, _sound(sessions), progress)
-    _check(_sound(sessions), progress)
+    for i, session in enumerate(_sound(sessions)):
+        progress.at(i, len(sessions), f"checking {session.contender.name}")
+        session.attempt(session.check)
+    _compare(_sound(sessions))  # who is wrong is not timed
     decodes = _decode(plan, table, _sound(sessions), progress)
     table.others_load = load.cpus()
     racing = _sound(sessions)
-    reference = _reference(racing)
+    _compare(racing)
     for session in racing:
-        if session is not reference:
-            session.compare(reference)
-        _fill(session, prefills, decodes)
-        _fill_ratios(session, racing[0], prefills, decodes)
-    table.faster = _faster((row, row.ratio) for row in table.rows)
-    table.prefill_faster = _faster((row, row.prefill_ratio) for row in table.rows)
-
-
-def _faster(rows: Iterable[tuple[Row, float | None]]) -> list[Faster]:
-    found = [
-        Faster(row.name, row.against, ratio)
-        for row, ratio in rows
-        if row.peer != "mixedkv" and row.against is not None and ratio is not None and ratio < 1
-    ]
-    return sorted(found, key=lambda one: one.ratio)
+        _fill(session, racing[0], prefills, decodes)
+    table.faster = faster((row, row.ratio) for row in table.rows)
+    table.prefill_faster = faster((row, row.prefill_ratio) for row in table.rows)
 
 
 def _sound(sessions: Sequence[Session]) -> list[Session]:
     return [session for session in sessions if session.row.problem is None]
 
 
-def _reference(sessions: Sequence[Session]) -> Session:
-    """Return whom the others are compared with.
+def _compare(sessions: Sequence[Session]) -> None:
+    """Hold predictions against the reference's.
 
     Raises
     ------
     RuntimeError
         It could not run.
     """
+    references = [one for one in sessions if one.contender.name == REFERENCE]
+    if not references:
+        raise RuntimeError(f"{REFERENCE} could not run this model, and the others have no measure")
     for session in sessions:
-        if session.contender.name == REFERENCE:
-            return session
-    raise RuntimeError(f"{REFERENCE} could not run this model, and the others have no measure")
+        if session is not references[0]:
+            session.compare(references[0])
 
 
 def _prefill(
     plan: Plan, table: Table, sessions: Sequence[Session], progress: Progress
 ) -> dict[str, Timing]:
-    progress.doing("prefill", 0.0)
+    progress.at(0, 1, "prefill")
     if sessions:
         # The first forward of this length makes the process grow: nobody's affair.
         sessions[0].attempt(sessions[0].prefill)
         sessions[0].prefill_attention.clear()
     timings = measure(
-        [
-            Run(one.contender.name, partial(one.attempt, one.prefill), self_timed=True)
-            for one in sessions
-        ],
+        [_timed(one, one.prefill) for one in sessions],
         seconds=plan.seconds,
         min_rounds=1,
-        on_round=lambda done, elapsed: progress.doing(
-            f"prefill, round {done}", min(1.0, elapsed / max(plan.seconds, 1e-9))
+        on_round=lambda done, elapsed: progress.at(
+            min(elapsed, plan.seconds), plan.seconds or 1, f"prefill, round {done}"
         ),
     )
     table.prefill_rounds = len(timings[0].rounds) if timings else 0
     return {timing.name: timing for timing in timings}
 
 
-def _check(sessions: Sequence[Session], progress: Progress) -> None:
-    """Let everyone feed some tokens, and compare: who is wrong is not timed."""
-    for i, session in enumerate(sessions):
-        progress.doing(f"checking {session.contender.name}", i / len(sessions))
-        session.attempt(session.check)
-    right = _sound(sessions)
-    reference = _reference(right)
-    for session in right:
-        if session is not reference:
-            session.compare(reference)
-
-
 def _decode(
     plan: Plan, table: Table, sessions: Sequence[Session], progress: Progress
 ) -> dict[str, Timing]:
-    progress.doing("decoding", 0.0)
+    progress.at(0, plan.rounds, "decoding")
     timings = measure(
-        [
-            Run(one.contender.name, partial(one.attempt, one.turn), self_timed=True)
-            for one in sessions
-        ],
+        [_timed(one, one.turn) for one in sessions],
         rounds=plan.rounds,
-        on_round=lambda done, elapsed: progress.doing(
-            f"decoding, round {done}", done / plan.rounds
-        ),
+        on_round=lambda done, _: progress.at(done, plan.rounds, f"decoding, round {done}"),
     )
-    table.rounds = plan.rounds
-    table.steps = plan.steps
+    table.rounds, table.steps = plan.rounds, plan.steps
     return {timing.name: timing for timing in timings}
 
 
-def _fill(session: Session, prefills: dict[str, Timing], decodes: dict[str, Timing]) -> None:
+def _timed(session: Session, step: Callable[[], float]) -> Run:
+    return Run(session.contender.name, partial(session.attempt, step), self_timed=True)
+
+
+def _fill(
+    session: Session, first: Session, prefills: dict[str, Timing], decodes: dict[str, Timing]
+) -> None:
     row, name = session.row, session.contender.name
     row.prefill = prefills[name].median
     row.prefill_attention = statistics.median(session.prefill_attention)
-    row.prefill_rest = statistics.median(
-        whole - part
-        for whole, part in zip(prefills[name].rounds, session.prefill_attention, strict=True)
-    )
+    row.prefill_rest = _rest(prefills[name].rounds, session.prefill_attention)
     row.step = statistics.median(session.steps)
     row.step_best = min(session.steps)
     row.step_mean = statistics.fmean(session.steps)
     row.tokens_per_second = 1 / row.step_mean
     row.attention = statistics.median(session.attention)
     row.attention_mean = statistics.fmean(session.attention)
-    row.rest = statistics.median(
-        whole - part for whole, part in zip(session.steps, session.attention, strict=True)
-    )
+    row.rest = _rest(session.steps, session.attention)
+    if first.contender.peer == "mixedkv":  # its mixed cache, or nobody where that is missing
+        row.against = against = first.contender.name
+        row.ratio = median_ratio(decodes[name], decodes[against])
+        row.prefill_ratio = median_ratio(prefills[name], prefills[against])
 
 
-def _fill_ratios(
-    session: Session,
-    first: Session,
-    prefills: dict[str, Timing],
-    decodes: dict[str, Timing],
-) -> None:
-    """Compare with mixedkv's mixed cache, which comes first; with nobody where it is missing."""
-    if first.contender.peer != "mixedkv":
-        return
-    name, against = session.contender.name, first.contender.name
-    session.row.against = against
-    session.row.ratio = median_ratio(decodes[name], decodes[against])
-    session.row.prefill_ratio = median_ratio(prefills[name], prefills[against])
+def _rest(wholes: Sequence[float], parts: Sequence[float]) -> float:
+    return statistics.median(a - b for a, b in zip(wholes, parts, strict=True))

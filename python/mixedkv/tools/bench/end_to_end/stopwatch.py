@@ -11,8 +11,6 @@ from typing import Any
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Stopwatch"]
-
 
 class Stopwatch:
     """Adds up the time inside a cache's `update` and the attention function.

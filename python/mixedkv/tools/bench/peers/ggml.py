@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from ..problem import KINDS, Problem, Rows, aligned, aligned_empty
 from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
-__all__ = ["ENV", "Ggml", "find_libraries", "load"]
-
 #: Environment variable that names the directory of ggml's shared libraries.
 ENV = "MIXEDKV_GGML_DIR"
 

@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["SDIST", "BuildError", "build", "build_directory"]
-
 #: What is built: a version whose C interface the bench knows.
 SDIST = "llama-cpp-python==0.3.36"
 

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from ..problem import Problem, Rows
 from . import AbsentError, Contender, Conversion, Task
 
-__all__ = ["Gguf", "load"]
-
 
 class Gguf:
     """gguf as a peer."""

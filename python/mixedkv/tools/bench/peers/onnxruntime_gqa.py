@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ..problem import Problem, Rows, aligned, aligned_empty
 from . import AbsentError, Contender, Conversion, Task
 
-__all__ = ["OnnxRuntime", "load"]
-
 
 @dataclass(frozen=True)
 class _Kind:

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ..problem import Problem, Rows, aligned_empty
 from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
-__all__ = ["OpenVino", "load"]
-
 #: Tokens of a block; the CPU plugin knows one size.
 _BLOCK = 32
 #: Bytes of a scale and a zero point, f32 each.

@@ -13,8 +13,6 @@ import mixedkv as mkv
 from ..problem import KINDS, Problem, Rows, aligned_empty
 from . import Contender, Conversion, Task
 
-__all__ = ["HOT_OF_MIXED", "Own", "load"]
-
 #: Keys in hot where a case is mixed.
 HOT_OF_MIXED = 1024
 #: Relative errors that a user is promised: f16 keys in f32 arithmetic, Q4_0 keys.

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from ..problem import Problem, Rows, aligned_empty
 from . import AbsentError, Arithmetic, Contender, Conversion, Task
 
-__all__ = ["Torch", "load"]
-
 _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 
 

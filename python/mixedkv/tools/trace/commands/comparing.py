@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 import mixedkv as mkv
-from mixedkv.tools._commands import MOST_SEED, finite, one_line, print_json, set_threads, stop
 
-from .options import EXTRA, AsJson, Debug, watch_layouts
+from ..._commands import one_line, print_json, set_threads, stop
+from ...options import AsJson, Debug, KType, Seed, Threads, VType, tolerance, watch_layouts
 
 
-@one_line(EXTRA)
+@one_line("trace")
 def compare(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 2,
@@ -21,37 +21,27 @@ def compare(
     qo_len: Annotated[int, typer.Option(min=1, help="Queries.")] = 16,
     kv_len: Annotated[int, typer.Option(min=1, help="Keys.")] = 512,
     segments: Annotated[int, typer.Option(min=1, help="Runs of keys of the segmented way.")] = 4,
-    k_type: Annotated[
-        str, typer.Option("-ctk", "--k-type", help="Type of keys: f32, f16 or q4_0.")
-    ] = "f16",
-    v_type: Annotated[
-        str, typer.Option("-ctv", "--v-type", help="Type of values: f32, f16 or q4_0.")
-    ] = "f16",
+    k_type: KType = "f16",
+    v_type: VType = "f16",
     causal: Annotated[bool, typer.Option(help="Hide later keys.")] = True,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the numbers.")] = 42,
+    seed: Seed = 42,
     elements: Annotated[int, typer.Option(min=0, help="Elements to print.")] = 128,
     tolerance_rel: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            callback=finite,
-            help="Largest norm of the difference over the norm. Default: 1e-5 against PyTorch, "
-            "1e-3 with q4_0.",
+        tolerance(
+            "Largest norm of the difference over the norm. Default: 1e-5 against PyTorch, 1e-3 "
+            "with q4_0."
         ),
     ] = None,
     tolerance_abs: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            callback=finite,
-            help="Largest difference of an element. Default: 1e-5, or 1e-3 with q4_0, times the "
-            "largest value where that is above 1.",
+        tolerance(
+            "Largest difference of an element. Default: 1e-5, or 1e-3 with q4_0, times the largest "
+            "value where that is above 1."
         ),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set.")] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads.")
-    ] = None,
+    threads: Threads = None,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,9 +52,9 @@ def compare(
     watch_layouts(debug)
     set_threads(threads)
 
-    from mixedkv.tools.trace import compare as comparing
-    from mixedkv.tools.trace import report
-    from mixedkv.tools.trace.arithmetic import isa_selected
+    from .. import compare as comparing
+    from .. import report
+    from ..arithmetic import isa_selected
 
     try:
         settings = comparing.Settings(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 import mixedkv as mkv
-from mixedkv.tools._commands import (
-    MOST_SEED,
+
+from ..._commands import (
     check_output,
     naming,
     need,
@@ -23,37 +23,31 @@ from mixedkv.tools._commands import (
     quiet_transformers,
     set_threads,
 )
-
-from .options import EXTRA, AsJson, Debug, parse_layers, progress_bars, watch_layouts
+from ...options import (
+    AsJson,
+    CacheDir,
+    Debug,
+    GroupSize,
+    HotSize,
+    KType,
+    PromptFile,
+    Sample,
+    Seed,
+    Sinks,
+    Threads,
+    VType,
+    parse_layers,
+    watch_layouts,
+)
+from ...progress import Bars
 
 if TYPE_CHECKING:
-    from mixedkv.tools.trace import record as record_module
-    from mixedkv.tools.trace.format import RecordedStep, TraceHeader
+    from ..format import TraceHeader
 
 _DEFAULT_PROMPT_TOKENS = 64
 
 
-class _Show:
-    """Prints what is recorded, and moves the bar."""
-
-    def __init__(self, console: Console | None, bars: Progress, steps: int) -> None:
-        self.console = console
-        self.bars = bars
-        self.task = bars.add_task("recording", total=steps)
-        self.tensors = 0
-
-    def recorded(self, step: RecordedStep) -> None:
-        from mixedkv.tools.trace.report import print_recorded
-
-        self.tensors += len(step.tensors)
-        if self.console is not None:
-            print_recorded(self.console, step)
-
-    def step_done(self, step: int) -> None:
-        self.bars.update(self.task, completed=step)
-
-
-@one_line(EXTRA)
+@one_line("trace")
 def trace(
     save_gguf: Annotated[
         Path, typer.Option("--save-gguf", "-o", dir_okay=False, help="Where to write the trace.")
@@ -74,10 +68,7 @@ def trace(
         str, typer.Option(help="Layers to record, such as 0 or 0,5,29 or 3-7; or all.")
     ] = "all",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, readable=True, help="Or a file that holds it."),
-    ] = None,
+    prompt_file: PromptFile = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
@@ -89,35 +80,22 @@ def trace(
     steps: Annotated[
         int, typer.Option("-n", "--steps", min=0, max=100_000, help="Decode steps.")
     ] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads of the model.")
-    ] = None,
-    k_type: Annotated[
-        str, typer.Option("-ctk", "--cache-type-k", help="Type of keys: f16, f32 or q4_0.")
-    ] = "f16",
-    v_type: Annotated[
-        str, typer.Option("-ctv", "--cache-type-v", help="Type of values: f16, f32 or q4_0.")
-    ] = "f16",
+    seed: Seed = 0,
+    sample: Sample = False,
+    threads: Threads = None,
+    k_type: KType = "f16",
+    v_type: VType = "f16",
     mixed: Annotated[
         bool, typer.Option("--mixed-kv-cache", help="A hot and a cold tier, not a standard cache.")
     ] = False,
-    hot_size: Annotated[
-        int, typer.Option(min=1, help="Tokens of the hot tier of a mixed cache.")
-    ] = 128,
-    group_size: Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")] = 256,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")] = 0,
+    hot_size: HotSize = 128,
+    group_size: GroupSize = 256,
+    sinks: Sinks = 0,
     second_mask: Annotated[
         bool,
         typer.Option("--second-mask", help="Store the mask of the cold part as its own tensor."),
     ] = False,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Where fetched models are kept. Default: user cache."),
-    ] = None,
+    cache_dir: CacheDir = None,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -145,14 +123,15 @@ def trace(
     check_output(save_gguf, "--save-gguf")
     # Known before the model runs, not when the file is to be written.
     if importlib.util.find_spec("gguf") is None:
-        need("gguf", EXTRA)
+        need("gguf", "trace")
     watch_layouts(debug)
     set_threads(threads)
     # Read when tqdm is first imported. Where transformers reads GGUF it asks tqdm for bars by
     # itself, whatever its own switch says.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-    from mixedkv.tools.trace import record, report, write_trace
+    from ... import models
+    from .. import record, report, write_trace
 
     settings = record.Settings(
         layers=layers,
@@ -173,19 +152,41 @@ def trace(
     if most is None and prompt is None and prompt_file is None:
         most = _DEFAULT_PROMPT_TOKENS
     console = report.make_console(stderr=as_json)
-    run = _run_llama if engine == "llama.cpp" else _run_transformers
-    with progress_bars(Console(stderr=True)) as bars:
-        show = _Show(None if as_json else console, bars, steps + 1)
-        recording = run(model, cache_dir, text, most, settings, show)
+    listener = None if as_json else partial(report.print_recorded, console)
+    with Bars(Console(stderr=True)) as bars:
+        bars.phase("recording", steps + 1)
+        if engine == "llama.cpp":
+            from .. import llamacpp
+
+            path = models.fetch(folder=cache_dir) if model is None else Path(model)
+            recording = llamacpp.record(
+                path, text, settings, prompt_tokens=most, listener=listener, progress=bars
+            )
+        else:
+            import mixedkv.integrations.transformers as mkt
+
+            quiet_transformers()
+            mkt.register()
+            loaded = models.load(model, folder=cache_dir)
+            tokens = list(loaded.tokenizer(text)["input_ids"])[:most]
+            recording = record.record(
+                loaded.model,
+                tokens,
+                settings,
+                title=loaded.title,
+                listener=listener,
+                progress=bars,
+            )
+    tensors = sum(len(step.tensors) for step in recording.steps)
     with naming(save_gguf):
         write_trace(save_gguf, recording.header, recording.steps)
         size = save_gguf.stat().st_size
     if as_json:
-        print_json(_words(recording.header, show.tensors, size, save_gguf))
+        print_json(_words(recording.header, tensors, size, save_gguf))
     else:
         steps, held = len(recording.header.step_tokens), len(recording.header.layers)
         console.print(
-            f"{show.tensors} tensors of {steps} {'step' if steps == 1 else 'steps'} and "
+            f"{tensors} tensors of {steps} {'step' if steps == 1 else 'steps'} and "
             f"{held} {'layer' if held == 1 else 'layers'}, {size / 2**20:.1f} MiB: "
             f"{printable(save_gguf)}",
             highlight=False,
@@ -221,40 +222,6 @@ def _prompt(prompt: str | None, path: Path | None) -> str:
     if path is not None:
         with naming(path):
             return path.read_text(encoding="utf-8", errors="replace")
-    from mixedkv.tools import texts
+    from ... import texts
 
     return texts.library_prose()
-
-
-def _run_transformers(
-    model: str | None,
-    cache_dir: Path | None,
-    text: str,
-    most: int | None,
-    settings: record_module.Settings,
-    show: _Show,
-) -> record_module.Recording:
-    import mixedkv.integrations.transformers as mkt
-    from mixedkv.tools import models
-    from mixedkv.tools.trace import record
-
-    quiet_transformers()
-    mkt.register()
-    loaded = models.load(model, folder=cache_dir)
-    tokens = list(loaded.tokenizer(text)["input_ids"])[:most]
-    return record.record(loaded.model, tokens, settings, title=loaded.title, listener=show)
-
-
-def _run_llama(
-    model: str | None,
-    cache_dir: Path | None,
-    text: str,
-    most: int | None,
-    settings: record_module.Settings,
-    show: _Show,
-) -> record_module.Recording:
-    from mixedkv.tools import models
-    from mixedkv.tools.trace import llamacpp
-
-    path = models.fetch(folder=cache_dir) if model is None else Path(model)
-    return llamacpp.record(path, text, settings, prompt_tokens=most, listener=show)

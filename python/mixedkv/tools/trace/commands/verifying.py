@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 import mixedkv as mkv
-from mixedkv.tools._commands import (
+
+from ..._commands import (
     check_plot,
     finite,
     naming,
@@ -21,12 +21,12 @@ from mixedkv.tools._commands import (
     printable,
     set_threads,
 )
-from mixedkv.tools.trace.gguf_file import TraceError
+from ...options import AsJson, Debug, Threads, parse_layers, tolerance, watch_layouts
+from ...progress import Bars
+from ..gguf_file import TraceError
 
-from .options import EXTRA, AsJson, Debug, parse_layers, progress_bars, watch_layouts
 
-
-@one_line(EXTRA, TraceError)
+@one_line("trace", TraceError)
 def verify(
     file: Annotated[Path, typer.Option("-i", "--input", help="The trace.")],
     shapes: Annotated[bool, typer.Option("--shapes", help="List the tensors.")] = False,
@@ -43,20 +43,16 @@ def verify(
     ] = None,
     tolerance_rel: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            callback=finite,
-            help="Largest norm of a step's difference over the norm. Default: 2e-5, or 1e-3 where "
-            "Q4_0 takes part.",
+        tolerance(
+            "Largest norm of a step's difference over the norm. Default: 2e-5, or 1e-3 where Q4_0 "
+            "takes part."
         ),
     ] = None,
     tolerance_abs: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            callback=finite,
-            help="Largest difference of an element. Default: 10 times the relative tolerance times "
-            "the step's largest value.",
+        tolerance(
+            "Largest difference of an element. Default: 10 times the relative tolerance times the "
+            "step's largest value."
         ),
     ] = None,
     sm_scale: Annotated[
@@ -66,9 +62,7 @@ def verify(
             help="Scale of the logits, for a trace without roles. Default: head_dim^-0.5",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, max=1024, help="Threads.")
-    ] = None,
+    threads: Threads = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw error and entropy into this file (.png, .svg, .pdf).")
     ] = None,
@@ -80,7 +74,7 @@ def verify(
     Exit status 0: all in tolerance; 1: something is not; 2: the file can't be read as a trace.
     """
     layers = parse_layers(layer)
-    check_plot(plot, EXTRA)
+    check_plot(plot, "trace")
     for name in isa or ():
         if name not in mkv.isa.available():
             raise typer.BadParameter(
@@ -89,12 +83,12 @@ def verify(
     watch_layouts(debug)
     set_threads(threads)
 
-    from mixedkv.tools.trace import read_trace, report
-    from mixedkv.tools.trace import verify as verifying
-    from mixedkv.tools.trace.room import check_room
+    from .. import read_trace, report
+    from .. import verify as verifying
+    from ..room import check_room
 
     console = report.make_console(stderr=as_json)
-    tolerance = verifying.Tolerance(tolerance_rel, tolerance_abs)
+    within = verifying.Tolerance(tolerance_rel, tolerance_abs)
     other = None
     if reference is not None:
         other = read_trace(reference)
@@ -108,21 +102,21 @@ def verify(
                 report.print_shapes(console, read)
             if show_data:
                 report.print_data(console, read, show_data)
-        with progress_bars(Console(stderr=True)) as bars:
+        with Bars(Console(stderr=True)) as bars:
             result = verifying.verify(
                 read,
-                tolerance=tolerance,
+                tolerance=within,
                 layers=layers,
                 isas=isa,
                 entropy=plot is not None,
-                progress=_bar(bars, "verifying"),
+                progress=bars,
             )
         compared = None
         if other is not None:
-            compared = verifying.compare_traces(read, other, tolerance, layers)
+            compared = verifying.compare_traces(read, other, within, layers)
     passed = result.passed and (compared is None or compared.passed)
     if plot is not None:
-        from mixedkv.tools.trace.plot import plot_verification
+        from ..plot import plot_verification
 
         with naming(plot):
             plot_verification(result, plot, passed=passed)
@@ -152,12 +146,3 @@ def _recomputing(file: Path) -> Iterator[None]:
     except (ValueError, OverflowError, RuntimeError, MemoryError) as error:
         why = str(error) or type(error).__name__
         raise TraceError(f"{file}: can't be recomputed: {why}") from error
-
-
-def _bar(bars: Progress, words: str) -> Callable[[int, int], None]:
-    task = bars.add_task(words, total=None)
-
-    def at(done: int, total: int) -> None:
-        bars.update(task, completed=done, total=total)
-
-    return at

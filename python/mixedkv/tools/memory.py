@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "cache_bytes", "check_cache", "in_words"]
-
 _MEMINFO = Path("/proc/meminfo")
 
 
