@@ -5,34 +5,41 @@ one that comes nearest is named, if it is near enough. Where none is, what is sa
 error lies: heads, queries, and whether the queries that see every key are right.
 """
 
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from .arithmetic import Problem
+from .arithmetic import Problem, attend_torch
 from .format import StepData
 from .masks import mistaken, visible
 from .metrics import difference
-from .mistakes import MASK_BY_POSITIONS, Sample, mistakes
+
+Floats = NDArray[Any]
 
 _MOST_F16_ERROR = 2e-2
 """Relative errors above are more than rounding in f16."""
-_MOST_KEYS = 1 << 16
-"""Of a step in which mistakes are looked for."""
-_MOST_SUMMED = 1 << 13
-"""Keys that are summed up one by one, to see what an f16 accumulator makes of them."""
-_MOST_ROLLED = 1 << 12
-"""Keys up to which every rotation of the hot part is tried: the time grows with their square."""
-_ROLLED_TOGETHER = 512
+_MOST_VALUES = 1 << 25
+"""Of a step's keys, once for each query head, up to which mistakes are looked for."""
+_MOST_ROLLED = 1 << 11
+"""Keys up to which every rotation is tried: the time grows with their square."""
+_MOST_PRODUCTS = 1 << 26
+"""Multiplications of one attention over some of a step's queries."""
 _AS_NEAR = 2.0
 """Of two explanations, a later one must be nearer by this factor: the first is the likelier."""
+_BY_POSITIONS = "the output fits the mask that the positions imply, not the recorded one"
 
 
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def diagnose(
     data: StepData,
     problem: Problem,
@@ -42,8 +49,7 @@ def diagnose(
 ) -> list[str]:
     """Give lines that help to find a mistake: the best explanation, or where the error lies.
 
-    Takes a bounded time, a few seconds at most: of a long step some heads and queries are looked
-    at, and a line says so.
+    Takes a few seconds at most: of a long step some queries are looked at, and a line says so.
 
     Parameters
     ----------
@@ -66,268 +72,312 @@ def diagnose(
         return _where(problem, out, want, tolerance)
     if not out.any():
         return ["the output is all zero: it was never computed, or recorded before it was"]
-    kv = problem.k.shape[1]
-    if kv > _MOST_KEYS:
-        best = _best(
-            _readings(out, problem.k.shape[0]), out, want, difference(out, want).relative, tolerance
-        )
-        cut = (
-            f"known mistakes were not tried: the step has {kv:,} keys, {_MOST_KEYS:,} at most are "
-            "looked at"
-        )
-        return [best] if best else [*_where(problem, out, want, tolerance), cut]
-    with np.errstate(invalid="ignore", over="ignore"):
-        sample = Sample(problem, np.nan_to_num(np.linalg.norm(out - want, axis=2)))
-    got, right = sample.of(out), sample.of(want)
-    error = difference(got, right).relative
-    cuts = []
-    if not sample.whole:
-        cuts.append(
-            f"known mistakes were tried on {len(sample.heads)} of {out.shape[1]} heads and "
-            f"{len(sample.queries)} of {out.shape[0]} queries"
-        )
-    readings = ((words, sample.of(read)) for words, read in _readings(out, problem.k.shape[0]))
-    best = _best(readings, got, right, error, tolerance, mistakes(sample, shown))
-    if best == MASK_BY_POSITIONS and shown is not None:
+    (kv_heads, kv, _), (heads, n, width) = problem.k.shape, problem.q.shape
+    error = difference(out, want).relative
+    # A right explanation leaves rounding (the output may well have been computed in f16), and far
+    # less than there was: an error that is small anyway is explained by nothing.
+    enough = min(max(tolerance, 1e-3), error / 10)
+    readings = ((words, read, want) for words, read in _readings(out, kv_heads))
+    if kv > (most := _MOST_VALUES // (heads * width)):
+        cut = f"the step has {kv:,} keys, {most:,} at most are looked at"
+        best, cuts = _best(readings, enough), [f"known mistakes were not tried: {cut}"]
+        return [best] if best else [*_where(problem, out, want, tolerance), *cuts]
+    most = max(1, _MOST_PRODUCTS // (heads * kv * (width + problem.v.shape[2])))
+    worst = np.linalg.norm(out - want, axis=2).sum(1).argmax()
+    picked = np.unique(np.append(np.linspace(0, n - 1, min(n, most)).astype(np.intp), worst))
+    # The output is finite: what is not among keys and values is not seen.
+    k, v = (np.nan_to_num(x, nan=0, posinf=0, neginf=0) for x in (problem.k, problem.v))
+    some = replace(problem, q=problem.q[:, picked], k=k, v=v, mask=problem.mask[picked])
+    got, right, cuts = out[picked], want[picked], []
+    if len(picked) < n:
+        cuts.append(f"known mistakes were tried on {len(picked)} of {n} queries")
+    made = ((words, got, one) for words, one in _mistakes(some, problem, picked, shown))
+    best = _best(itertools.chain(readings, made), enough)
+    if best == _BY_POSITIONS and shown is not None:
         how = mistaken(visible(data), shown, problem.cold)
         best = f"{how or 'the recorded mask is wrong'}; {best}"
-    if best is None:
-        hot = kv - problem.cold
-        if hot > _MOST_ROLLED:
-            cuts.append(f"rotations of the hot part were not tried: it has {hot:,} keys")
-        else:
-            best = _rotation(sample, got, right, _enough(error, tolerance))
-    if best is None:
-        best = _rounding(sample, got, right, difference(out, want).relative)
+    if best is None and kv - problem.cold > _MOST_ROLLED:
+        cut = f"it has {kv - problem.cold:,} keys"
+        cuts.append(f"rotations of the hot part were not tried: {cut}")
+    elif best is None:
+        best = _rotation(some, got, right, enough)
+    best = best or _rounding(some, got[-1], right[-1], error)
     return [best] if best else [*_where(problem, out, want, tolerance), *cuts]
 
 
-def _enough(error: float, tolerance: float) -> float:
-    """Give the relative error at which a hypothesis explains an output that is off by `error`.
-
-    A right explanation leaves rounding (the output may well have been computed in f16), and far
-    less than there was: an error that is small anyway is explained by nothing.
-    """
-    return min(max(tolerance, 1e-3), error / 10)
-
-
-def _best(
-    readings: Iterable[tuple[str, NDArray[np.float32]]],
-    got: NDArray[np.float32],
-    want: NDArray[np.float64],
-    error: float,
-    tolerance: float,
-    made: Iterable[tuple[str, NDArray[np.float32]]] = (),
-) -> str | None:
-    """Name the explanation that leaves least; None where each leaves too much."""
-    best, least = None, _enough(error, tolerance) * _AS_NEAR
-    for words, left in itertools.chain(
-        ((words, difference(read, want).relative) for words, read in readings),
-        ((words, difference(got, one).relative) for words, one in made),
-    ):
+def _best(tried: Iterable[tuple[str, Floats, Floats]], enough: float) -> str | None:
+    """Name the explanation whose two outputs are nearest; None where none is near enough."""
+    best, least = None, enough * _AS_NEAR
+    for words, one, other in tried:
+        left = difference(one, other).relative
         if left * _AS_NEAR <= least:
             best, least = words, left
     return best
 
 
-def _readings(out: NDArray[np.float32], kv_heads: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _readings(out: Floats, kv_heads: int) -> Iterator[tuple[str, Floats]]:
     """Other orders in which the output may lie in memory."""
     n, heads, width = out.shape
-    names = ("query", "head", "dim")
-    sizes = (n, heads, width)
-    flat = np.ascontiguousarray(out).ravel()
-    for order in itertools.permutations(range(3)):
-        if order == (0, 1, 2):
-            continue
-        read = flat.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
-        if np.array_equal(read, out):
-            continue  # an axis of one: the same thing
-        lies = "][".join(names[axis] for axis in order)
-        yield (
-            f"the output is permuted: kqv_out lies as [{lies}] in memory, [query][head][dim] is "
-            "wanted",
-            read,
-        )
+    for axes in itertools.permutations(range(3)):
+        read = _as(out, *axes)
+        if not np.array_equal(read, out):  # as is the given order, and those with an axis of one
+            lies = "][".join(("query", "head", "dim")[axis] for axis in axes)
+            yield f"the output is permuted: kqv_out lies as [{lies}] in memory", read
     group = heads // kv_heads
-    if min(group, kv_heads) > 1:
-        for (a, b), words in (
-            ((group, kv_heads), "lie as [group][kv head], [kv head][group] is wanted"),
-            ((kv_heads, group), "were [kv head][group], and were taken for [group][kv head]"),
-        ):
-            read = out.reshape(n, a, b, width).swapaxes(1, 2).reshape(out.shape)
+    for first, words in (
+        (group, "lie as [group][kv head], [kv head][group] is wanted"),
+        (kv_heads, "were [kv head][group], and were taken for [group][kv head]"),
+    ):
+        if min(group, kv_heads) > 1:
+            read = out.reshape(n, first, -1, width).swapaxes(1, 2).reshape(out.shape)
             yield f"the output's heads are interleaved: they {words}", read
 
 
-def _rotation(
-    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], enough: float
-) -> str | None:
+def _as(x: Floats, *axes: int) -> Floats:
+    """Read an array's memory as if its axes lay there in this order."""
+    shape = [x.shape[axis] for axis in axes]
+    read: Floats = np.ascontiguousarray(x).reshape(shape).transpose(np.argsort(axes))
+    return read
+
+
+def _laid(x: Floats, *axes: int) -> Floats:
+    """Lay an array's axes out in this order, and read the memory as if they were not."""
+    return np.ascontiguousarray(x.transpose(axes)).reshape(x.shape)
+
+
+_LAYOUTS = (
+    ("fits the output when its memory is read as [key][head][dim]", _as, (1, 0, 2)),
+    ("fits the output when it is laid out as [key][head][dim]", _laid, (1, 0, 2)),
+    ("was read transposed: its memory holds it as [head][dim][key]", _as, (0, 2, 1)),
+    ("was laid out as [head][dim][key] and read as [head][key][dim]", _laid, (0, 2, 1)),
+)
+
+
+def _mistakes(
+    some: Problem, whole: Problem, picked: NDArray[np.intp], shown: NDArray[np.bool_] | None
+) -> Iterator[tuple[str, Floats]]:
+    """Make every known mistake on some queries. Of two that give the same, the likelier is first.
+
+    Each is a problem that a right op gets wrong, but for those of joining tiers.
+    """
+    info, mask, cold, kv = some.info, some.mask, some.cold, some.k.shape[1]
+
+    def attend(**changes: Any) -> Floats:
+        return attend_torch(replace(some, **changes), torch.float32)
+
+    def each(k: Floats, v: Floats, words: str) -> Iterator[tuple[str, Floats]]:
+        """Other keys, other values, and both; their letters go into the words."""
+        for letter, changes in (("K", {"k": k}), ("V", {"v": v}), ("K and V", {"k": k, "v": v})):
+            yield words.format(letter), attend(**changes)
+
+    if shown is not None:
+        implied = np.where(shown[picked], 0, -np.inf).astype(np.float32)
+        if not np.array_equal(implied, mask):
+            yield _BY_POSITIONS, attend(mask=implied)
+    if np.isneginf(mask).any():
+        yield "the mask was ignored: every query saw every key", attend(mask=np.zeros_like(mask))
+        late, early = np.roll(mask, 1, 1), np.roll(mask, -1, 1)
+        late[:, 0], early[:, -1] = 0, -np.inf
+        yield "the mask is one key too late", attend(mask=late)
+        yield "the mask is one key too early", attend(mask=early)
+        for axes, words in ((1, "keys"), (0, "queries"), ((0, 1), "keys and queries")):
+            backwards = np.flip(whole.mask, axes)[picked]
+            yield f"the mask is reversed: its {words} stand backwards", attend(mask=backwards)
+    if 0 < cold < kv:
+        words = "the mask's parts are exchanged: it was taken as hot then cold"
+        yield words, attend(mask=np.roll(mask, cold, 1))
+        yield from _of_tiers(some)
+    heads, kv_heads = len(some.q), len(some.k)
+    if heads > kv_heads > 1:
+        ratio = heads // kv_heads
+        (k, tiled_k), (v, tiled_v) = (
+            (np.repeat(x, ratio, 0), np.tile(x, (ratio, 1, 1))) for x in (some.k, some.v)
+        )
+        words = (
+            "query head h read kv head h % num_kv_heads; h // (num_qo_heads / num_kv_heads) is "
+            "wanted (repeat_interleave, not tile)"
+        )
+        yield f"GQA is tiled: {words}", attend(k=tiled_k, v=tiled_v)
+        yield f"GQA is tiled for K: {words}", attend(k=tiled_k, v=v)
+        yield f"GQA is tiled for V: {words}", attend(k=k, v=tiled_v)
+    parts = [(slice(0, kv), ""), (slice(0, cold), "the cold part of ")]
+    parts.append((slice(cold, kv), "the hot part of "))
+    for (part, where), (words, way, order) in itertools.product(
+        parts if 0 < cold < kv else parts[:1], _LAYOUTS
+    ):
+        k, v = np.array(some.k), np.array(some.v)
+        k[:, part], v[:, part] = way(k[:, part], *order), way(v[:, part], *order)
+        if not np.array_equal(k, some.k, equal_nan=True):
+            words = f"wrong strides: {where}{{}} {words}: a view's strides were dropped on the way"
+            yield from each(k, v, words)
+    q = whole.q.reshape(whole.q.shape[1], heads, -1).swapaxes(0, 1)[:, picked]
+    if not np.array_equal(q, some.q):
+        yield "wrong strides: Q was taken as [query][head][dim] in memory", attend(q=q)
+    for words, scale in (
+        ("left out (1 was used)", 1.0),
+        ("1 / head_dim", 1.0 / info.head_dim),
+        ("1 / sqrt(head_dim)", 1.0 / math.sqrt(info.head_dim)),
+        ("applied twice", info.sm_scale**2),
+    ):
+        if not math.isclose(scale, info.sm_scale, rel_tol=1e-6):
+            words = f"the scale of the logits is wrong: {words}; {info.sm_scale:.6g} is wanted"
+            yield words, attend(info=replace(info, sm_scale=scale))
+    if info.logits_soft_cap:
+        words = "the soft cap of the logits was left out"
+        yield words, attend(info=replace(info, logits_soft_cap=0.0))
+    if info.sinks is not None:
+        yield "the learned sinks were left out", attend(info=replace(info, sinks=None))
+    if cold and info.head_dim % 32 == info.head_dim_v % 32 == 0:
+        k, v = np.array(some.k), np.array(some.v)
+        for rows in (k, v):
+            blocks = rows[:, :cold].reshape(kv_heads, cold, -1, 2, 16)
+            rows[:, :cold] = blocks.swapaxes(-1, -2).reshape(kv_heads, cold, -1)
+        words = "in the wrong order: byte j of a block holds values j and j + 16, not 2j and 2j + 1"
+        yield from each(k, v, f"the nibbles of {{}} in the cold part are {words}")
+
+
+def _times(rows: Floats, others: Floats) -> Floats:
+    """Multiply [Hq, n, a] by [Hkv, a, b]."""
+    product: Floats = (rows.reshape(len(others), -1, rows.shape[-1]) @ others).reshape(
+        *rows.shape[:2], -1
+    )
+    return product
+
+
+def _logits(some: Problem, q: Floats) -> Floats:
+    """Give the logits of queries [Hq, n, D] as [Hq, n, kv], before the mask."""
+    cap = np.float32(some.info.logits_soft_cap)
+    x = _times(q, some.k.swapaxes(1, 2)) * np.float32(some.info.sm_scale)
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def _of_tiers(some: Problem) -> Iterator[tuple[str, Floats]]:
+    """Tiers left out, attended twice, or joined wrongly."""
+    masked = _logits(some, some.q) + some.mask
+    parts = []
+    for cut in (slice(some.cold), slice(some.cold, None)):
+        most = masked[..., cut].max(-1, keepdims=True)
+        p = np.exp(masked[..., cut] - np.maximum(most, -1e30))
+        parts += [_times(p, some.v[:, cut]), p.sum(-1, keepdims=True), most]
+    a, s, m, b, t, n = parts  # acc, S and M of the cold part, and of the hot one
+    top = np.maximum(np.maximum(m, n), -1e30)
+    u, w = np.exp(m - top), np.exp(n - top)  # what brings each to one maximum
+    acc, total = a * u + b * w, s * u + t * w
+    average = np.where((s > 0) & (t > 0), (a / s + b / t) / 2 * total, acc)
+    sinks = 0.0
+    if some.info.sinks is not None:
+        sinks = np.exp(np.array(some.info.sinks, np.float32)[:, None, None] - top)
+    reset = "the accumulator was reset after the {} part, while its sum of weights was kept"
+    unscaled = "tiers were joined without scaling the accumulator{} to one maximum"
+    for words, made, sums in (
+        ("the cold part was not attended", b * w, t * w),
+        ("the hot part was not attended", a * u, s * u),
+        ("the cold part was attended twice", acc + a * u, total + s * u),
+        ("the hot part was attended twice", acc + b * w, total + t * w),
+        ("the tiers' results were averaged, not weighed by their sums", average, total),
+        (reset.format("cold"), b * w, total),
+        (reset.format("hot"), a * u, total),
+        (unscaled.format(" and sum"), a + b, s + t),
+        (unscaled.format(""), a + b * w, total),
+        (unscaled.format(""), a * u + b, total),
+    ):
+        yield words, np.where(sums > 0, made / (sums + sinks), 0).swapaxes(0, 1)
+
+
+def _rotation(some: Problem, got: Floats, want: Floats, enough: float) -> str | None:
     """Find the order in which the hot part stands: rotated, as a ring buffer is, or reversed.
 
-    One head of one query, the one that is farthest off, tells which order it might be; the whole
-    sample whether it is.
+    One head of one query, the one that is farthest off, tells which order it might be; all queries
+    that were picked, whether it is.
     """
-    cold, kv = sample.cold, sample.kv
-    hot = kv - cold
-    if hot < 2:
-        return None
-    found: list[tuple[float, str]] = []
-    orders = [np.arange(hot)[::-1], *(np.roll(np.arange(hot), by) for by in range(1, hot))]
-    names = ["reversed", *(f"rotated by {by} keys" for by in range(1, hot))]
-    for letter, against in (("K", "V"), ("V", "K"), ("K and V", "the mask")):
-        errors = _errors_of_orders(sample, got, want, letter)
-        for index in np.argsort(errors, kind="stable")[:2]:
-            whole = np.concatenate([np.arange(cold), cold + orders[index]])
-            made = sample.attend(
-                sample.x[..., whole] if "K" in letter else None,
-                sample.v[:, whole] if "V" in letter else None,
-            )
-            left = difference(got, made).relative
-            if left <= enough:
-                words = f"its {letter} stand {names[index]} against {against}"
-                found.append((left, f"the hot part is ordered wrongly: {words}"))
-    return min(found)[1] if found else None
-
-
-def _errors_of_orders(
-    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], letter: str
-) -> NDArray[np.float64]:
-    """Give the errors that reversing and then each rotation leave in the worst row of a sample."""
-    cold, kv = sample.cold, sample.kv
-    hot = kv - cold
+    cold, hot, info = some.cold, some.k.shape[1] - some.cold, some.info
     row, head = np.unravel_index(np.linalg.norm(got - want, axis=2).argmax(), got.shape[:2])
-    x, mask, v = sample.x[head, row], sample.mask[row], sample.v[head]
-    masked = x + mask
-    errors = np.empty(hot)
-    for start in range(0, hot, _ROLLED_TOGETHER):
-        by = np.arange(start, min(start + _ROLLED_TOGETHER, hot))[:, None]
-        # Where keys come from, and, the other way round, where they go; row 0 is the reverse.
-        source, target = ((np.arange(hot) + sign * by) % hot for sign in (-1, 1))
-        if start == 0:
-            source[0] = target[0] = np.arange(hot)[::-1]
-        logits = np.repeat(masked[None], len(by), 0)
+    x = _logits(some, some.q[:, row, None])[head, 0]
+    v, mask = some.v[head // (len(some.q) // len(some.k))], some.mask[row]
+    orders = (np.arange(hot) - np.arange(hot)[:, None]) % hot
+    orders[0] = orders[0, ::-1]  # stands for the reverse
+    tried = []
+    for letter, against in (("K", "V"), ("V", "K"), ("K and V", "the mask")):
+        logits = np.repeat((x + mask)[None], hot, 0)
         if letter == "K":
-            logits[:, cold:] = x[cold:][source] + mask[cold:]
-        elif letter == "V":
-            logits[:, cold:] = masked[cold:][target]
+            logits[:, cold:] = x[cold:][orders] + mask[cold:]
+        elif letter == "V":  # what the rows are weighed by goes the other way round
+            logits[:, cold:] = logits[0, cold:][np.argsort(orders, 1)]
         else:
-            logits[:, cold:] = x[cold:] + mask[cold:][target]
-        largest = logits.max(1, keepdims=True)
-        p = np.exp(logits - np.where(np.isneginf(largest), 0, largest))
-        total = p.sum(1, keepdims=True)
-        if sample.sinks is not None:
-            total += np.exp(sample.sinks[head] - largest)
-        made = (p @ v) / np.maximum(total, 1e-30)
-        errors[by[:, 0]] = np.linalg.norm(made - got[row, head], axis=1)
-    return errors
+            logits[:, cold:] = x[cold:] + mask[cold:][np.argsort(orders, 1)]
+        most = np.maximum(logits.max(1, keepdims=True), -1e30)
+        p = np.exp(logits - most)
+        total = p.sum(1, keepdims=True) + (np.exp(info.sinks[head] - most) if info.sinks else 0)
+        errors = np.linalg.norm(p @ v / np.maximum(total, 1e-30) - got[row, head], axis=1)
+        for index in np.argsort(errors, kind="stable")[:2]:
+            order = np.append(np.arange(cold), cold + orders[index])
+            made = replace(
+                some,
+                k=some.k[:, order] if "K" in letter else some.k,
+                v=some.v[:, order] if "V" in letter else some.v,
+            )
+            how = f"rotated by {index} keys" if index else "reversed"
+            words = f"the hot part is ordered wrongly: its {letter} stand {how} against {against}"
+            tried.append((words, got, attend_torch(made, torch.float32)))
+    return _best(tried, enough)
 
 
-def _rounding(
-    sample: Sample, got: NDArray[np.float32], want: NDArray[np.float64], error: float
-) -> str | None:
-    """Recognise rounding in f16, which is no mistake, and costs what it costs."""
-    info = sample.problem.info
-    if error > _MOST_F16_ERROR or info.logits_soft_cap or info.sinks is not None:
+def _rounding(some: Problem, got: Floats, want: Floats, error: float) -> str | None:
+    """Recognise rounding in f16, which is no mistake, and costs what it costs.
+
+    The last query is computed key by key, as ggml's CPU code does for f16 keys and values: the
+    query is rounded to f16, logits and their sum are float32, the accumulator is f16.
+    """
+    if error > _MOST_F16_ERROR or some.info.logits_soft_cap or some.info.sinks is not None:
         return None
-    if sample.kv > _MOST_SUMMED:
-        return None
-    n = len(sample.queries)
-    picked = sorted({n - 1, n // 2})
-    small = dataclasses.replace(
-        sample.problem,
-        q=sample.q[:, picked],
-        k=sample.k,
-        v=sample.v,
-        mask=sample.mask[picked],
-    )
-    plain = difference(got[picked], want[picked]).relative
-    if difference(got[picked], _attend_f16(small)).relative > plain / 4:
+    logits = _logits(some, some.q[:, -1:].astype(np.float16).astype(np.float32))[:, 0]
+    values = some.v.repeat(len(logits) // len(some.v), 0)
+    most, total = np.full((len(logits), 1), -np.inf, np.float32), np.float32(0)
+    acc = np.zeros((len(logits), values.shape[2]), np.float16)
+    for key in np.flatnonzero(~np.isneginf(some.mask[-1])):
+        x = logits[:, key, None] + some.mask[-1, key]
+        new = np.maximum(most, x)
+        shrink, weight = np.exp(most - new), np.exp(x - new)
+        acc = (acc * shrink).astype(np.float16)
+        acc = (acc + values[:, key] * weight).astype(np.float16)
+        total, most = total * shrink + weight, new
+    made = acc / np.maximum(total, 1e-30)
+    if difference(got, made).relative > difference(got, want).relative / 4:
         return None
     return (
-        f"an f16 accumulator: the output is what rounding the query and each partial sum of "
-        f"values to f16 gives; that alone costs {error:.2g} here"
+        "an f16 accumulator: the output is what rounding the query and each partial sum of values "
+        f"to f16 gives; that alone costs {error:.2g} here"
     )
 
 
-def _attend_f16(problem: Problem) -> NDArray[np.float32]:
-    """Compute the output [n, Hq, Dv] key by key, as ggml's CPU code does for f16 keys and values.
-
-    The query is rounded to f16, logits and their sum are float32, the accumulator is f16.
-    """
-    heads, n, width = problem.q.shape
-    kv_heads, kv, _ = problem.k.shape
-    k, v = problem.k, problem.v
-    q = problem.q.astype(np.float16).astype(np.float32).reshape(kv_heads, -1, width)
-    logits = (q @ k.swapaxes(1, 2)).reshape(heads, n, kv)
-    logits = logits * np.float32(problem.info.sm_scale) + problem.mask
-    largest = np.full(logits.shape[:2], -np.inf, np.float32)
-    total = np.zeros(logits.shape[:2], np.float32)
-    sums = np.zeros((*logits.shape[:2], v.shape[2]), np.float16)
-    with np.errstate(invalid="ignore", over="ignore"):
-        for key in range(kv):
-            x = logits[..., key]
-            seen = ~np.isneginf(x)
-            new = np.maximum(largest, x)
-            shrink = np.where(seen & (new > largest), np.exp(largest - new), 1).astype(np.float32)
-            weight = np.where(seen, np.exp(x - new), 0).astype(np.float32)
-            sums = (sums.astype(np.float32) * shrink[..., None]).astype(np.float16)
-            value = v[:, key].repeat(heads // kv_heads, 0)
-            added = sums.astype(np.float32) + value[:, None] * weight[..., None]
-            sums = added.astype(np.float16)
-            total = total * shrink + weight
-            largest = new
-    out = sums.astype(np.float32) / np.where(total > 0, total, 1)[..., None]
-    return np.ascontiguousarray(out.transpose(1, 0, 2))
-
-
-def _where(
-    problem: Problem, out: NDArray[np.float32], want: NDArray[np.float64], tolerance: float
-) -> list[str]:
+def _where(problem: Problem, out: Floats, want: Floats, tolerance: float) -> list[str]:
     """Say where the error lies, when nothing explains it."""
-    n, heads, _ = out.shape
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.linalg.norm(out - want, axis=2)
-        size = np.linalg.norm(want, axis=2)
-        wrong = ~(error <= tolerance * np.maximum(size, 1e-30)) | ~np.isfinite(error)
+    error = np.nan_to_num(np.linalg.norm(out - want, axis=2), nan=np.inf)
+    size = np.linalg.norm(want, axis=2)
+    wrong = ~(error <= tolerance * np.maximum(size, 1e-30))
     if not wrong.any():
         return ["every head of every query is near, single elements are off"]
     lines = ["no known mistake explains it"]
-    for what, axis, count in (("head", 0, heads), ("query", 1, n)):
-        hit = np.flatnonzero(wrong.any(axis))
-        if len(hit) == count:
-            lines[0] += f"; {f'all {_plural(what)} are' if count > 1 else f'the one {what} is'} off"
+    for one, several, hit in (("head", "heads", wrong.any(0)), ("query", "queries", wrong.any(1))):
+        if hit.all():
+            lines[0] += f"; all {several} are off" if len(hit) > 1 else f"; the one {one} is off"
         else:
-            word = f"{what} {hit[0]}" if len(hit) == 1 else f"{_plural(what)} {_ranges(hit)}"
-            lines[0] += f"; {word} of 0-{count - 1} {'is' if len(hit) == 1 else 'are'} off"
+            word, verb = (one, "is") if hit.sum() == 1 else (several, "are")
+            lines[0] += f"; {word} {_ranges(np.flatnonzero(hit))} of 0-{len(hit) - 1} {verb} off"
     hidden = np.isneginf(problem.mask)
     sees_all = ~hidden[:, ~hidden.all(0)].any(1)  # every key that anyone sees
-    if sees_all.any() and not sees_all.all():
-        right, others = ~wrong[sees_all].any(), wrong[~sees_all].any()
-        if right and others:
-            lines.append(
-                "queries that see every key are right, others are not: the mask was not applied "
-                "as recorded, or the keys stand in another order than its columns"
-            )
-    query, head = (
-        int(i) for i in np.unravel_index(np.nan_to_num(error, nan=np.inf).argmax(), error.shape)
-    )
-    lines.append(
-        f"worst: query {query}, head {head}, error {error[query, head]:.3g} at a norm of "
-        f"{size[query, head]:.3g}"
-    )
-    return lines
-
-
-def _plural(word: str) -> str:
-    return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
+    if sees_all.any() and wrong[~sees_all].any() and not wrong[sees_all].any():
+        lines.append(
+            "queries that see every key are right, others are not: the mask was not applied as "
+            "recorded, or the keys stand in another order than its columns"
+        )
+    query, head = np.unravel_index(error.argmax(), error.shape)
+    where = f"query {query}, head {head}, error {error[query, head]:.3g}"
+    return [*lines, f"worst: {where} at a norm of {size[query, head]:.3g}"]
 
 
 def _ranges(indices: NDArray[np.intp]) -> str:
     """Write 0,1,2,5 as 0-2, 5."""
-    parts: list[list[int]] = []
-    for index in indices.tolist():
-        if parts and parts[-1][1] == index - 1:
-            parts[-1][1] = index
-        else:
-            parts.append([index, index])
-    words = [str(a) if a == b else f"{a}-{b}" for a, b in parts[:6]]
-    return ", ".join(words) + (", ..." if len(parts) > 6 else "")
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1)
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:6]]
+    return ", ".join(words) + (", ..." if len(runs) > 6 else "")
