@@ -665,7 +665,7 @@ def test_torch_in_pieces_is_the_same(
     problems = [problem_of(step.load(), step.info) for step in trace.steps]
     wanted = [attend_torch(problem, torch.float64) for problem in problems]
     for most in (1, 40, 700, 1000, 2000):
-        monkeypatch.setattr(arithmetic, "_MOST_LOGITS", most)
+        monkeypatch.setattr(arithmetic, "MOST_HELD", most)
         for problem, want in zip(problems, wanted, strict=True):
             np.testing.assert_allclose(
                 attend_torch(problem, torch.float64), want, rtol=0, atol=1e-13

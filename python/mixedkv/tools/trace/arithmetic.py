@@ -23,7 +23,7 @@ import mixedkv as mkv
 from .format import LayerInfo, StepData
 from .layout import as_float32, watched
 
-_MOST_LOGITS = 1 << 24
+MOST_HELD = 1 << 24
 """Logits held at a time: heads, and queries, are taken in turns where a step has more."""
 _MOST_PATTERNS = 64
 """Ways in which queries see the keys that are not finite, up to which each is looked at."""
@@ -169,11 +169,9 @@ def _pieces(problem: Problem) -> Iterator[_Piece]:
     heads, n, _ = problem.q.shape
     kv_heads, kv, _ = problem.k.shape
     ratio = heads // kv_heads
-    queries = min(n, max(1, _MOST_LOGITS // kv))
-    group = min(ratio, max(1, _MOST_LOGITS // (kv * queries)))
-    together = (
-        max(1, _MOST_LOGITS // (kv * queries * group)) if (queries, group) == (n, ratio) else 1
-    )
+    queries = min(n, max(1, MOST_HELD // kv))
+    group = min(ratio, max(1, MOST_HELD // (kv * queries)))
+    together = max(1, MOST_HELD // (kv * queries * group)) if (queries, group) == (n, ratio) else 1
     for head in range(0, kv_heads, together):
         for member in range(0, ratio, group):
             for query in range(0, n, queries):
@@ -197,7 +195,7 @@ def _folded(problem: Problem, piece: _Piece, dtype: Any) -> tuple[Any, Any, Any]
     """
     q = _by_kv_head(problem.q, problem)[piece.kv_heads, piece.group, piece.queries]
     kv_heads, group, queries, width = q.shape
-    mask = torch.tensor(problem.mask[piece.queries], dtype=dtype)
+    mask = torch.tensor(np.array(problem.mask[piece.queries]), dtype=dtype)
     return (
         torch.tensor(q, dtype=dtype).reshape(kv_heads, group * queries, width),
         torch.tensor(problem.k[piece.kv_heads], dtype=dtype),

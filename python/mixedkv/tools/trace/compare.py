@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 
+from .arithmetic import MOST_HELD, Problem, attend_torch
+from .format import LayerInfo
 from .layout import as_float32, watched
 from .metrics import Difference, difference
 
@@ -37,13 +39,12 @@ MOST_LOGITS = 1 << 28
 """Query heads times queries times keys: seconds of work for each of the three ways."""
 MOST_BYTES = 1 << 30
 """Memory that a comparison may take, all arrays of the three ways together."""
-_BLOCK_LOGITS = 1 << 22
-"""Logits that PyTorch holds at a time."""
 _KEY_BYTES = 20
 _QUERY_BYTES = 64
-_BLOCK_BYTES = 1 << 26
+_BLOCK_BYTES = 16 * MOST_HELD
 """At most for a value of the keys and values (as stored, in float32 for PyTorch, and while they are
-made), for a value of the queries (three outputs, states, differences in float64), for blocks."""
+made), for a value of the queries (three outputs, states, differences in float64), for the logits
+that PyTorch holds at a time and their mask."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,11 @@ def compare(settings: Settings) -> Comparison:
         )
     segmented = state.finalize()
 
+    by_torch = attend_torch(problem_of(settings, q, k, v), torch.float32)
     outputs = {
         "whole": watched("whole", np.asarray(whole)),
         "segmented": watched("segmented", np.asarray(segmented)),
-        "torch": watched("torch", attend_torch(settings, q, k, v)),
+        "torch": watched("torch", by_torch.transpose(1, 0, 2).astype(np.float32)),
     }
     return Comparison(
         settings,
@@ -236,34 +238,17 @@ def compare(settings: Settings) -> Comparison:
     )
 
 
-def attend_torch(
+def problem_of(
     settings: Settings, q: NDArray[np.float32], k: NDArray[Any], v: NDArray[Any]
-) -> NDArray[np.float32]:
-    """Compute the output [Hq, n, D] with PyTorch's own op.
-
-    Query heads that share a kv head are rows of one head here: keys are not repeated. Rows and
-    heads are taken in turns where there are many.
-    """
-    heads, kv_len, head_dim = settings.num_kv_heads, settings.kv_len, settings.head_dim
-    rows = settings.num_qo_heads // heads * settings.qo_len
-    # Query head h reads kv head h // (Hq // Hkv), and row r of a kv head is query r % n.
-    folded = torch.from_numpy(q.reshape(heads, rows, head_dim))
-    keys, values = torch.from_numpy(as_float32(k)), torch.from_numpy(as_float32(v))
-    last_seen = settings.kv_len - settings.qo_len + torch.arange(rows) % settings.qo_len
-    positions = torch.arange(kv_len)
-    out = np.empty((heads, rows, head_dim), np.float32)
-    rows_together = min(rows, max(1, _BLOCK_LOGITS // kv_len))
-    heads_together = max(1, _BLOCK_LOGITS // (rows_together * kv_len))
-    for head, row in itertools.product(
-        range(0, heads, heads_together), range(0, rows, rows_together)
-    ):
-        some, part = slice(head, head + heads_together), slice(row, row + rows_together)
-        mask = positions <= last_seen[part, None] if settings.causal else None
-        found = torch.nn.functional.scaled_dot_product_attention(
-            folded[None, some, part], keys[None, some], values[None, some], attn_mask=mask
-        )
-        out[some, part] = found[0].numpy()
-    return out.reshape(settings.num_qo_heads, settings.qo_len, head_dim)
+) -> Problem:
+    """Give what PyTorch computes. Its mask is a view of one row, however many it has."""
+    n, kv, width = settings.qo_len, settings.kv_len, settings.head_dim
+    row = np.zeros(n + kv - 1, np.float32)
+    if settings.causal:  # the last query stands at the last key
+        row[kv:] = -np.inf
+    info = LayerInfo(settings.num_qo_heads, settings.num_kv_heads, width, width, width**-0.5)
+    mask = np.lib.stride_tricks.sliding_window_view(row, kv)[::-1]
+    return Problem(q, as_float32(k), as_float32(v), mask, 0, info)
 
 
 def _stored(rows: NDArray[np.float32], kind: str) -> NDArray[Any]:

@@ -238,10 +238,8 @@ def _mistakes(
 
 def _times(rows: Floats, others: Floats) -> Floats:
     """Multiply [Hq, n, a] by [Hkv, a, b]."""
-    product: Floats = (rows.reshape(len(others), -1, rows.shape[-1]) @ others).reshape(
-        *rows.shape[:2], -1
-    )
-    return product
+    product = rows.reshape(len(others), -1, rows.shape[-1]) @ others
+    return np.asarray(product.reshape(*rows.shape[:2], -1))
 
 
 def _logits(some: Problem, q: Floats) -> Floats:

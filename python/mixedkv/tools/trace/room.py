@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..memory import available, in_words
-from .arithmetic import _MOST_LOGITS
+from .arithmetic import MOST_HELD
 from .format import Step, Trace
 from .gguf_file import F32, TraceError
 
@@ -32,7 +32,7 @@ def step_bytes(step: Step) -> int:
     info = step.info
     width = info.head_dim + info.head_dim_v
     kv = step.kv_hot + step.kv_cold
-    logits = min(info.num_qo_heads * step.n * kv, max(_MOST_LOGITS, kv))
+    logits = min(info.num_qo_heads * step.n * kv, max(MOST_HELD, kv))
     return (
         _KEY_BYTES * info.num_kv_heads * kv * width
         + _ROW_BYTES * info.num_qo_heads * step.n * width
