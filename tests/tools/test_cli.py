@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -307,3 +308,84 @@ def test_command_refuses_an_option_that_it_does_not_know(name: str) -> None:
     done = call(name, "--nonsense")
     assert done.exit_code == 2
     assert done.stdout == ""
+
+
+# --- the environment -------------------------------------------------------------------------
+
+WRONG = [
+    ("MIXEDKV_ISA", "mmx"),
+    ("MIXEDKV_NUM_THREADS", "abc"),
+    ("MIXEDKV_NUM_THREADS", "0"),
+    ("MIXEDKV_NUM_THREADS", "-3"),
+    ("MIXEDKV_NUM_THREADS", "2048"),
+]
+
+
+def call_with(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The core settles what the environment says at its first use: a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mixedkv", *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+NEEDED = {"trace": ["-o", "t.gguf"], "verify": ["-i", "t.gguf"]}
+
+
+@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize(("variable", "value"), [WRONG[0], WRONG[2]], ids="=".join)
+def test_command_names_the_variable_that_is_wrong(
+    name: str, variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, before anything is fetched, read or written."""
+    monkeypatch.chdir(tmp_path)
+    done = call_with({variable: value}, name, *NEEDED.get(name, []))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("mixedkv: ")
+    assert variable in done.stderr
+    assert repr(value) in done.stderr
+    if name != "info":
+        assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("variable", "value"), WRONG, ids="=".join)
+def test_info_tells_what_is_wrong_and_all_else(variable: str, value: str) -> None:
+    done = call_with({variable: value}, "info", "--json")
+    assert done.returncode == 2
+    found = json.loads(done.stdout)
+    (problem,) = found["problems"]
+    assert done.stderr == f"mixedkv: {problem}\n"
+    assert variable in problem
+    assert repr(value) in problem
+    assert (found["isa"] is None) == (variable == "MIXEDKV_ISA")
+    assert (found["threads"] is None) == (variable == "MIXEDKV_NUM_THREADS")
+    assert found["isa_available"] == list(mkv.isa.available())
+
+
+def test_info_tells_of_two_wrong_variables_in_one_line() -> None:
+    done = call_with(dict([WRONG[0], WRONG[1]]), "info")
+    assert done.returncode == 2
+    assert "none (of " in done.stdout
+    assert mkv.__version__ in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "'mmx'" in done.stderr
+    assert "'abc'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["bench", "--help"]], ids=" ".join
+)
+def test_help_comes_whatever_the_environment(arguments: list[str]) -> None:
+    assert call_with(dict(WRONG[:2]), *arguments).returncode == 0
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_info_takes_what_may_be(value: str) -> None:
+    done = call_with({"MIXEDKV_ISA": "", "MIXEDKV_NUM_THREADS": value}, "info", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["problems"] == []

@@ -45,12 +45,24 @@ def need(name: str | None, extra: str) -> NoReturn:
     stop(f"this needs {name}: pip install 'mixedkv[{extra}]'")
 
 
+def environment_problems() -> list[str]:
+    """Say what is wrong with the environment variables that mixedkv reads, in a line each."""
+    problems = []
+    for ask in (mkv.isa.active, mkv.get_num_threads):  # MIXEDKV_ISA and MIXEDKV_NUM_THREADS
+        try:
+            ask()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
 @contextmanager
 def one_line(extra: str, *expected: type[Exception]) -> Iterator[None]:
     """End a command with status 2 and one line, whatever it can't do; also a decorator.
 
-    Files and options that nobody vouches for may ask for more than arithmetic, memory or the system
-    can do. The traceback goes to the log: ``MIXEDKV_DEBUG=1`` shows it.
+    What is wrong with the environment is told before the command begins. Files and options that
+    nobody vouches for may ask for more than arithmetic, memory or the system can do; the traceback
+    goes to the log: ``MIXEDKV_DEBUG=1`` shows it.
 
     Parameters
     ----------
@@ -59,6 +71,8 @@ def one_line(extra: str, *expected: type[Exception]) -> Iterator[None]:
     expected
         Errors of the command's own, beside those that anything may raise.
     """
+    for problem in environment_problems():
+        stop(problem)
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):

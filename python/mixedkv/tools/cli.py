@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.columns import Columns
@@ -24,12 +25,14 @@ import mixedkv as mkv
 
 from ._commands import (
     check_plot,
+    environment_problems,
     naming,
     one_line,
     print_json,
     printable,
     quiet_transformers,
     set_threads,
+    stop,
 )
 from .bench.command import bench
 from .options import (
@@ -48,6 +51,8 @@ from .trace import commands as trace_commands
 
 if TYPE_CHECKING:
     from . import demo as demo_module
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="mixedkv",
@@ -82,30 +87,45 @@ def _options(
 def info(
     as_json: AsJson = False,
 ) -> None:
-    """Print the version, the instruction sets of this machine, and the threads in use."""
+    """Print the version, the instruction sets of this machine, and the threads in use.
+
+    Exit status 2: MIXEDKV_ISA or MIXEDKV_NUM_THREADS holds what can't be; all else is told anyway.
+    """
+    problems = environment_problems()
     available = mkv.isa.available()
     found = {
         "version": mkv.__version__,
-        "isa": mkv.isa.active(),
+        "isa": _unless_wrong(mkv.isa.active),
         "isa_available": list(available),
-        "threads": mkv.get_num_threads(),
+        "threads": _unless_wrong(mkv.get_num_threads),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "problems": problems,
     }
     if as_json:
         print_json(found)
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    for name, value in (
-        ("mixedkv", found["version"]),
-        ("instruction set", f"{found['isa']} (of {', '.join(available)})"),
-        ("threads", found["threads"]),
-        ("Python", found["python"]),
-        ("platform", found["platform"]),
-    ):
-        table.add_row(name, str(value))
-    Console().print(table)
+    else:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        for name, value in (
+            ("mixedkv", found["version"]),
+            ("instruction set", f"{found['isa'] or 'none'} (of {', '.join(available)})"),
+            ("threads", found["threads"] or "none"),
+            ("Python", found["python"]),
+            ("platform", found["platform"]),
+        ):
+            table.add_row(name, str(value))
+        Console().print(table)
+    if problems:
+        stop("; ".join(problems))
+
+
+def _unless_wrong(ask: Callable[[], T]) -> T | None:
+    """Give an answer, None where an environment variable stands in its way."""
+    try:
+        return ask()
+    except ValueError:
+        return None
 
 
 @app.command()

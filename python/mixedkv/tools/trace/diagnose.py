@@ -239,14 +239,16 @@ def _mistakes(
 def _times(rows: Floats, others: Floats) -> Floats:
     """Multiply [Hq, n, a] by [Hkv, a, b]."""
     product = rows.reshape(len(others), -1, rows.shape[-1]) @ others
-    return np.asarray(product.reshape(*rows.shape[:2], -1))
+    return np.reshape(product, (*rows.shape[:2], -1))
 
 
 def _logits(some: Problem, q: Floats) -> Floats:
     """Give the logits of queries [Hq, n, D] as [Hq, n, kv], before the mask."""
-    cap = np.float32(some.info.logits_soft_cap)
-    x = _times(q, some.k.swapaxes(1, 2)) * np.float32(some.info.sm_scale)
-    return cap * np.tanh(x / cap) if cap else x
+    cap = some.info.logits_soft_cap
+    x: Floats = _times(q, some.k.swapaxes(1, 2)) * np.float32(some.info.sm_scale)
+    if cap:
+        x = np.float32(cap) * np.tanh(x / np.float32(cap))
+    return x
 
 
 def _of_tiers(some: Problem) -> Iterator[tuple[str, Floats]]:
