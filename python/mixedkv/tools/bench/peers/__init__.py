@@ -10,23 +10,12 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem, Rows
-
-__all__ = [
-    "NAMES",
-    "AbsentError",
-    "Arithmetic",
-    "Contender",
-    "Conversion",
-    "Peer",
-    "Task",
-    "load",
-]
 
 #: Peers in the order of the tables; "mixedkv" is always there.
 NAMES = ("mixedkv", "ggml", "torch", "onnxruntime", "openvino", "gguf")
@@ -79,21 +68,32 @@ class Conversion:
     result: Callable[[], NDArray[Any]]
 
 
-class Peer(Protocol):
-    """A library that can be called."""
+class Peer:
+    """A library that can be called; what it does not know it leaves out."""
 
     name: str
     version: str
-    #: What a reader of its figures should know, such as instruction sets missing from its build.
-    notes: list[str]
+
+    def __init__(self) -> None:
+        #: What a reader of its figures should know, such as what its build lacks.
+        self.notes: list[str] = []
 
     def attention(self, task: Task, problem: Problem) -> list[Contender]:
         """Return its contenders for a problem."""
-        ...
+        return []
 
     def conversions(self, rows: Rows) -> list[Conversion]:
         """Return its conversions from and to Q4_0 rows."""
-        ...
+        return []
+
+
+def imported(*names: str) -> list[Any]:
+    """Return a peer's modules, or raise AbsentError."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except (ImportError, OSError) as error:
+        packages = " ".join(name for name in names if "." not in name)
+        raise AbsentError(f"{error}: pip install {packages}") from None
 
 
 _MODULES = {

@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import KINDS, Problem, Rows, aligned, aligned_empty
-from . import AbsentError, Arithmetic, Contender, Conversion, Task
+from . import AbsentError, Contender, Conversion, Peer, Task
 
 #: Environment variable that names the directory of ggml's shared libraries.
 ENV = "MIXEDKV_GGML_DIR"
@@ -39,13 +39,6 @@ def _tolerance(kv_type: str, kv_len: int) -> float:
     rounds the query to 8 bits.
     """
     return 1e-2 * math.sqrt(max(1.0, kv_len / 1024)) if kv_type == "f16" else 2e-2
-
-
-def _arithmetic(kv_type: str, qo_len: int) -> Arithmetic:
-    """Return what flash attention computes in: with many queries on f16 keys, tiles in f32."""
-    if kv_type == "q4_0":
-        return "int8"
-    return "f32" if qo_len > 1 else "f16"
 
 
 class _InitParams(ctypes.Structure):
@@ -113,13 +106,8 @@ class _Library:
     def __init__(self, directory: Path) -> None:
         base = ctypes.CDLL(str(directory / "libggml-base.so"), ctypes.RTLD_GLOBAL)
         cpu = ctypes.CDLL(str(directory / "libggml-cpu.so"))
-        p, i32, i64, f32, size = (
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_int64,
-            ctypes.c_float,
-            ctypes.c_size_t,
-        )
+        p, size, f32 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
+        i32, i64 = ctypes.c_int, ctypes.c_int64
 
         def bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
             function = getattr(library, name)
@@ -214,8 +202,6 @@ class _Graph:
         """Return the call that computes the graph."""
         graph, compute = self._graph, self._library.graph_compute
         plan = self._library.graph_plan(graph, threads, None)
-        if plan.n_threads != threads and plan.n_threads < 1:
-            raise RuntimeError(f"ggml plans {plan.n_threads} threads")
         work = aligned_empty((max(plan.work_size, 64),), np.uint8)
         plan.work_data = work.ctypes.data
         pointer = ctypes.pointer(plan)
@@ -228,12 +214,13 @@ class _Graph:
         return call
 
 
-class Ggml:
+class Ggml(Peer):
     """ggml as a peer."""
 
     name = "ggml"
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._library = _Library(directory)
         self.version = self._library.version().decode()
         features = [name for name, there in self._library.has.items() if there]
@@ -247,13 +234,14 @@ class Ggml:
 
     def attention(self, task: Task, problem: Problem) -> list[Contender]:
         """Return flash attention by type and layout, and matmul with softmax in f16."""
-        contenders = [
-            self._flash(problem, kv_type, token_major=token_major)
-            for kv_type in ("f16", "q4_0")
-            for token_major in (False, True)
+        return [
+            *(
+                self._flash(problem, kv_type, token_major=token_major)
+                for kv_type in ("f16", "q4_0")
+                for token_major in (False, True)
+            ),
+            self._matmul(problem),
         ]
-        contenders.append(self._matmul(problem))
-        return contenders
 
     def _mask(self, problem: Problem, queries: int) -> NDArray[np.float16] | None:
         """Causal, -inf where hidden; none for a single query, which sees all."""
@@ -295,7 +283,8 @@ class Ggml:
             tolerance=_tolerance(kv_type, n),
             bind=graph.bind,
             result=lambda: memory.reshape(problem.qo_len, hq, d).swapaxes(0, 1),
-            arithmetic=_arithmetic(kv_type, problem.qo_len),
+            # With many queries on f16 keys, flash attention computes tiles in f32.
+            arithmetic="int8" if kv_type == "q4_0" else "f32" if problem.qo_len > 1 else "f16",
         )
 
     def _matmul(self, problem: Problem) -> Contender:
@@ -372,31 +361,25 @@ class Ggml:
             to_float(source, scratch, count * width)
             narrow(scratch, target, count * width)
 
-        return {
-            "f32->q4_0": lambda source, target, scratch, count: quantize(
-                _Q4_0, source, target, 0, count, width, None
-            ),
-            "f16->q4_0": f16_to_q4_0,
-            "q4_0->f32": lambda source, target, scratch, count: to_float(
-                source, target, count * width
-            ),
-            "q4_0->f16": q4_0_to_f16,
-        }[kind]
+        def f32_to_q4_0(source: int, target: int, scratch: int, count: int) -> None:
+            quantize(_Q4_0, source, target, 0, count, width, None)
+
+        def q4_0_to_f32(source: int, target: int, scratch: int, count: int) -> None:
+            to_float(source, target, count * width)
+
+        return dict(zip(KINDS, (f32_to_q4_0, f16_to_q4_0, q4_0_to_f32, q4_0_to_f16), strict=True))[
+            kind
+        ]
 
 
 def _cpu_features() -> set[str]:
     """Return which of the named features this CPU has, as far as the kernel says."""
     try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        flags = set(Path("/proc/cpuinfo").read_text(errors="replace").split())
     except OSError:
         return set()
-    flags = set(text.split())
-    names = {
-        "avx2": "avx2",
-        "avx512": "avx512f",
-        "avx512_vnni": "avx512_vnni",
-        "dotprod": "asimddp",
-    }
+    names = {"avx2": "avx2", "avx512": "avx512f", "dotprod": "asimddp"}
+    names["avx512_vnni"] = "avx512_vnni"
     return {name for name, flag in names.items() if flag in flags}
 
 
@@ -404,11 +387,10 @@ def load(directory: Path | None = None) -> Ggml:
     """Return ggml, or raise AbsentError."""
     place = find_libraries(directory)
     if place is None:
-        looked: Sequence[str] = [str(directory)] if directory else [os.environ.get(ENV) or ""]
+        looked = str(directory or os.environ.get(ENV) or "")
         raise AbsentError(
-            "libggml-base.so and libggml-cpu.so are not "
-            + (f"in {looked[0]}" if looked[0] else "there")
-            + f": run mixedkv bench --build-ggml, or name their directory by --ggml-dir or {ENV}"
+            f"libggml-base.so and libggml-cpu.so are not {f'in {looked}' if looked else 'there'}: "
+            f"run mixedkv bench --build-ggml, or name their directory by --ggml-dir or {ENV}"
         )
     try:
         return Ggml(place)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, Rows
-from . import AbsentError, Contender, Conversion, Task
+from ..problem import Rows
+from . import Conversion, Peer, imported
 
 
-class Gguf:
+class Gguf(Peer):
     """gguf as a peer."""
 
     name = "gguf"
 
     def __init__(self, quants: Any, q4_0: Any, version: str) -> None:
+        super().__init__()
         self._quants = quants
         self._q4_0 = q4_0
         self.version = version
-        self.notes: list[str] = []
-
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
-        """Return nothing: gguf computes no attention."""
-        return []
 
     def conversions(self, rows: Rows) -> list[Conversion]:
         """Return its conversions from and to f32; it has no others, and one thread."""
@@ -49,11 +44,7 @@ class Gguf:
 
 def load() -> Gguf:
     """Return gguf, or raise AbsentError."""
-    try:
-        gguf = importlib.import_module("gguf")
-        quants = importlib.import_module("gguf.quants")
-    except ImportError as error:
-        raise AbsentError(f"{error}: pip install gguf") from None
+    gguf, quants = imported("gguf", "gguf.quants")
     from importlib.metadata import version
 
     return Gguf(quants, gguf.GGMLQuantizationType.Q4_0, version("gguf"))

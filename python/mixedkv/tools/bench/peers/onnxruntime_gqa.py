@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, Rows, aligned, aligned_empty
-from . import AbsentError, Contender, Conversion, Task
+from ..problem import Problem, aligned, aligned_empty
+from . import Contender, Peer, Task, imported
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ _KINDS = (
 )
 
 
-class OnnxRuntime:
+class OnnxRuntime(Peer):
     """onnxruntime as a peer."""
 
     name = "onnxruntime"
 
     def __init__(self, onnxruntime: Any, onnx: Any) -> None:
+        super().__init__()
         self._ort = onnxruntime
         self._onnx = onnx
         self.version: str = onnxruntime.__version__
-        self.notes: list[str] = []
         schemas = importlib.import_module("onnxruntime.capi._pybind_state")
         attributes: set[str] = set()
         for schema in schemas.get_all_operator_schema():
@@ -188,10 +188,6 @@ class OnnxRuntime:
             arithmetic="f16" if kind.q_type is np.float16 else "f32",
         )
 
-    def conversions(self, rows: Rows) -> list[Conversion]:
-        """Return nothing: onnxruntime knows no Q4_0."""
-        return []
-
 
 def _encode(x: NDArray[np.float16], kind: _Kind) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Return the cache [1, heads, n, width] and its scales [1, heads, 1, d]."""
@@ -228,7 +224,4 @@ def _decode(codes: NDArray[Any], kind: _Kind) -> NDArray[np.float32]:
 
 def load() -> OnnxRuntime:
     """Return onnxruntime, or raise AbsentError."""
-    try:
-        return OnnxRuntime(importlib.import_module("onnxruntime"), importlib.import_module("onnx"))
-    except (ImportError, OSError) as error:
-        raise AbsentError(f"{error}: pip install onnxruntime onnx") from None
+    return OnnxRuntime(*imported("onnxruntime", "onnx"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, Rows, aligned_empty
-from . import AbsentError, Arithmetic, Contender, Conversion, Task
+from ..problem import Problem, aligned_empty
+from . import AbsentError, Arithmetic, Contender, Peer, Task, imported
 
 #: Tokens of a block; the CPU plugin knows one size.
 _BLOCK = 32
@@ -42,16 +41,16 @@ _PREFILL = (
 )
 
 
-class OpenVino:
+class OpenVino(Peer):
     """OpenVINO as a peer."""
 
     name = "openvino"
 
     def __init__(self, openvino: Any) -> None:
+        super().__init__()
         self._ov = openvino
         self._core = openvino.Core()
         self.version: str = openvino.__version__
-        self.notes: list[str] = []
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self._has_bf16 = "BF16" in capabilities
 
@@ -79,10 +78,6 @@ class OpenVino:
             result=paged.result,
             arithmetic=kind.arithmetic,
         )
-
-    def conversions(self, rows: Rows) -> list[Conversion]:
-        """Return nothing: OpenVINO knows no Q4_0."""
-        return []
 
 
 class _Paged:
@@ -312,10 +307,7 @@ class _Paged:
 
 def load() -> OpenVino:
     """Return OpenVINO, or raise AbsentError."""
-    try:
-        openvino = importlib.import_module("openvino")
-    except (ImportError, OSError) as error:
-        raise AbsentError(f"{error}: pip install openvino") from None
+    (openvino,) = imported("openvino")
     if not hasattr(openvino.op, "_PagedAttentionExtension"):
         raise AbsentError(
             f"openvino {openvino.__version__} shows Python no paged attention: "

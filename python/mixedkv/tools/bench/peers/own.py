@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 import mixedkv as mkv
 
+from ...memory import padded
 from ..problem import KINDS, Problem, Rows, aligned_empty
-from . import Contender, Conversion, Task
+from . import Contender, Conversion, Peer, Task
 
 #: Keys in hot where a case is mixed.
 HOT_OF_MIXED = 1024
@@ -20,18 +21,14 @@ F16_TOLERANCE = 1e-4
 Q4_0_TOLERANCE = 1e-3
 #: Where queries, keys, weights and values are rounded to 8 bits of mantissa.
 BF16_TOLERANCE = 1e-2
-_PAD = 32
 
+Computed: TypeAlias = Literal["f32", "bf16"]
 Cache: TypeAlias = mkv.MixedKVCache | mkv.UnifiedKVCache
-
-
-def _padded(n: int) -> int:
-    return max(-(-n // _PAD) * _PAD, _PAD)
 
 
 def _geometry(problem: Problem) -> dict[str, Any]:
     _, hkv, d = problem.shape.sizes
-    return {"num_layers": 1, "num_kv_heads": hkv, "head_dim": d, "n_pad": _PAD}
+    return {"num_layers": 1, "num_kv_heads": hkv, "head_dim": d, "n_pad": 32}
 
 
 def _fill(cache: Cache, problem: Problem, first: int = 0) -> None:
@@ -50,7 +47,7 @@ def _fill(cache: Cache, problem: Problem, first: int = 0) -> None:
 
 def one_tier(problem: Problem, kv_type: str, first: int = 0) -> Cache:
     """Return a cache of one tier of that type, from token `first` on, ready to attend."""
-    size = _padded(problem.kv_len - first)
+    size = padded(problem.kv_len - first)
     cache: Cache
     if kv_type == "f16":
         cache = mkv.MixedKVCache(**_geometry(problem), hot_size=size, quantize=False)
@@ -68,11 +65,11 @@ def two_tiers(problem: Problem, hot: int) -> Cache:
     """
     stay = hot - problem.qo_len
     cold = problem.kv_len - hot
-    hot_size = _padded(hot)
+    hot_size = padded(hot)
     cache = mkv.MixedKVCache(
         **_geometry(problem),
         hot_size=hot_size,
-        cold_size=_padded(cold),
+        cold_size=max(padded(cold), 32),
         # Half a cell more, so that rounding can't make it one less.
         threshold=(stay + 0.5) / hot_size,
     )
@@ -83,135 +80,93 @@ def two_tiers(problem: Problem, hot: int) -> Cache:
     return cache
 
 
-class Own:
+class Own(Peer):
     """mixedkv as a peer of the others."""
 
     name = "mixedkv"
     version = mkv.__version__
 
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
     def attention(self, task: Task, problem: Problem) -> list[Contender]:
         """Return attention through the cache by tier, and in one call on plain rows."""
         n, own = problem.kv_len, problem.qo_len
-        f16, q4_0 = problem.row_bytes("f16"), problem.row_bytes("q4_0")
-        contenders = [
-            self._cache("mixedkv f16 (hot)", "f16", one_tier(problem, "f16"), problem, n * f16),
-        ]
+        contenders = [self._one("mixedkv f16 (hot)", "f16", problem)]
         if task == "decode":
-            contenders.append(
-                self._cold("mixedkv q4_0 (cold)", two_tiers(problem, own), problem, own)
-            )
+            contenders.append(self._two("mixedkv q4_0 (cold)", problem, own))
             if n > HOT_OF_MIXED:
                 contenders += self._mixed(problem)
         else:
-            contenders.append(
-                self._cache("mixedkv q4_0", "q4_0", one_tier(problem, "q4_0"), problem, n * q4_0)
-            )
+            contenders.append(self._one("mixedkv q4_0", "q4_0", problem))
             if n > own:
-                contenders.append(
-                    self._cold(
-                        f"mixedkv {own} hot + {n - own} cold", two_tiers(problem, own), problem, own
-                    )
-                )
+                contenders.append(self._two(f"mixedkv {own} hot + {n - own} cold", problem, own))
         contenders += [self._call("f16", problem), self._call("q4_0", problem)]
         if task == "prefill" and "bf16" in mkv.isa.compute_types():
-            contenders += [self._bf16("f16", problem), self._bf16("q4_0", problem)]
+            for kv_type in ("f16", "q4_0"):
+                name = f"mixedkv {kv_type}, bf16 math"
+                contenders.append(self._one(name, kv_type, problem, "bf16"))
         return contenders
-
-    def _bf16(self, kv_type: str, problem: Problem) -> Contender:
-        """Return attention over a cache of one tier with arithmetic in bf16."""
-        contender = self._cache(
-            f"mixedkv {kv_type}, bf16 math",
-            kv_type,
-            one_tier(problem, kv_type),
-            problem,
-            problem.kv_len * problem.row_bytes(kv_type),
-            "bf16",
-        )
-        contender.tolerance = BF16_TOLERANCE
-        contender.arithmetic = "bf16"
-        return contender
 
     def _mixed(self, problem: Problem) -> list[Contender]:
         """1024 keys in hot and the rest in cold; then each part alone, to add up."""
-        hot = HOT_OF_MIXED
-        cold = problem.kv_len - hot
-        mixed = self._cold(
-            f"mixedkv {hot} hot + {cold} cold", two_tiers(problem, hot), problem, hot
-        )
+        hot, cold = HOT_OF_MIXED, problem.kv_len - HOT_OF_MIXED
+        mixed = self._two(f"mixedkv {hot} hot + {cold} cold", problem, hot)
         mixed.role = "mixed"
         newest, older = problem.keys(cold, problem.kv_len), problem.keys(0, cold)
         parts = [
-            self._cache(
-                f"its {hot} hot alone",
-                "f16",
-                one_tier(newest, "f16"),
-                newest,
-                hot * problem.row_bytes("f16"),
-            ),
-            self._cold(f"its {cold} cold alone", two_tiers(older, 1), older, 1),
+            self._one(f"its {hot} hot alone", "f16", newest),
+            self._two(f"its {cold} cold alone", older, 1),
         ]
         for part in parts:
             part.role = "part"
         return [mixed, *parts]
 
-    def _cold(self, name: str, cache: Cache, problem: Problem, hot: int) -> Contender:
-        """Return attention over a cache whose newest `hot` tokens lie in hot."""
-        kv_bytes = hot * problem.row_bytes("f16")
-        kv_bytes += (problem.kv_len - hot) * problem.row_bytes("q4_0")
-        contender = self._cache(name, "q4_0", cache, problem, kv_bytes)
-        contender.answer = lambda: problem.answer_q4_0(hot)
-        return contender
-
-    def _cache(
+    def _one(
         self,
         name: str,
         kv_type: str,
-        cache: Cache,
         problem: Problem,
-        kv_bytes: float,
-        compute_type: Literal["f32", "bf16"] = "f32",
+        compute_type: Computed = "f32",
+    ) -> Contender:
+        """Return attention over a cache of one tier."""
+        attend = partial(one_tier(problem, kv_type).attend, 0, compute_type=compute_type)
+        contender = self._contender(name, kv_type, problem, attend)
+        if compute_type == "bf16":
+            contender.tolerance, contender.arithmetic = BF16_TOLERANCE, compute_type
+        return contender
+
+    def _two(self, name: str, problem: Problem, hot: int) -> Contender:
+        """Return attention over a cache whose newest `hot` tokens lie in hot."""
+        contender = self._contender(
+            name, "q4_0", problem, partial(two_tiers(problem, hot).attend, 0)
+        )
+        contender.kv_bytes += hot * (problem.row_bytes("f16") - problem.row_bytes("q4_0"))
+        contender.answer = lambda: problem.answer_q4_0(hot)
+        return contender
+
+    def _call(self, kv_type: str, problem: Problem) -> Contender:
+        """Return one call over plain rows, Q4_0 ones in ggml's layout."""
+        k, v = (problem.k, problem.v) if kv_type == "f16" else (problem.k_q4_0, problem.v_q4_0)
+        return self._contender(
+            f"mixedkv.attention(), {kv_type} rows",
+            kv_type,
+            problem,
+            lambda q, **options: mkv.attention(q, k, v, causal=True, **options),
+        )
+
+    def _contender(
+        self, name: str, kv_type: str, problem: Problem, attend: Callable[..., object]
     ) -> Contender:
         q = problem.q
         out = aligned_empty(q.shape, np.float32)
-
-        def bind(threads: int) -> Callable[[], object]:
-            attend = cache.attend
-            return lambda: attend(0, q, out=out, threads=threads, compute_type=compute_type)
-
+        f16 = kv_type == "f16"
         return Contender(
             peer=self.name,
             name=name,
             kv_type=kv_type,
             against=kv_type,
-            kv_bytes=kv_bytes,
-            answer=_answer(problem, kv_type),
-            tolerance=_tolerance(kv_type),
-            bind=bind,
-            result=lambda: out,
-        )
-
-    def _call(self, kv_type: str, problem: Problem) -> Contender:
-        """Return one call over plain rows, Q4_0 ones in ggml's layout."""
-        k, v = (problem.k, problem.v) if kv_type == "f16" else (problem.k_q4_0, problem.v_q4_0)
-        q = problem.q
-        out = aligned_empty(q.shape, np.float32)
-
-        def bind(threads: int) -> Callable[[], object]:
-            attention = mkv.attention
-            return lambda: attention(q, k, v, causal=True, out=out, threads=threads)
-
-        return Contender(
-            peer=self.name,
-            name=f"mixedkv.attention(), {kv_type} rows",
-            kv_type=kv_type,
-            against=kv_type,
             kv_bytes=problem.kv_len * problem.row_bytes(kv_type),
-            answer=_answer(problem, kv_type),
-            tolerance=_tolerance(kv_type),
-            bind=bind,
+            answer=problem.answer_f16 if f16 else problem.answer_q4_0,
+            tolerance=F16_TOLERANCE if f16 else Q4_0_TOLERANCE,
+            bind=lambda threads: lambda: attend(q, out=out, threads=threads),
             result=lambda: out,
         )
 
@@ -230,14 +185,6 @@ class Own:
             return Conversion(self.name, self.name, kind, bind, lambda: target)
 
         return [conversion(kind) for kind in KINDS]
-
-
-def _answer(problem: Problem, kv_type: str) -> Callable[[], NDArray[np.float64]]:
-    return problem.answer_f16 if kv_type == "f16" else problem.answer_q4_0
-
-
-def _tolerance(kv_type: str) -> float:
-    return F16_TOLERANCE if kv_type == "f16" else Q4_0_TOLERANCE
 
 
 def load() -> Own:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, Rows, aligned_empty
-from . import AbsentError, Arithmetic, Contender, Conversion, Task
+from ..problem import Problem, aligned_empty
+from . import Arithmetic, Contender, Peer, Task, imported
 
 _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 
 
-class Torch:
+class Torch(Peer):
     """torch as a peer."""
 
     name = "torch"
 
     def __init__(self, torch: Any) -> None:
+        super().__init__()
         self._torch = torch
         self.version: str = torch.__version__
-        self.notes: list[str] = []
 
     def attention(self, task: Task, problem: Problem) -> list[Contender]:
         """Return SDPA in f32 and bf16, with enable_gqa and with the group folded in."""
@@ -105,14 +104,7 @@ class Torch:
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
         return mask.repeat(q.shape[2] // problem.qo_len, 1)[None, None]
 
-    def conversions(self, rows: Rows) -> list[Conversion]:
-        """Return nothing: torch knows no Q4_0."""
-        return []
-
 
 def load() -> Torch:
     """Return torch, or raise AbsentError."""
-    try:
-        return Torch(importlib.import_module("torch"))
-    except (ImportError, OSError) as error:
-        raise AbsentError(f"{error}: pip install torch") from None
+    return Torch(*imported("torch"))
