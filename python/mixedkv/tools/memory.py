@@ -20,6 +20,11 @@ def available() -> float:
     return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
 
 
+def padded(tokens: int, pad: int = 32) -> int:
+    """Return a size for so many tokens: cells of a tier are a multiple of `pad`."""
+    return -(-tokens // pad) * pad
+
+
 def in_words(size: float) -> str:
     """Return a number of bytes in GiB, with three digits where it is small."""
     gib = size / 2**30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ matplotlib.use("Agg")  # a file is all that is wanted, whatever display there ma
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
@@ -63,27 +65,9 @@ def plot_occupancy(
     cold = np.array([point.cold for point in history])
     moved = np.diff(np.array([0] + [point.moved for point in history]))
 
-    style: dict[Any, Any] = {
-        "font.size": 10.5,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.color": INK,
-        "xtick.color": FAINT,
-        "ytick.color": FAINT,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-    }
-    with plt.rc_context(style):
+    with styled():
         figure, (whole, tier, moves) = plt.subplots(
-            3,
-            1,
-            figsize=(10, 8),
-            sharex=True,
-            height_ratios=(3.2, 2.2, 1.3),
-            layout="constrained",
+            3, 1, figsize=(10, 8), sharex=True, height_ratios=(3.2, 2.2, 1.3), layout="constrained"
         )
         prompt = int(seen[0])
         whole.fill_between(seen, 0, cold, color=COLD, alpha=0.85, linewidth=0, step="post")
@@ -149,10 +133,25 @@ def plot_occupancy(
             va="bottom",
             parse_math=False,
         )
-        try:
-            figure.savefig(path, dpi=150)
-        finally:
-            plt.close(figure)
+        save(figure, path)
+
+
+def styled() -> AbstractContextManager[None]:
+    """Draw in the tools' style for a while."""
+    style: dict[Any, Any] = {"font.size": 10.5, "axes.linewidth": 0.8, "axes.edgecolor": FAINT}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"xtick.color": FAINT, "ytick.color": FAINT}
+    for name in ("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"):
+        style[name] = INK
+    return plt.rc_context(style)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, and let it go."""
+    try:
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)
 
 
 def _label(axes: Axes, height: float, text: str) -> None:

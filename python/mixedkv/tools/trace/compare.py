@@ -75,62 +75,58 @@ class Settings:
     tolerance_rel: float | None = None
 
     def __post_init__(self) -> None:
+        """Refuse what can't be computed, or takes too long or too much memory."""
+        qo_heads, kv_heads, width = self.num_qo_heads, self.num_kv_heads, self.head_dim
+        qo_len, kv_len, types = self.qo_len, self.kv_len, (self.k_type, self.v_type)
         for name in ("num_qo_heads", "num_kv_heads", "head_dim", "qo_len", "kv_len", "segments"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_qo_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_qo_heads must be a multiple of num_kv_heads, got {self.num_qo_heads} and "
-                f"{self.num_kv_heads}"
-            )
-        if self.segments > self.kv_len:
-            raise ValueError(
-                f"segments {self.segments} is more than kv_len {self.kv_len}: some would be empty"
-            )
-        if self.causal and self.qo_len > self.kv_len:
-            raise ValueError(
-                f"qo_len {self.qo_len} is more than kv_len {self.kv_len}: with a causal mask some "
-                "queries would see nothing"
-            )
-        for name in ("k_type", "v_type"):
-            value = getattr(self, name)
-            if value not in KV_TYPES:
-                raise ValueError(f"{name} must be one of {', '.join(KV_TYPES)}, got {value!r}")
-            if value == "q4_0" and self.head_dim % 32:
-                raise ValueError(f"{name} q4_0 wants a head_dim of a multiple of 32")
         for name in ("tolerance_abs", "tolerance_rel"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
-        logits = self.num_qo_heads * self.qo_len * self.kv_len
-        if logits > MOST_LOGITS:
-            raise ValueError(
-                f"num_qo_heads {self.num_qo_heads} times qo_len {self.qo_len} times kv_len "
-                f"{self.kv_len} are {logits:,} logits, more than {MOST_LOGITS:,}"
-            )
-        if self.bytes_needed > MOST_BYTES:
-            heads, length = self.num_kv_heads, self.kv_len
-            names = "num_kv_heads", "kv_len"
-            if self._key_bytes < self._query_bytes:
-                heads, length = self.num_qo_heads, self.qo_len
-                names = "num_qo_heads", "qo_len"
-            raise ValueError(
-                f"{names[0]} {heads} times {names[1]} {length} times head_dim {self.head_dim} take "
-                f"{self.bytes_needed / 2**30:.1f} GiB, more than {MOST_BYTES / 2**30:.0f} GiB"
-            )
+        for name, value in zip(("k_type", "v_type"), types, strict=True):
+            if value not in KV_TYPES:
+                raise ValueError(f"{name} must be one of {', '.join(KV_TYPES)}, got {value!r}")
+        logits, keys, queries = qo_heads * qo_len * kv_len, kv_heads * kv_len, qo_heads * qo_len
+        names = ("num_kv_heads", "kv_len", kv_heads, kv_len)
+        if _KEY_BYTES * keys < _QUERY_BYTES * queries:
+            names = ("num_qo_heads", "qo_len", qo_heads, qo_len)
+        for wrong, words in (
+            (
+                qo_heads % kv_heads,
+                f"num_qo_heads must be a multiple of num_kv_heads, got {qo_heads} and {kv_heads}",
+            ),
+            (
+                self.segments > kv_len,
+                f"segments {self.segments} is more than kv_len {kv_len}: some would be empty",
+            ),
+            (
+                self.causal and qo_len > kv_len,
+                f"qo_len {qo_len} is more than kv_len {kv_len}: with a causal mask some queries "
+                "would see nothing",
+            ),
+            ("q4_0" in types and width % 32, f"q4_0 wants a multiple of 32; head_dim is {width}"),
+            (
+                logits > MOST_LOGITS,
+                f"num_qo_heads {qo_heads} times qo_len {qo_len} times kv_len {kv_len} are "
+                f"{logits:,} logits, more than {MOST_LOGITS:,}",
+            ),
+            (
+                self.bytes_needed > MOST_BYTES,
+                f"{names[0]} {names[2]} times {names[1]} {names[3]} times head_dim {width} take "
+                f"{self.bytes_needed / 2**30:.1f} GiB, more than {MOST_BYTES / 2**30:.0f} GiB",
+            ),
+        ):
+            if wrong:
+                raise ValueError(words)
 
     @property
     def bytes_needed(self) -> int:
         """An upper bound of the memory that comparing takes."""
-        return self._key_bytes + self._query_bytes + _BLOCK_BYTES
-
-    @property
-    def _key_bytes(self) -> int:
-        return _KEY_BYTES * self.num_kv_heads * self.kv_len * self.head_dim
-
-    @property
-    def _query_bytes(self) -> int:
-        return _QUERY_BYTES * self.num_qo_heads * self.qo_len * self.head_dim
+        rows = _KEY_BYTES * self.num_kv_heads * self.kv_len
+        rows += _QUERY_BYTES * self.num_qo_heads * self.qo_len
+        return rows * self.head_dim + _BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -261,18 +257,11 @@ def _stored(rows: NDArray[np.float32], kind: str) -> NDArray[Any]:
 def _judge(settings: Settings, outputs: dict[str, NDArray[np.float32]], a: str, b: str) -> Pair:
     found = difference(outputs[a], outputs[b])
     quantised = "q4_0" in (settings.k_type, settings.v_type)
-    relative: float | None
-    if quantised:
-        relative = Q4_0_RELATIVE
-        absolute = Q4_0_RELATIVE * max(found.scale, 1.0)
-    else:
-        # Elements of values of a standard deviation of 1; larger ones round in proportion.
-        relative = None if b == "segmented" else FLOAT_RELATIVE
-        absolute = FLOAT_ABSOLUTE * max(found.scale, 1.0)
-    if settings.tolerance_abs is not None:
-        absolute = settings.tolerance_abs
-    if settings.tolerance_rel is not None:
-        relative = settings.tolerance_rel
+    # Elements of values of a standard deviation of 1; larger ones round in proportion.
+    absolute = (Q4_0_RELATIVE if quantised else FLOAT_ABSOLUTE) * max(found.scale, 1.0)
+    relative = Q4_0_RELATIVE if quantised else None if b == "segmented" else FLOAT_RELATIVE
+    absolute = absolute if settings.tolerance_abs is None else settings.tolerance_abs
+    relative = relative if settings.tolerance_rel is None else settings.tolerance_rel
     off = np.abs(outputs[a].astype(np.float64) - outputs[b].astype(np.float64))
     above = int((~(off <= absolute)).sum())
     passed = above == 0 and (relative is None or found.relative <= relative)

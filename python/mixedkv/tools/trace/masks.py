@@ -78,11 +78,20 @@ def implied(step: Step) -> NDArray[np.bool_] | None:
     parts = [part for part in (step.positions_quant, step.positions) if part is not None]
     keys = np.concatenate(parts)
     first = step.first if step.first is not None else int(keys.max(initial=-1)) - step.n + 1
-    distance = (first + np.arange(step.n))[:, None] - keys[None, :]
+    return sees(first, step.n, keys, step.info.window_left)
+
+
+def sees(
+    first: int, queries: int, keys: NDArray[np.int64], window_left: int | None
+) -> NDArray[np.bool_]:
+    """Give which of the keys, by position, queries see that stand at `first` and after it.
+
+    A query at p sees keys at p - window_left (None or -1: 0) to p; a key at -1 is padding.
+    """
+    distance = (first + np.arange(queries))[:, None] - keys[None, :]
     shown: NDArray[np.bool_] = (distance >= 0) & (keys >= 0)[None, :]
-    window = step.info.window_left
-    if window is not None and window >= 0:
-        shown &= distance <= window
+    if window_left is not None and window_left >= 0:
+        shown &= distance <= window_left
     return shown
 
 
@@ -95,28 +104,21 @@ def mistaken(recorded: NDArray[np.bool_], right: NDArray[np.bool_], cold: int) -
         return "the recorded mask is ignored or zeroed: it hides nothing"
     if not recorded.any():
         return "the recorded mask hides everything"
-    ways: list[tuple[str, NDArray[Any], NDArray[Any]]] = []
-    if 0 < cold < kv:
-        swapped = np.concatenate([recorded[:, kv - cold :], recorded[:, : kv - cold]], 1)
-        words = (
-            "the parts of the recorded mask are exchanged: hot then cold, cold then hot is wanted"
-        )
-        ways.append((words, swapped, right))
-    ways += [
-        ("the recorded mask is reversed: its keys stand backwards", recorded[:, ::-1], right),
-        ("the recorded mask is reversed: its queries stand backwards", recorded[::-1], right),
-        (
-            "the recorded mask is reversed: keys and queries stand backwards",
-            recorded[::-1, ::-1],
-            right,
-        ),
-        ("the recorded mask is inverted: it hides what a query sees", ~recorded, right),
-        ("the recorded mask is one key too late", recorded[:, 1:], right[:, :-1]),
-        ("the recorded mask is one key too early", recorded[:, :-1], right[:, 1:]),
+    ways: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
+        ("reversed: its keys stand backwards", recorded[:, ::-1], right),
+        ("reversed: its queries stand backwards", recorded[::-1], right),
+        ("reversed: keys and queries stand backwards", recorded[::-1, ::-1], right),
+        ("inverted: it hides what a query sees", ~recorded, right),
+        ("one key too late", recorded[:, 1:], right[:, :-1]),
+        ("one key too early", recorded[:, :-1], right[:, 1:]),
     ]
+    if 0 < cold < kv:
+        ways.insert(0, ("exchanged", np.roll(recorded, cold, 1), right))
     if n == kv:
-        ways.insert(0, ("the recorded mask is transposed: [key, query]", recorded.T, right))
+        ways.insert(0, ("transposed: [key, query]", recorded.T, right))
     for words, one, other in ways:
         if np.array_equal(one, other):
-            return words
+            if words == "exchanged":
+                return "the parts of the recorded mask are exchanged: hot then cold"
+            return f"the recorded mask is {words}"
     return None

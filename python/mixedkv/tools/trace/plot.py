@@ -5,19 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file is all that is wanted, whatever display there may be
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from .._commands import printable
+from ..plots import COLD, HOT, save, styled
 from .verify import Verification
 
-_HOT, _COLD, _INK, _FAINT = "#d1495b", "#2e6f95", "#2b2d33", "#8a8f99"
 _LEAST_ERROR = 1e-9
 _MOST_TITLE = 90
 
@@ -51,20 +47,7 @@ def plot_verification(result: Verification, path: Path, *, passed: bool) -> None
             cold[at] = np.nan if one.entropy.cold is None else one.entropy.cold
             share[at] = one.entropy.cold_share
     has_cold = bool(np.nansum(share) > 0)
-    style: dict[Any, Any] = {
-        "font.size": 10.5,
-        "axes.edgecolor": _FAINT,
-        "axes.labelcolor": _INK,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.color": _INK,
-        "xtick.color": _FAINT,
-        "ytick.color": _FAINT,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-    }
-    with plt.rc_context(style):
+    with styled():
         figure, (map_axes, entropy_axes) = plt.subplots(
             1, 2, figsize=(12, 5.2), layout="constrained", width_ratios=(1.15, 1)
         )
@@ -81,7 +64,7 @@ def plot_verification(result: Verification, path: Path, *, passed: bool) -> None
         for one in result.steps:
             if not one.passed:
                 map_axes.plot(
-                    steps.index(one.step), layers.index(one.layer), "x", color=_HOT, markersize=9
+                    steps.index(one.step), layers.index(one.layer), "x", color=HOT, markersize=9
                 )
 
         def mean_by_layer(values: Any) -> Any:
@@ -89,14 +72,14 @@ def plot_verification(result: Verification, path: Path, *, passed: bool) -> None
             sums = np.where(known, values, 0.0).sum(1)
             return np.where(known.any(1), sums / np.maximum(known.sum(1), 1), np.nan)
 
-        entropy_axes.plot(layers, mean_by_layer(hot), "o-", color=_HOT, markersize=4, label="hot")
+        entropy_axes.plot(layers, mean_by_layer(hot), "o-", color=HOT, markersize=4, label="hot")
         if has_cold:
             entropy_axes.plot(
-                layers, mean_by_layer(cold), "o-", color=_COLD, markersize=4, label="cold"
+                layers, mean_by_layer(cold), "o-", color=COLD, markersize=4, label="cold"
             )
             after = share[:, np.nansum(share, 0) > 0]
             other = entropy_axes.twinx()
-            other.bar(layers, 100 * mean_by_layer(after), color=_COLD, alpha=0.15, width=0.8)
+            other.bar(layers, 100 * mean_by_layer(after), color=COLD, alpha=0.15, width=0.8)
             other.set_ylim(0, 100)
             other.set_ylabel("bars: share of the weight on cold keys, %")
         entropy_axes.set_ylim(bottom=0)
@@ -116,7 +99,4 @@ def plot_verification(result: Verification, path: Path, *, passed: bool) -> None
             fontweight="bold",
             parse_math=False,
         )
-        try:
-            figure.savefig(path, dpi=150)
-        finally:
-            plt.close(figure)
+        save(figure, path)

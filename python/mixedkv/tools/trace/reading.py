@@ -183,39 +183,31 @@ def _plain(path: Path, tensors: list[FileTensor]) -> _Groups:
     if not tensors:
         raise TraceError(f"{name}: holds no tensor")
     matches = [_PLAIN_NAME.match(tensor.name) for tensor in tensors]
+    steps: dict[tuple[int, int], list[FileTensor]] = {}
     if all(matches):
-        steps: dict[tuple[int, int], list[FileTensor]] = {}
-        by_step: dict[int, set[int]] = {}
-        keys = []
-        for match in matches:
-            assert match is not None
-            layer = match["layer"]
-            step = int(match["step"])
-            keys.append((step, None if layer is None else int(layer)))
-            by_step.setdefault(step, set())
-            if layer is not None:
-                by_step[step].add(int(layer))
-        for (step, layer_or_none), tensor in zip(keys, tensors, strict=True):
+        keys = [(int(m["step"]), m["layer"]) for m in matches if m is not None]
+        of_step: dict[int, set[int]] = {step: set() for step, _ in keys}
+        for step, layer in keys:
+            of_step[step] |= {int(layer)} if layer else set()
+        for (step, layer), tensor in zip(keys, tensors, strict=True):
             # A name without a layer (a mask, say) belongs to the only one of its step.
-            only = by_step[step]
-            if layer_or_none is None and len(only) > 1:
+            if layer is None and len(of_step[step]) > 1:
                 raise TraceError(
-                    f"{name}: {short(tensor.name)} names no layer, and its step has {len(only)}"
+                    f"{name}: {short(tensor.name)} names no layer, and its step has "
+                    f"{len(of_step[step])}"
                 )
-            layer = layer_or_none if layer_or_none is not None else next(iter(only), 0)
-            steps.setdefault((step, layer), []).append(tensor)
+            number = next(iter(of_step[step]), 0) if layer is None else int(layer)
+            steps.setdefault((step, number), []).append(tensor)
     else:
-        starts = [i for i, one in enumerate(tensors) if one.name.startswith(NAMES["kqv_out"])]
-        if not starts or starts[0] != 0:
-            raise TraceError(
-                f"{name}: is GGUF, but not a trace: it has no kqv_trace metadata, and its "
-                "tensors' names are not those of steps"
-            )
-        ends = [*starts[1:], len(tensors)]
-        steps = {
-            (number, 0): tensors[start:end]
-            for number, (start, end) in enumerate(zip(starts, ends, strict=True), 1)
-        }
+        for tensor in tensors:
+            if tensor.name.startswith(NAMES["kqv_out"]):
+                steps[len(steps) + 1, 0] = []
+            if not steps:
+                raise TraceError(
+                    f"{name}: is GGUF, but not a trace: it has no kqv_trace metadata, and its "
+                    "tensors' names are not those of steps"
+                )
+            steps[len(steps), 0].append(tensor)
     groups: _Groups = {}
     for (step, layer), group in steps.items():
         if len(group) not in ROLES_BY_COUNT:

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
+from ..memory import padded
 from ..progress import SILENT, Progress
 from .format import LayerInfo, RecordedStep, TraceHeader
 from .layout import watched
+from .masks import sees
 
 Listener: TypeAlias = Callable[[RecordedStep], None]
 
@@ -177,24 +179,19 @@ def record(
 
 def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
     """Give the cache to record from, with room for `total` tokens."""
-    pad = 32
-    room = -(-total // pad) * pad
-    if not settings.mixed:
-        return mkt.MixedCache(
-            config,
-            hot_size=room,
-            hot_k_type=settings.k_type,
-            hot_v_type=settings.v_type,
-            quantize=False,
-            threads=settings.threads,
-        )
+    room = padded(total)
+    options: dict[str, Any] = {"hot_size": room, "quantize": False}
+    if settings.mixed:
+        options = {
+            "hot_size": settings.hot_size,
+            "cold_size": room,
+            "group_size": settings.group_size,
+            "n_pad": math.gcd(settings.hot_size, 32),
+            "sink_tokens": settings.sinks,
+        }
     return mkt.MixedCache(
         config,
-        hot_size=settings.hot_size,
-        cold_size=room,
-        group_size=settings.group_size,
-        n_pad=math.gcd(settings.hot_size, pad),
-        sink_tokens=settings.sinks,
+        **options,
         hot_k_type=settings.k_type,
         hot_v_type=settings.v_type,
         threads=settings.threads,
@@ -222,7 +219,7 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
         "k": watched("K [kv head, key, dim], hot", hot.k),
         "v": watched("V [kv head, key, dim], hot", hot.v),
     }
-    masks = [position_mask(at, hot.positions, window)]
+    masks = [_mask(int(at[0]), len(at), hot.positions, window)]
     if settings.mixed:
         # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
         # is masked stands in.
@@ -231,7 +228,7 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
             positions = np.array([-1])
             k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
             v = np.zeros((v.shape[0], 1, v.shape[2]), v.dtype)
-        masks.insert(0, position_mask(at, positions, window))
+        masks.insert(0, _mask(int(at[0]), len(at), positions, window))
         tensors["k_quant"] = watched("K_quant [kv head, key, dim], cold", k)
         tensors["v_quant"] = watched("V_quant [kv head, key, dim], cold", v)
         recorder.header.positions_quant[recorder.step] = positions
@@ -254,16 +251,10 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
     recorder.add(seen.layer, info, tensors)
 
 
-def position_mask(
-    queries: NDArray[np.int64], keys: NDArray[np.int64], window_left: int | None
+def _mask(
+    first: int, queries: int, keys: NDArray[np.int64], window_left: int | None
 ) -> NDArray[np.float16]:
-    """Give the additive mask [queries, keys] of positions: 0 where a query sees a key, else -inf.
-
-    A query at p sees keys at p - window_left (None or -1: 0) to p; a key at -1 is padding.
-    """
-    distance = queries[:, None] - keys[None, :]
-    seen = (distance >= 0) & (keys >= 0)[None, :]
-    if window_left is not None and window_left >= 0:
-        seen &= distance <= window_left
+    """Give the additive mask [queries, keys]: 0 where a query sees a key, else -inf."""
+    seen = sees(first, queries, keys, window_left)
     mask: NDArray[np.float16] = np.where(seen, np.float16(0), np.float16(-np.inf))
     return mask

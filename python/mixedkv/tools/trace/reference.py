@@ -11,7 +11,7 @@ from .format import Trace
 from .gguf_file import TraceError
 from .layout import as_float32
 from .metrics import Difference, difference, row_errors
-from .results import Tolerance, plain_numbers
+from .results import Tolerance
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TraceComparison:
             "passed": self.passed,
             "failures": self.failures,
             "steps": [
-                {"layer": layer, "step": step, "role": role, **plain_numbers(vars(found))}
+                {"layer": layer, "step": step, "role": role, **vars(found)}
                 for layer, step, role, found in self.steps
             ],
         }

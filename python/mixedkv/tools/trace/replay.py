@@ -11,7 +11,7 @@ again are attended by the op over plain rows, and `OwnOp.plain` says why.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,18 +67,14 @@ class OwnOp:
         return watched("mixedkv's [query, head, dim]", np.asarray(out).transpose(1, 0, 2))
 
 
-class _Order:
+class _Order(NamedTuple):
     """In which order tokens go into a cache, so that each query sees what its mask shows it.
 
-    Attributes
-    ----------
-    cold, hot
-        Indices of keys that some query sees; the last n hot ones are the queries' own tokens.
+    Indices of keys that some query sees; the last n hot ones are the queries' own tokens.
     """
 
-    def __init__(self, cold: NDArray[np.intp], hot: NDArray[np.intp]) -> None:
-        self.cold = cold
-        self.hot = hot
+    cold: NDArray[np.intp]
+    hot: NDArray[np.intp]
 
 
 def _order_of(data: StepData) -> _Order | str:

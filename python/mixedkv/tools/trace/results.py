@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 import mixedkv as mkv
@@ -77,31 +75,27 @@ class Tolerance:
             judged may be off as much the other way.
         """
         relative, absolute = self.of(found, quantised)
-        wide, far = relative, absolute
         of_head, of_row = HEAD_FACTOR * relative, ROW_FACTOR * relative
         if own is not None and not own[0].not_finite:
-            wide, far = wide + own[0].relative, far + 2 * own[0].max
+            relative, absolute = relative + own[0].relative, absolute + 2 * own[0].max
             of_head += 2 * own[1].head_relative
             of_row += 2 * own[1].row_relative
         if found.not_finite:
             return [f"{what}: {found.not_finite} of {found.elements} elements are not finite"]
-        worst = ""
-        if rows is not None:
-            worst = f" (worst: head {rows.head} with {rows.head_relative:.3g})"
-        if not found.relative <= wide:
-            return [f"{what}: relative error {found.relative:.3g} is above {wide:.3g}{worst}"]
-        if rows is not None and not rows.head_relative <= of_head:
+        worst = f" (worst: head {rows.head} with {rows.head_relative:.3g})" if rows else ""
+        # The comparisons are this way round for the sake of NaN.
+        if not found.relative <= relative:
+            return [f"{what}: relative error {found.relative:.3g} is above {relative:.3g}{worst}"]
+        error = "has a relative error of"
+        if rows and not rows.head_relative <= of_head:
             return [
-                f"{what}: head {rows.head} has a relative error of {rows.head_relative:.3g}, above "
-                f"{of_head:.3g}"
+                f"{what}: head {rows.head} {error} {rows.head_relative:.3g}, above {of_head:.3g}"
             ]
-        if rows is not None and not rows.row_relative <= of_row:
-            return [
-                f"{what}: query {rows.row_query} of head {rows.row_head} has a relative error of "
-                f"{rows.row_relative:.3g}, above {of_row:.3g}"
-            ]
-        if not found.max <= far:
-            return [f"{what}: an element is off by {found.max:.3g}, above {far:.3g}"]
+        if rows and not rows.row_relative <= of_row:
+            where = f"query {rows.row_query} of head {rows.row_head}"
+            return [f"{what}: {where} {error} {rows.row_relative:.3g}, above {of_row:.3g}"]
+        if not found.max <= absolute:
+            return [f"{what}: an element is off by {found.max:.3g}, above {absolute:.3g}"]
         return []
 
 
@@ -204,16 +198,9 @@ class Verification:
         """The verdict."""
         return bool(self.steps) and not self.failures and all(step.passed for step in self.steps)
 
-    def worst(self, of: Callable[[StepResult], Difference | None]) -> Difference | None:
-        """Give the largest relative difference over the steps, None where there is none."""
-        found = [one for one in map(of, self.steps) if one is not None]
-        return max(found, key=lambda one: one.relative) if found else None
-
     def as_dict(self) -> dict[str, Any]:
         """Give everything as plain numbers, strings, lists and dicts, for JSON."""
-        header = self.trace.header
-        worst = self.worst(lambda step: step.torch_f32)
-        cost = self.worst(lambda step: step.cost)
+        header, costs = self.trace.header, [step.cost for step in self.steps if step.cost]
         return {
             "mixedkv": mkv.__version__,
             "torch": torch.__version__,
@@ -225,24 +212,10 @@ class Verification:
             "failures": self.failures,
             "remarks": self.remarks,
             "rows_followed": self.rows_followed,
-            "worst_relative": plain_numbers(worst.relative) if worst else None,
-            "worst_quantisation_cost": cost.relative if cost else None,
-            "worst_head_relative": plain_numbers(
-                max((step.worst.head_relative for step in self.steps), default=None)
+            "worst_relative": max((step.torch_f32.relative for step in self.steps), default=None),
+            "worst_quantisation_cost": max((cost.relative for cost in costs), default=None),
+            "worst_head_relative": max(
+                (step.worst.head_relative for step in self.steps), default=None
             ),
-            "steps": [
-                {**plain_numbers(dataclasses.asdict(step)), "passed": step.passed}
-                for step in self.steps
-            ],
+            "steps": [{**dataclasses.asdict(step), "passed": step.passed} for step in self.steps],
         }
-
-
-def plain_numbers(value: Any) -> Any:
-    """Make of inf and NaN strings: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_numbers(item) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value

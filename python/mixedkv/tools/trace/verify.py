@@ -43,7 +43,7 @@ from .follow import Follower
 from .format import Step, StepData, Trace
 from .gguf_file import TraceError
 from .masks import implied
-from .metrics import Difference, difference, row_errors
+from .metrics import difference, row_errors
 from .reference import TraceComparison, compare_traces
 from .replay import OwnOp
 from .results import StepResult, TierEntropy, Tolerance, Verification
@@ -169,10 +169,18 @@ def _verify_step(
         off = tolerance.judge(what, of_f64, quantised, rows_f64, own=(torch_own, own_rows))
     failures += off
     passing = tolerance.of(of_f32, quantised)[0]
-    if off and not wrong and of_f64.relative <= passing + 2 * torch_own.relative:
-        hints = _about_float32(torch_own, passing)
-    if off and not wrong and not hints and diagnosing:
-        hints = diagnose(data, problem, want_f32, passing, implied(step))
+    if off and not wrong:
+        if (
+            torch_own.relative > passing / 10
+            and of_f64.relative <= passing + 2 * torch_own.relative
+        ):
+            hints = [
+                "PyTorch's own float32 is off from its float64 by "
+                f"{torch_own.relative:.2g} here, as logits are large: the recorded output is about "
+                "as near to float64"
+            ]
+        elif diagnosing:
+            hints = diagnose(data, problem, want_f32, passing, implied(step))
     own = {}
     own_op = OwnOp(data, step.info)
     for isa in isas:
@@ -209,16 +217,6 @@ def _verify_step(
     )
 
 
-def _about_float32(own: Difference, passing: float) -> list[str]:
-    """Say where float32 itself, and no mistake, may be what an output is off by."""
-    if own.relative <= passing / 10:
-        return []
-    return [
-        f"PyTorch's own float32 is off from its float64 by {own.relative:.2g} here, as logits are "
-        "large: the recorded output is about as near to float64"
-    ]
-
-
 def _count(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
 
@@ -226,60 +224,61 @@ def _count(number: int, one: str, several: str) -> str:
 def _remarks(steps: Sequence[Step], results: Sequence[StepResult], follower: Follower) -> list[str]:
     """Say what these steps can't show, or don't tell, so that the verdict does not cover it."""
     infos = [step.info for step in steps]
-    remarks = []
-    if all(step.n == 1 for step in steps):
-        remarks.append(
+    layers = ", ".join(map(str, sorted(follower.biased)))
+    of_layers, add = ("masks of layers", "add") if ", " in layers else ("mask of layer", "adds")
+    plain = [result.plain for result in results if result.plain is not None]
+    blind = [result.blind for result in results if result.blind]
+    one_head = all(info.num_kv_heads == 1 for info in infos)
+    unplaced = any(step.positions is None for step in steps)
+    uncounted = any(step.first is None for step in steps)
+    told: list[tuple[object, str]] = [
+        (
+            all(step.n == 1 for step in steps),
             "no step has several queries: mistakes in the layout of Q, of the output and of the "
-            "mask's rows can't show"
-        )
-    if all(info.num_kv_heads == 1 for info in infos):
-        remarks.append("one kv head: mistakes in the layout of K and V can't show")
-    elif all(info.num_kv_heads == info.num_qo_heads for info in infos):
-        remarks.append(
-            "each query head has a kv head of its own: mistakes in how heads share can't show"
-        )
-    if any(step.positions is None for step in steps):
-        remarks.append(
+            "mask's rows can't show",
+        ),
+        (one_head, "one kv head: mistakes in the layout of K and V can't show"),
+        (
+            not one_head and all(info.num_kv_heads == info.num_qo_heads for info in infos),
+            "each query head has a kv head of its own: mistakes in how heads share can't show",
+        ),
+        (
+            unplaced,
             "no positions are recorded: not checked is whether each token is in exactly one tier, "
             "whether its rows stay as they were, and whether the mask shows each query what it "
-            "should see"
-        )
-    elif any(step.first is None for step in steps):
-        remarks.append(
+            "should see",
+        ),
+        (
+            uncounted and not unplaced,
             "how many tokens each step took is not recorded: not checked is whether tokens are "
-            "lost, and whether the mask shows each query what it should see"
-        )
-    elif any(info.window_left is None for info in infos):
-        remarks.append(
+            "lost, and whether the mask shows each query what it should see",
+        ),
+        (
+            not unplaced and not uncounted and any(info.window_left is None for info in infos),
             "the layers' windows are not recorded: not checked is whether the mask hides keys that "
-            "a query should see"
-        )
-    if follower.biased:
-        named = ", ".join(map(str, sorted(follower.biased)))
-        several = len(follower.biased) > 1
-        remarks.append(
-            f"the {'masks of layers' if several else 'mask of layer'} {named} "
-            f"{'add' if several else 'adds'} other numbers than 0 to the logits of keys that are "
-            "seen (ALiBi or another bias): whether they are the right ones is not checked"
-        )
-    if follower.unknown:
-        remarks.append(
-            f"{follower.unknown} cold rows are in no step while hot: not checked is what they were"
-        )
-    plain = [result.plain for result in results if result.plain is not None]
-    if plain:
-        remarks.append(
+            "a query should see",
+        ),
+        (
+            layers,
+            f"the {of_layers} {layers} {add} other numbers than 0 to the logits of keys that are "
+            "seen (ALiBi or another bias): whether they are the right ones is not checked",
+        ),
+        (
+            follower.unknown,
+            f"{follower.unknown} cold rows are in no step while hot: not checked is what they were",
+        ),
+        (
+            plain,
             f"in {_count(len(plain), 'step', 'steps')} with Q4_0 mixedkv's own op read plain rows, "
-            f"not a cache's packed ones: {plain[0]}"
-        )
-    blind = [result for result in results if result.blind]
-    if blind:
-        queries = sum(result.blind for result in blind)
-        remarks.append(
-            f"{_count(queries, 'query', 'queries')} of {_count(len(blind), 'step', 'steps')} "
-            f"{'sees' if queries == 1 else 'see'} no key: nothing but zero was compared"
-        )
-    return remarks
+            f"not a cache's packed ones: {plain[0] if plain else ''}",
+        ),
+        (
+            blind,
+            f"{_count(sum(blind), 'query', 'queries')} of {_count(len(blind), 'step', 'steps')} "
+            f"{'sees' if sum(blind) == 1 else 'see'} no key: nothing but zero was compared",
+        ),
+    ]
+    return [words for holds, words in told if holds]
 
 
 def _entropy(problem: Problem) -> TierEntropy:

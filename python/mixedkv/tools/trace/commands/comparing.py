@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated
 
@@ -15,8 +16,11 @@ from ...options import AsJson, Debug, KType, Seed, Threads, VType, tolerance, wa
 
 @one_line("trace")
 def compare(
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 2,
+    context: typer.Context,
+    num_qo_heads: Annotated[int, typer.Option("--heads", min=1, help="Query heads.")] = 8,
+    num_kv_heads: Annotated[
+        int, typer.Option("--kv-heads", min=1, help="Key and value heads.")
+    ] = 2,
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
     qo_len: Annotated[int, typer.Option(min=1, help="Queries.")] = 16,
     kv_len: Annotated[int, typer.Option(min=1, help="Keys.")] = 512,
@@ -56,23 +60,13 @@ def compare(
     from .. import report
     from ..arithmetic import isa_selected
 
+    names = [field.name for field in dataclasses.fields(comparing.Settings)]
     try:
-        settings = comparing.Settings(
-            num_qo_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            qo_len=qo_len,
-            kv_len=kv_len,
-            segments=segments,
-            k_type=k_type,
-            v_type=v_type,
-            causal=causal,
-            seed=seed,
-            tolerance_abs=tolerance_abs,
-            tolerance_rel=tolerance_rel,
-        )
+        settings = comparing.Settings(**{name: context.params[name] for name in names})
     except ValueError as error:
-        stop(_in_options(str(error)))
+        # The settings speak of themselves; here they are options.
+        options = {one.name: one.opts[0] for one in context.command.params}
+        stop(re.sub(r"\b[a-z_]+\b", lambda word: options.get(word[0], word[0]), str(error)))
     with isa_selected(isa or mkv.isa.active()):
         result = comparing.compare(settings)
         words = result.as_dict()
@@ -83,22 +77,3 @@ def compare(
         report.print_comparison(report.make_console(), result, elements)
     if not result.passed:
         raise typer.Exit(1)
-
-
-_OPTIONS = {
-    "num_qo_heads": "--heads",
-    "num_kv_heads": "--kv-heads",
-    "head_dim": "--head-dim",
-    "qo_len": "--qo-len",
-    "kv_len": "--kv-len",
-    "segments": "--segments",
-    "k_type": "-ctk",
-    "v_type": "-ctv",
-    "tolerance_abs": "--tolerance-abs",
-    "tolerance_rel": "--tolerance-rel",
-}
-
-
-def _in_options(message: str) -> str:
-    """Put the options that were given in place of the settings' names."""
-    return re.sub(r"\b[a-z_]+\b", lambda match: _OPTIONS.get(match[0], match[0]), message)

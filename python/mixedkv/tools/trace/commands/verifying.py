@@ -131,7 +131,7 @@ def verify(
         report.print_verification(console, result)
         if compared is not None:
             report.print_trace_comparison(console, compared)
-            report.print_overall(console, passed)
+            report.print_verdict(console, passed, "by itself and against the reference")
         if plot is not None:
             console.print(f"plot: {printable(plot)}", highlight=False, markup=False)
     if not passed:
