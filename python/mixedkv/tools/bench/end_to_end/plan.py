@@ -59,13 +59,7 @@ class Plan:
         return CHECKED_STEPS + self.rounds * self.steps
 
     def prompt(self, context: int, positions: int) -> int:
-        """Return the prompt's length: the context, or what leaves positions for the tokens fed.
-
-        Raises
-        ------
-        ValueError
-            Where the model has too few positions.
-        """
+        """Return the prompt's length: the context, or what leaves positions for the tokens fed."""
         prompt = min(context, positions - self.fed)
         if context > positions or prompt < 1:
             raise ValueError(
@@ -180,7 +174,7 @@ class Session:
         """Run everything once on a few tokens."""
         self._read(min(_WARM_TOKENS, self._prompt))
         self.feed(_WARM_STEPS)
-        self._forget()
+        self._cache = None
         return 0.0
 
     def check(self) -> float:
@@ -190,7 +184,6 @@ class Session:
 
     def prefill(self) -> float:
         """Read the prompt into a new cache; return the seconds."""
-        self._forget()
         seconds, attention = self._read(self._prompt)
         self.prefill_attention.append(attention)
         return seconds
@@ -217,6 +210,8 @@ class Session:
         return steps, attention
 
     def _read(self, prompt: int) -> tuple[float, float]:
+        self._cache, self._at = None, 0  # the old one goes before the new one comes
+        self.logits.clear()
         self._cache = self.contender.make_cache(prompt + self._plan.fed)
         chunk = self._plan.prefill_chunk or prompt
         with self._watching():
@@ -242,11 +237,6 @@ class Session:
         ).logits
         return logits
 
-    def _forget(self) -> None:
-        self._cache = None
-        self._at = 0
-        self.logits.clear()
-
     def compare(self, reference: Session) -> None:
         """Compare the predictions so far with the reference's; mark the row where they are off."""
         found = evaluate.compare_logits(torch.stack(reference.logits), torch.stack(self.logits))
@@ -264,18 +254,7 @@ def run(
     contenders: Field,
     progress: Progress = SILENT,
 ) -> Report:
-    """Run a plan.
-
-    Parameters
-    ----------
-    title
-        The model's, for print.
-    model
-        Of transformers, in eval mode.
-    ids
-        int64 [1, n]: the text, long enough for the longest context and the tokens fed.
-    contenders
-        Who takes part.
+    """Run a plan with a model of transformers in eval mode, called `title` in print.
 
     Raises
     ------
@@ -346,13 +325,7 @@ def _sound(sessions: Sequence[Session]) -> list[Session]:
 
 
 def _compare(sessions: Sequence[Session]) -> None:
-    """Hold predictions against the reference's.
-
-    Raises
-    ------
-    RuntimeError
-        It could not run.
-    """
+    """Hold predictions against the reference's, who must be able to run the model."""
     references = [one for one in sessions if one.contender.name == REFERENCE]
     if not references:
         raise RuntimeError(f"{REFERENCE} could not run this model, and the others have no measure")
