@@ -1,4 +1,4 @@
-"""Digests of what every op computes, on every instruction set: to show that a change keeps all bits.
+"""Digests of what every op computes, on every instruction set: to show that all bits are kept.
 
 Run it over two installed versions on one machine and compare what it prints:
 
@@ -6,8 +6,8 @@ Run it over two installed versions on one machine and compare what it prints:
     python tests/digests.py > after.txt
     diff before.txt after.txt
 
-A line is the instruction set, the case, and a SHA-256 of the result's bytes. Only options that no
-release has renamed are used; the results depend on the machine's libm, so none are kept in the tree.
+A line is the instruction set, the case, and a SHA-256 of the result's bytes. Only options that have
+kept their names are used. Results depend on the machine's libm, so none are kept in the tree.
 """
 
 from __future__ import annotations

@@ -64,6 +64,9 @@ QueryTile::QueryTile(const Kernels &kernels, float *scratch, const AttentionPara
                       q.row_stride * (q.index != nullptr ? q.index[i] : i);
     float *scaled = q_ + r * head_dim_;
     kernels_.of(q.type).to_f32(row, scaled, head_dim_);
+    if (params.key_transform != nullptr) {
+      params.key_transform->apply(scaled, head_dim_);
+    }
     kernels_.scale(scaled, head_dim_, params.sm_scale);
     pos_[r] = q.pos != nullptr ? q.pos[i] : q.pos_start + i;
     pos_min_ = std::min(pos_min_, pos_[r]);
@@ -118,7 +121,8 @@ void QueryTile::merge_partial(const float *partial) {
 
 void QueryTile::finalize(const float *sinks, const OutputView &out) const {
   for (int r = 0; r < num_rows_; ++r) {
-    finalize_row(states_[r], acc(r), head_dim_v_, sinks, out, head(r), query(r));
+    finalize_row(states_[r], acc(r), head_dim_v_, sinks, out, head(r), query(r),
+                 params_.value_transform);
   }
 }
 

@@ -71,12 +71,17 @@ inline float finalize_row(const RowState &state, const float *acc, std::size_t h
 }
 
 /// The same into the row of a query and head of out, lse too where it is asked for. sinks: of all
-/// query heads, or null.
+/// query heads, or null. transform: what values were changed by, or null.
 inline void finalize_row(const RowState &state, const float *acc, std::size_t head_dim_v,
-                         const float *sinks, const OutputView &out, int head, std::int64_t query) {
+                         const float *sinks, const OutputView &out, int head, std::int64_t query,
+                         const RowTransform *transform = nullptr) {
   const std::int64_t row = out.index != nullptr ? out.index[query] : query;
-  const float lse = finalize_row(state, acc, head_dim_v, sinks != nullptr ? sinks + head : nullptr,
-                                 out.data + head * out.head_stride + row * out.row_stride);
+  float *to = out.data + head * out.head_stride + row * out.row_stride;
+  const float lse =
+      finalize_row(state, acc, head_dim_v, sinks != nullptr ? sinks + head : nullptr, to);
+  if (transform != nullptr) {
+    transform->undo(to, head_dim_v);
+  }
   if (out.lse != nullptr) {
     out.lse[head * out.lse_head_stride + row * out.lse_row_stride] = lse;
   }

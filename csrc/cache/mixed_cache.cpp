@@ -37,12 +37,12 @@ const char *head_of(const RowsView &rows, int head) {
 
 } // namespace
 
-MixedCache::MixedCache(const CacheConfig &config) {
+MixedCache::MixedCache(const CacheConfig &config, RowTransforms transforms) {
   check_config(config);
   // Both may refuse their environment variables, and settle once: not in the midst of a move.
   active_kernels();
   get_num_threads();
-  impl_ = std::make_unique<Impl>(config);
+  impl_ = std::make_unique<Impl>(config, std::move(transforms));
 }
 
 MixedCache::~MixedCache() = default;
@@ -142,15 +142,20 @@ std::optional<Slot> MixedCache::find_slot(const std::int64_t *pos, const TokenOw
   return slot;
 }
 
-void MixedCache::store(int layer, const RowsView &k, const RowsView &v) {
+void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) {
   Impl &m = *impl_;
   m.need_slot("store");
   const int number = m.layer_number(layer);
-  check_rows("k", k);
-  check_rows("v", v);
+  check_rows("k", new_k);
+  check_rows("v", new_v);
 
   PendingSlot &slot = m.slot;
   const RowShape &shape = m.hot.rows.shape();
+  const std::int64_t num_tokens = slot.num_tokens();
+  const RowsView k = m.changed_k.apply(m.transforms.keys.get(), new_k, shape.num_kv_heads,
+                                       num_tokens, shape.head_dim);
+  const RowsView v = m.changed_v.apply(m.transforms.values.get(), new_v, shape.num_kv_heads,
+                                       num_tokens, shape.head_dim_v);
   const auto store_tokens = [&](RowStorage &rows, int to_layer,
                                 const std::vector<std::int32_t> &tokens,
                                 const std::vector<std::int32_t> &cells) {
@@ -207,6 +212,8 @@ void MixedCache::attend(int layer, const QueryView &q, int num_qo_heads,
   params.sinks = options.sinks;
   params.num_threads = options.num_threads;
   params.compute_type = options.compute_type;
+  params.key_transform = m.transforms.keys.get();
+  params.value_transform = m.transforms.values.get();
   mixedkv::attend(problems.data(), static_cast<int>(problems.size()), params);
 }
 

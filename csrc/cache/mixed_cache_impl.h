@@ -15,10 +15,12 @@
 #include "cache/tier.h"
 #include "cache/visibility.h"
 #include "mixedkv/cache.h"
+#include "rows/changed_rows.h"
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace mixedkv {
 
@@ -30,9 +32,10 @@ struct Counters {
 };
 
 struct MixedCache::Impl {
-  explicit Impl(const CacheConfig &c)
-      : config(c), level(trigger_level(c)), layer_numbers(cached_layers(c)),
-        hot(hot_shape(c), c.hot_size, c.n_seq_max), cold(cold_shape(c), cold_cells(c), c.n_seq_max),
+  Impl(const CacheConfig &c, RowTransforms row_transforms)
+      : config(c), transforms(std::move(row_transforms)), level(trigger_level(c)),
+        layer_numbers(cached_layers(c)), hot(hot_shape(c), c.hot_size, c.n_seq_max),
+        cold(cold_shape(c), cold_cells(c), c.n_seq_max),
         journal(hot_shape(c), c.quantize ? c.hot_size : 0),
         slot(std::min<std::int64_t>(c.n_seq_max, c.hot_size), hot_shape(c).num_layers),
         visibility(c.hot_size + cold_cells(c), c.n_seq_max),
@@ -98,6 +101,7 @@ struct MixedCache::Impl {
   void end_slot() noexcept;
 
   const CacheConfig config;
+  const RowTransforms transforms;
   const std::int64_t level;             ///< see trigger_level
   const std::vector<int> layer_numbers; ///< by layer; -1 where it is not cached
   Tier hot;
@@ -111,6 +115,8 @@ struct MixedCache::Impl {
   Movable movable;
   std::vector<std::int32_t> targets;      ///< [hot_size], scratch of move
   std::vector<std::uint64_t> owner_words; ///< scratch of take
+  ChangedRows changed_k;                  ///< of a store, where rows are transformed
+  ChangedRows changed_v;
 };
 
 } // namespace mixedkv

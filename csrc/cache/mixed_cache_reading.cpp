@@ -8,10 +8,13 @@ using GetRow = void (RowStorage::*)(int layer, int head, std::int64_t cell, floa
 
 /// Dequantised rows of tokens, of all heads of the layer that has this number.
 void get_rows(const Tier &hot, const Tier &cold, const std::vector<Token> &tokens, int number,
-              GetRow get, int width, float *out) {
+              GetRow get, const RowTransform *transform, int width, float *out) {
   for (int head = 0; head < hot.rows.shape().num_kv_heads; ++head) {
     for (const Token &token : tokens) {
       ((token.source == Source::cold ? cold : hot).rows.*get)(number, head, token.cell, out);
+      if (transform != nullptr) {
+        transform->undo(out, static_cast<std::size_t>(width));
+      }
       out += width;
     }
   }
@@ -91,13 +94,15 @@ void MixedCache::positions(std::int64_t seq, std::int64_t *pos, std::uint8_t *in
 void MixedCache::keys(int layer, std::int64_t seq, float *out) const {
   const Impl &m = *impl_;
   const int number = m.layer_number(layer);
-  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_k, m.config.head_dim, out);
+  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_k, m.transforms.keys.get(),
+           m.config.head_dim, out);
 }
 
 void MixedCache::values(int layer, std::int64_t seq, float *out) const {
   const Impl &m = *impl_;
   const int number = m.layer_number(layer);
-  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_v, m.config.head_dim_v, out);
+  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_v, m.transforms.values.get(),
+           m.config.head_dim_v, out);
 }
 
 void MixedCache::export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const {
@@ -134,8 +139,8 @@ CacheStats MixedCache::stats() const {
       m.hot.cells.bytes() + m.hot.placement.bytes() + m.cold.cells.bytes() +
       m.cold.placement.bytes() + m.slot.bytes() + m.visibility.bytes() + m.movable.bytes() +
       m.targets.capacity() * sizeof(std::int32_t) +
-      m.owner_words.capacity() * sizeof(std::uint64_t) + m.layer_numbers.capacity() * sizeof(int) +
-      sizeof(Impl));
+      m.owner_words.capacity() * sizeof(std::uint64_t) + m.changed_k.bytes() + m.changed_v.bytes() +
+      m.layer_numbers.capacity() * sizeof(int) + sizeof(Impl));
   stats.scratch_bytes = static_cast<std::int64_t>(m.slot.scratch_bytes());
   RowShape f16 = m.cold.rows.shape();
   f16.k_type = Format::f16;

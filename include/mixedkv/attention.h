@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mixedkv/formats.h"
+#include "mixedkv/row_transform.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -109,6 +110,10 @@ struct AttentionParams {
   const float *sinks = nullptr;        ///< [num_qo_heads] logits that enter S at finalize
   int num_threads = 0;                 ///< 0: get_num_threads()
   ComputeType compute_type = ComputeType::f32;
+  /// What the keys and the values were changed by: queries are changed as keys are, normalised
+  /// results back as values were (not states, which stay changed). Null: nothing.
+  const RowTransform *key_transform = nullptr;
+  const RowTransform *value_transform = nullptr;
 };
 
 /// Attends all problems: continues each one's state over its segments in their order, and writes

@@ -6,6 +6,7 @@
 
 #include "mixedkv/attention.h"
 #include "mixedkv/formats.h"
+#include "mixedkv/row_transform.h"
 
 #include <cstdint>
 #include <memory>
@@ -101,7 +102,8 @@ struct AttendOptions {
 class MixedCache {
 public:
   /// Throws std::invalid_argument naming the field and its value.
-  explicit MixedCache(const CacheConfig &config);
+  /// transforms: what rows are changed by (row_transform.h).
+  explicit MixedCache(const CacheConfig &config, RowTransforms transforms = {});
   ~MixedCache();
   MixedCache(const MixedCache &) = delete;
   MixedCache &operator=(const MixedCache &) = delete;
