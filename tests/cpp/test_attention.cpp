@@ -85,7 +85,8 @@ struct Source {
   KeySegment segment() const {
     const auto base = [&](const Pool &pool) {
       // Rows are found from the first key's on, packed ones from cell 0 on.
-      const std::int64_t from = pool.plane.layout() == Layout::tiles || !index.empty() ? 0 : first_cell;
+      const std::int64_t from =
+          pool.plane.layout() == Layout::tiles || !index.empty() ? 0 : first_cell;
       return pool.bytes.data() + from * pool.plane.stride();
     };
     KeySegment s;

@@ -112,7 +112,8 @@ void test_exp_sum(const std::string &isa, const Bf16Kernels &kernels) {
         for (int i = 0; i < padded; ++i) {
           const double got = value_of_bf16(p[size(i)]);
           if (i >= n) {
-            EXPECT(p[size(i)].bits == 0 || p[size(i)].bits == 0xa5a5, "n %d: %d is not padding", n, i);
+            EXPECT(p[size(i)].bits == 0 || p[size(i)].bits == 0xa5a5, "n %d: %d is not padding", n,
+                   i);
             continue;
           }
           want += got;
