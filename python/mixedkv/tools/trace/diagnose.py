@@ -32,6 +32,8 @@ _MOST_VALUES = 1 << 24
 """Of a step's keys, once for each query head, up to which mistakes are looked for."""
 _MOST_ROLLED = 1 << 11
 """Keys up to which every rotation is tried: the time grows with their square."""
+_MOST_SUMMED = 1 << 13
+"""Keys up to which they are summed up one by one, to see what an f16 accumulator makes of them."""
 _MOST_PRODUCTS = 1 << 26
 """Multiplications of one attention over some of a step's queries."""
 _AS_NEAR = 2.0
@@ -325,13 +327,16 @@ def _rounding(some: Problem, got: Floats, want: Floats, error: float) -> str | N
     The last query is computed key by key, as ggml's CPU code does for f16 keys and values: the
     query is rounded to f16, logits and their sum are float32, the accumulator is f16.
     """
-    if error > _MOST_F16_ERROR or some.info.logits_soft_cap or some.info.sinks is not None:
+    keys = np.flatnonzero(~np.isneginf(some.mask[-1]))
+    if len(keys) > _MOST_SUMMED or error > _MOST_F16_ERROR:
+        return None
+    if some.info.logits_soft_cap or some.info.sinks is not None:
         return None
     logits = _logits(some, some.q[:, -1:].astype(np.float16).astype(np.float32))[:, 0]
     values = some.v.repeat(len(logits) // len(some.v), 0)
     most, total = np.full((len(logits), 1), -np.inf, np.float32), np.float32(0)
     acc = np.zeros((len(logits), values.shape[2]), np.float16)
-    for key in np.flatnonzero(~np.isneginf(some.mask[-1])):
+    for key in keys:
         x = logits[:, key, None] + some.mask[-1, key]
         new = np.maximum(most, x)
         shrink, weight = np.exp(most - new), np.exp(x - new)

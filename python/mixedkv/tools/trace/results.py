@@ -52,10 +52,6 @@ class Tolerance:
             absolute = ELEMENT_FACTOR * relative * found.scale
         return relative, absolute
 
-    def passes(self, found: Difference, quantised: bool, rows: RowErrors | None = None) -> bool:
-        """Whether a difference is within the tolerance, and each head and row where given."""
-        return not self.judge("", found, quantised, rows)
-
     def judge(
         self,
         what: str,
