@@ -25,7 +25,7 @@ _MOST_CHARACTERS = 400
 _EXTRAS = {"llama_cpp": "llama"}
 """Modules that come with another extra than most of what a command needs."""
 
-logger = logging.getLogger("mixedkv.commands")
+logger = logging.getLogger("mixedkv.tools.commands")
 
 
 def printable(text: object, most: int = _MOST_CHARACTERS) -> str:

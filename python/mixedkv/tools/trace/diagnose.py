@@ -34,7 +34,7 @@ _MOST_ROLLED = 1 << 11
 """Keys up to which every rotation is tried: the time grows with their square."""
 _MOST_SUMMED = 1 << 13
 """Keys up to which they are summed up one by one, to see what an f16 accumulator makes of them."""
-_MOST_PRODUCTS = 1 << 26
+_MOST_PRODUCTS = 1 << 25
 """Multiplications of one attention over some of a step's queries."""
 _AS_NEAR = 2.0
 """Of two explanations, a later one must be nearer by this factor: the first is the likelier."""
