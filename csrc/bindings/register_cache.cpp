@@ -1,5 +1,6 @@
 // The caches.
 #include "bindings/arrays.h"
+#include "bindings/cache_config.h"
 #include "bindings/threads.h"
 
 #include "mixedkv/cache.h"
@@ -8,23 +9,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 namespace mixedkv::bindings {
 namespace {
-
-Format parse_kv_type(const std::string &text, const char *name) {
-  for (int i = 0; i < kNumFormats; ++i) {
-    const Format type = static_cast<Format>(i);
-    if (text == format_name(type)) {
-      return type;
-    }
-  }
-  throw std::invalid_argument(std::string(name) + " must be 'f32', 'f16' or 'q4_0', got '" + text +
-                              "'");
-}
 
 /// A cache and the guard that keeps a second thread out.
 class Handle {
@@ -78,35 +69,6 @@ private:
   std::vector<std::int64_t> tokens_; ///< kept for its memory
   Guard guard_{"the cache"};
 };
-
-std::unique_ptr<Handle> create(std::int64_t num_layers, std::int64_t num_kv_heads,
-                               std::int64_t head_dim, std::int64_t head_dim_v,
-                               std::int64_t hot_size, std::int64_t cold_size,
-                               std::int64_t group_size, double threshold, std::int64_t n_pad,
-                               std::int64_t n_seq_max, const std::array<std::string, 4> &types,
-                               std::int64_t sink_tokens, std::int64_t window_left,
-                               const std::vector<bool> &layers, bool quantize) {
-  CacheConfig config;
-  config.num_layers = narrow(num_layers, "num_layers");
-  config.num_kv_heads = narrow(num_kv_heads, "num_kv_heads");
-  config.head_dim = narrow(head_dim, "head_dim");
-  config.head_dim_v = narrow(head_dim_v, "head_dim_v");
-  config.hot_size = hot_size;
-  config.cold_size = cold_size;
-  config.group_size = group_size;
-  config.threshold = threshold;
-  config.n_pad = n_pad;
-  config.n_seq_max = narrow(n_seq_max, "n_seq_max");
-  config.hot_k_type = parse_kv_type(types[0], "hot_k_type");
-  config.hot_v_type = parse_kv_type(types[1], "hot_v_type");
-  config.cold_k_type = parse_kv_type(types[2], "cold_k_type");
-  config.cold_v_type = parse_kv_type(types[3], "cold_v_type");
-  config.sink_tokens = narrow(sink_tokens, "sink_tokens");
-  config.window_left = window_left;
-  config.layers.assign(layers.begin(), layers.end());
-  config.quantize = quantize;
-  return std::make_unique<Handle>(config);
-}
 
 std::optional<std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>>
 find_slot(Handle &handle, const py::array &pos_array, const py::array &begin_array,
@@ -302,7 +264,7 @@ std::vector<int> held_layers(Handle &handle) {
   const CacheConfig &config = handle.config();
   std::vector<int> held;
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    if (config.layers.empty() || config.layers[static_cast<std::size_t>(layer)] != 0) {
+    if (config.layer_filter.empty() || config.layer_filter[static_cast<std::size_t>(layer)] != 0) {
       held.push_back(layer);
     }
   }
@@ -314,11 +276,11 @@ std::vector<int> held_layers(Handle &handle) {
 void register_cache(py::module_ &m) {
   py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError).doc() =
       "There is no room for what was asked; the message says what was asked and what is free.";
+  m.def("cache_config_fields", &config_fields);
   py::class_<Handle>(m, "MixedCache")
-      .def(py::init(&create), py::arg("num_layers"), py::arg("num_kv_heads"), py::arg("head_dim"),
-           py::arg("head_dim_v"), py::arg("hot_size"), py::arg("cold_size"), py::arg("group_size"),
-           py::arg("threshold"), py::arg("n_pad"), py::arg("n_seq_max"), py::arg("types"),
-           py::arg("sink_tokens"), py::arg("window_left"), py::arg("layers"), py::arg("quantize"))
+      .def(py::init(
+          [](const py::kwargs &options) { return std::make_unique<Handle>(read_config(options)); }))
+      .def("config", [](const Handle &h) { return config_dict(h.config()); })
       .def("find_slot", &find_slot, py::arg("pos"), py::arg("begin"), py::arg("ids"))
       .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),

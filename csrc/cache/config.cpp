@@ -72,7 +72,7 @@ std::vector<int> cached_layers(const CacheConfig &config) {
   std::vector<int> numbers(static_cast<std::size_t>(config.num_layers), -1);
   int next = 0;
   for (std::size_t i = 0; i < numbers.size(); ++i) {
-    if (config.layers.empty() || config.layers[i] != 0) {
+    if (config.layer_filter.empty() || config.layer_filter[i] != 0) {
       numbers[i] = next++;
     }
   }
@@ -80,7 +80,8 @@ std::vector<int> cached_layers(const CacheConfig &config) {
 }
 
 static RowShape tier_shape(const CacheConfig &config, Format k_type, Format v_type) {
-  const auto skipped = std::count(config.layers.begin(), config.layers.end(), std::uint8_t{0});
+  const auto skipped =
+      std::count(config.layer_filter.begin(), config.layer_filter.end(), std::uint8_t{0});
   RowShape shape;
   shape.num_layers = config.num_layers - static_cast<int>(skipped);
   shape.num_kv_heads = config.num_kv_heads;
@@ -131,14 +132,15 @@ void check_config(const CacheConfig &config) {
                "), below floor(threshold * hot_size) = " + std::to_string(level),
            config.sink_tokens);
   }
-  const std::size_t num_flags = config.layers.size();
+  const std::size_t num_flags = config.layer_filter.size();
   if (num_flags != 0 && num_flags != static_cast<std::size_t>(config.num_layers)) {
-    refuse("layers", "have num_layers (" + std::to_string(config.num_layers) + ") entries or none",
+    refuse("layer_filter",
+           "have num_layers (" + std::to_string(config.num_layers) + ") entries or none",
            num_flags);
   }
   const RowShape hot = hot_shape(config);
   if (hot.num_layers == 0) {
-    refuse("layers", "keep one layer at least", "none");
+    refuse("layer_filter", "keep one layer at least", "none");
   }
   // Rows, the journal's rows, and the owner sets, which alone grow with a square.
   const std::int64_t cold = cold_cells(config);

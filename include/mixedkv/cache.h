@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mixedkv/attention.h"
+#include "mixedkv/cache_config.h"
 #include "mixedkv/formats.h"
 #include "mixedkv/row_transform.h"
 
@@ -14,27 +15,6 @@
 #include <vector>
 
 namespace mixedkv {
-
-struct CacheConfig {
-  int num_layers = 1;
-  int num_kv_heads = 1;
-  int head_dim = 0;
-  int head_dim_v = 0;
-  std::int64_t hot_size = 1024;  ///< cells of all sequences together
-  std::int64_t cold_size = 4096; ///< not allocated where quantize is false
-  std::int64_t group_size = 256; ///< most tokens moved in one event
-  double threshold = 0.8;        ///< a move is due above floor(threshold * hot_size) cells in use
-  std::int64_t n_pad = 32;       ///< both sizes are multiples of it
-  int n_seq_max = 1;
-  Format hot_k_type = Format::f16;
-  Format hot_v_type = Format::f16;
-  Format cold_k_type = Format::q4_0;
-  Format cold_v_type = Format::q4_0;
-  int sink_tokens = 0;              ///< positions below this never leave hot
-  std::int64_t window_left = -1;    ///< default of attend
-  std::vector<std::uint8_t> layers; ///< [num_layers], non-zero: cached; empty: all
-  bool quantize = true;             ///< false: one tier, no moves
-};
 
 /// Owners of the tokens of a ubatch: token i is owned by ids[begin[i]] .. ids[begin[i + 1] - 1],
 /// one at least.

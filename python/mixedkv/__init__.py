@@ -10,6 +10,7 @@ from . import isa
 from ._core import __version__, get_num_threads, set_num_threads
 from .attention import AttentionState, attention, merge, merge_state, merge_states
 from .cache import (
+    CacheConfig,
     CacheFull,
     CacheStats,
     MixedKVCache,
@@ -22,6 +23,7 @@ from .quantize import dequantize_q4_0, quantize_q4_0
 
 __all__ = [
     "AttentionState",
+    "CacheConfig",
     "CacheFull",
     "CacheStats",
     "MixedKVCache",

@@ -54,6 +54,7 @@ def merge_states(
     out: NDArray[np.float32],
     lse: NDArray[np.float32],
 ) -> None: ...
+def cache_config_fields() -> list[tuple[str, Any, str]]: ...
 
 class Guard:
     def __init__(self, what: str) -> None: ...
@@ -66,24 +67,8 @@ class Guard:
     ) -> None: ...
 
 class MixedCache:
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        head_dim_v: int,
-        hot_size: int,
-        cold_size: int,
-        group_size: int,
-        threshold: float,
-        n_pad: int,
-        n_seq_max: int,
-        types: tuple[str, str, str, str],
-        sink_tokens: int,
-        window_left: int,
-        layers: list[bool],
-        quantize: bool,
-    ) -> None: ...
+    def __init__(self, **options: Any) -> None: ...
+    def config(self) -> dict[str, Any]: ...
     def find_slot(
         self, pos: NDArray[np.int64], begin: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> tuple[int, int, int, int] | None: ...

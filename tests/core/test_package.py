@@ -13,6 +13,7 @@ import pytest
 
 PUBLIC = [
     "AttentionState",
+    "CacheConfig",
     "CacheFull",
     "CacheStats",
     "MixedKVCache",

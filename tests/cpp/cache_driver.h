@@ -297,12 +297,12 @@ void random_operations(unsigned seed) {
   }
   CacheConfig config = small_config(16, 64, 3, 4);
   config.num_layers = 3;
-  config.layers = {1, 0, 1};
+  config.layer_filter = {1, 0, 1};
   config.n_seq_max = 2;
   config.sink_tokens = 2;
   config.threshold = 0.33;
   report("cache_random_layer_filter threshold=0.33", Driver(config, ++seed).run(300));
-  config.layers.clear();
+  config.layer_filter.clear();
   config.sink_tokens = 0;
   config.threshold = 0.05; // a level of 0: nothing stays
   report("cache_random level=0", Driver(config, ++seed).run(300));

@@ -18,7 +18,7 @@ struct Seen {
 };
 
 bool cached(const CacheConfig &config, int layer) {
-  return config.layers.empty() || config.layers[idx(layer)] != 0;
+  return config.layer_filter.empty() || config.layer_filter[idx(layer)] != 0;
 }
 
 Seen look(const MixedCache &cache) {

@@ -473,8 +473,8 @@ bool wrong_configs() {
       },
       "= 12, got 4"));
   EXPECT(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
-  EXPECT(refused([](CacheConfig &c) { c.layers = {1, 1}; }, "layers"));
-  EXPECT(refused([](CacheConfig &c) { c.layers = {0}; }, "layers"));
+  EXPECT(refused([](CacheConfig &c) { c.layer_filter = {1, 1}; }, "layer_filter"));
+  EXPECT(refused([](CacheConfig &c) { c.layer_filter = {0}; }, "layer_filter"));
   EXPECT(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(7); }, "hot_k_type"));
   EXPECT(refused(
       [](CacheConfig &c) {
@@ -499,7 +499,7 @@ bool wrong_configs() {
 bool wrong_calls() {
   CacheConfig config = small_config(16, 64, 8, 8);
   config.num_layers = 3;
-  config.layers = {1, 0, 1};
+  config.layer_filter = {1, 0, 1};
   config.n_seq_max = 2;
   MixedCache cache(config);
   using Bad = std::invalid_argument;

@@ -8,11 +8,13 @@ threshold the oldest move to *cold* (Q4_0), once each, and attention reads both 
 
 from __future__ import annotations
 
+from .config import CacheConfig
 from .mixed import MixedKVCache
 from .records import CacheFull, CacheStats, Slot, StateFileError, StoredRows
 from .unified import UnifiedKVCache
 
 __all__ = [
+    "CacheConfig",
     "CacheFull",
     "CacheStats",
     "MixedKVCache",

@@ -28,12 +28,25 @@ def positive(value: int, name: str) -> int:
     return number
 
 
-def check_kv_type(value: str, name: str) -> None:
-    """Refuse what is not the name of a type of keys or values."""
+def positive_or_none(value: int | None, name: str) -> int | None:
+    """Return None, or value as :func:`positive` does."""
+    return None if value is None else positive(value, name)
+
+
+def boolean(value: bool, name: str) -> bool:
+    """Return value as a bool; TypeError names it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def kv_type(value: str, name: str) -> str:
+    """Return the name of a type of keys or values; TypeError and ValueError name it."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__}")
     if value not in ("f32", "f16", "q4_0"):
         raise ValueError(f"{name} must be 'f32', 'f16' or 'q4_0', got {value!r}")
+    return value
 
 
 def layers(

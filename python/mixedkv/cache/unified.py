@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from typing import Any
 
-from .mixed import refuse_later
+from .config import OPTIONS, CacheConfig, refuse_unknown, shows
 from .verbs import KVCache
+
+# Its own words for the one tier's options, and the options that mean nothing without a second one.
+_OWN = {"size": "hot_size", "k_type": "hot_k_type", "v_type": "hot_v_type"}
+_OF_TWO_TIERS = {
+    *("cold_size", "group_size", "threshold", "cold_k_type", "cold_v_type"),
+    *("sink_tokens", "hot_keep", "rotate", "quantize"),
+}
+_SHARED = [name for name in OPTIONS if name not in _OF_TWO_TIERS and name not in _OWN.values()]
 
 
 class UnifiedKVCache(KVCache):
@@ -17,51 +25,27 @@ class UnifiedKVCache(KVCache):
         Cells (tokens) of all sequences together, a multiple of n_pad.
     k_type, v_type
         "f32", "f16" or "q4_0"; with q4_0 a token's rows are quantised as they are stored.
-    num_layers, num_kv_heads, head_dim, head_dim_v, n_pad, n_seq_max, window_left, layer_filter
-        As in :class:`MixedKVCache`.
-    rope
-        Not there yet: anything but None raises NotImplementedError.
+    options
+        num_layers, num_kv_heads, head_dim, head_dim_v, n_pad, n_seq_max, window_left, rope and
+        layer_filter, as in :class:`CacheConfig`.
     """
 
+    @shows(_SHARED)
     def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        head_dim_v: int | None = None,
-        size: int = 1024,
-        n_pad: int = 32,
-        n_seq_max: int = 1,
-        k_type: str = "f16",
-        v_type: str = "f16",
-        window_left: int = -1,
-        rope: None = None,
-        layer_filter: Callable[[int], bool] | Iterable[int] | None = None,
+        self, *, size: int = 1024, k_type: str = "f16", v_type: str = "f16", **options: Any
     ) -> None:
-        refuse_later(rope=rope)
-        self._create(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            hot_size=size,
-            cold_size=n_pad,
-            group_size=1,
-            threshold=1.0,
-            n_pad=n_pad,
-            n_seq_max=n_seq_max,
-            types=(k_type, v_type, "f16", "f16"),
-            sink_tokens=0,
-            window_left=window_left,
-            layer_filter=layer_filter,
-            quantize=False,
-            size_names=("size", "k_type", "v_type"),
-        )
+        refuse_unknown(options, "UnifiedKVCache", _SHARED)
+        own = {"size": size, "k_type": k_type, "v_type": v_type}
+        for name, value in own.items():
+            # Under its own name, should it be wrong.
+            options[_OWN[name]] = OPTIONS[_OWN[name]].check(value, name)
+        # Cold is never allocated; any width goes with f16.
+        config = CacheConfig(**options, quantize=False, cold_k_type="f16", cold_v_type="f16")
+        super().__init__(config)
 
     def __repr__(self) -> str:
-        stats = self.stats()
+        config, stats = self.config, self.stats()
         return (
-            f"UnifiedKVCache(num_layers={self._num_layers}, num_kv_heads={self._num_kv_heads}, "
-            f"head_dim={self._head_dim}, cells={stats.hot_tokens}/{stats.hot_size})"
+            f"UnifiedKVCache(num_layers={config.num_layers}, num_kv_heads={config.num_kv_heads}, "
+            f"head_dim={config.head_dim}, cells={stats.hot_tokens}/{stats.hot_size})"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from .. import _core
 from .._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
 from ..attention import ComputeType, _lse_kind, _per_head, allows_bf16, finite, window
-from .arguments import check_kv_type, int_array, integer, layers, owners, positive
+from .arguments import int_array, integer, owners
+from .config import CacheConfig, core_options
 from .log import logger
 from .records import CacheFull, CacheStats, Slot, StoredRows
 
@@ -23,62 +24,18 @@ from .records import CacheFull, CacheStats, Slot, StoredRows
 class KVCache:
     """What both caches share: every verb."""
 
-    _core: _core.MixedCache
-    _head_dim: int
-    _head_dim_v: int
-    _num_kv_heads: int
-    _num_layers: int
-    _events: int
-
-    def _create(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        head_dim_v: int | None,
-        hot_size: int,
-        cold_size: int,
-        group_size: int,
-        threshold: float,
-        n_pad: int,
-        n_seq_max: int,
-        types: tuple[str, str, str, str],
-        sink_tokens: int,
-        window_left: int,
-        layer_filter: Callable[[int], bool] | Iterable[int] | None,
-        quantize: bool,
-        size_names: tuple[str, str, str] = ("hot_size", "hot_k_type", "hot_v_type"),
-    ) -> None:
-        self._num_layers = positive(num_layers, "num_layers")
-        self._num_kv_heads = positive(num_kv_heads, "num_kv_heads")
-        self._head_dim = positive(head_dim, "head_dim")
-        self._head_dim_v = (
-            self._head_dim if head_dim_v is None else positive(head_dim_v, "head_dim_v")
-        )
-        if not isinstance(quantize, (bool, np.bool_)):
-            raise TypeError(f"quantize must be a bool, got {type(quantize).__name__}")
-        type_names = (size_names[1], size_names[2], "cold_k_type", "cold_v_type")
-        for value, name in zip(types, type_names, strict=True):
-            check_kv_type(value, name)
-        self._core = _core.MixedCache(
-            self._num_layers,
-            self._num_kv_heads,
-            self._head_dim,
-            self._head_dim_v,
-            positive(hot_size, size_names[0]),
-            positive(cold_size, "cold_size"),
-            positive(group_size, "group_size"),
-            finite(threshold, "threshold"),
-            positive(n_pad, "n_pad"),
-            positive(n_seq_max, "n_seq_max"),
-            types,
-            integer(sink_tokens, "sink_tokens"),
-            window(window_left),
-            layers(layer_filter, self._num_layers),
-            bool(quantize),
-        )
+    def __init__(self, config: CacheConfig) -> None:
+        self._config = config
+        options = core_options(config)
+        self._core = _core.MixedCache(**options)
+        self._head_dim: int = options["head_dim"]
+        self._head_dim_v: int = options["head_dim_v"]
         self._events = 0
+
+    @property
+    def config(self) -> CacheConfig:
+        """What the cache was made from."""
+        return self._config
 
     # --- a ubatch -----------------------------------------------------------------------------
 
