@@ -25,9 +25,9 @@ class KVCache:
     """What both caches share: every verb."""
 
     def __init__(self, config: CacheConfig) -> None:
-        self._config = config
         options = core_options(config)
         self._core = _core.MixedCache(**options)
+        self._config = config
         self._head_dim: int = options["head_dim"]
         self._head_dim_v: int = options["head_dim_v"]
         self._events = 0
