@@ -5,6 +5,7 @@ The models are tiny and random, built from configs; only the last test loads a r
 
 import copy
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -811,6 +812,40 @@ def test_error_full(llama: Any) -> None:
 def test_error_options(llama: Any, options: dict[str, Any], message: str) -> None:
     """Told when the cache is made, though its tiers are made at first use."""
     with pytest.raises(ValueError, match=message):
+        mkt.MixedCache(llama.config, **options)
+
+
+def test_options_are_those_of_the_configuration(llama: Any) -> None:
+    """Whatever it is called, an option reaches the native cache; sizes are for each row."""
+    options = {"hot_size": 64, "cold_size": 128, "group_size": 8, "sink_tokens": 3}
+    others = {"threshold": 0.5, "n_pad": 16, "hot_v_type": "f32", "cold_k_type": "f16"}
+    cache = copy.deepcopy(mkt.MixedCache(llama.config, **options, **others))
+    llama(tokens(2, 6), past_key_values=cache)
+    config = cache.native.config
+    for name, value in {**options, **others}.items():
+        assert getattr(config, name) == value * (2 if name.endswith("_size") else 1), name
+    assert (config.n_seq_max, config.num_layers, config.head_dim) == (2, 3, 32)
+    shown = inspect.signature(mkt.MixedCache).parameters
+    model_says = {
+        *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "n_seq_max"),
+        *("window_left", "rope", "layer_filter"),
+    }
+    own = {"config", "max_batch_size", "threads", "compute_type", "record_history"}
+    fields = {field.name for field in dataclasses.fields(mkv.CacheConfig)}
+    assert {*shown} == own | (fields - model_says)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sinks": 4}, r"MixedCache has no option 'sinks'.*sink_tokens"),
+        ({"hot_sizes": 4}, "'hot_sizes'"),
+        ({"head_dim": 32}, "head_dim from the model"),
+        ({"n_seq_max": 2}, "n_seq_max from the model"),
+    ],
+)
+def test_error_options_that_are_none(llama: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         mkt.MixedCache(llama.config, **options)
 
 

@@ -10,7 +10,8 @@ Three parts work together:
 
 - `cache.MixedCache` takes each layer's new keys and values. What it hands back to the model are
   not tensors to compute with but *handles* (`rows.CachedRows`): the rows stay in mixedkv. The
-  native caches are in `groups`, a forward and its padding in `steps`.
+  native caches are in `groups`, a forward and its padding in `steps`, the rows and columns so far
+  in `batch`, a layer's attention in `attending`, mixedkv's options in `options`.
 - `masks.describe_mask`, registered as the mask function, says in a few words what the model
   masks: causal, a sliding window, padded columns; no [queries, keys] array is made.
 - `attention.attention_forward`, registered as the attention function, finds the cache by the

@@ -27,28 +27,25 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
 import mixedkv as mkv
-from mixedkv.attention import ComputeType, allows_bf16
+from mixedkv.attention import ComputeType
+from mixedkv.cache.config import shows
 
+from .attending import LayerAttention
+from .batch import Batch
 from .config import read_config
 from .groups import Group
 from .layers import MixedLayer
 from .masks import MaskPlan
+from .options import TAKEN, given_options, read_options
 from .records import Observation, Occupancy
 from .rows import CachedRows, Handle
 from .steps import Step
 
 logger = logging.getLogger("mixedkv.transformers")
-
-_SERIAL_WORK = 5_000_000
-"""Calls with fewer multiply-adds run on the caller's thread alone, unless the user says otherwise.
-Between two layers, mixedkv's workers fall asleep and torch's poll for work on every core: to wake
-one, wait until it has got a core, and give that back costs more than it can save in such a call."""
 
 
 class MixedCache(Cache):
@@ -61,14 +58,13 @@ class MixedCache(Cache):
     ----------
     config
         The model's config (``model.config``).
-    hot_size, cold_size, group_size
-        Cells of each tier and most tokens of one move, *for each row of the batch*: they are
-        multiplied by the number of rows when the first rows come. All layers have the same sizes,
-        those with a sliding window too.
-    threshold, n_pad, sink_tokens, hot_keep, rotate, quantize
-    hot_k_type, hot_v_type, cold_k_type, cold_v_type
-        As in `mixedkv.MixedKVCache`. ``quantize=False`` gives a standard cache of one tier, where
-        `hot_size` is the whole size.
+    options
+        Those of `mixedkv.CacheConfig` that the model and its batch don't say: not the geometry
+        (num_layers, num_kv_heads, head_dim, head_dim_v, layer_filter), n_seq_max, window_left and
+        rope. hot_size, cold_size and group_size are *for each row of the batch*: they are
+        multiplied by the number of rows when the first rows come; layers with a sliding window
+        have them too. ``quantize=False`` gives a standard cache of one tier, where `hot_size` is
+        the whole size.
     max_batch_size
         Rows to make room for, where the batch grows after the first rows have come
         (`batch_repeat_interleave`). Default: the first batch.
@@ -98,55 +94,20 @@ class MixedCache(Cache):
 
     layers: list[Any]
 
+    @shows(TAKEN)
     def __init__(
         self,
         config: Any,
         *,
-        hot_size: int = 1024,
-        cold_size: int = 4096,
-        group_size: int = 256,
-        threshold: float = 0.8,
-        n_pad: int = 32,
-        sink_tokens: int = 0,
-        hot_keep: int = 0,
-        rotate: bool = False,
-        hot_k_type: str = "f16",
-        hot_v_type: str = "f16",
-        cold_k_type: str = "q4_0",
-        cold_v_type: str = "q4_0",
-        quantize: bool = True,
         max_batch_size: int | None = None,
         threads: int | None = None,
         compute_type: ComputeType = "f32",
         record_history: bool = False,
+        **options: Any,
     ) -> None:
-        allows_bf16(compute_type)  # refuses what is neither
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        self._sizes: dict[str, Any] = {
-            "hot_size": hot_size,
-            "cold_size": cold_size,
-            "group_size": group_size,
-        }
-        self._options: dict[str, Any] = {
-            "threshold": threshold,
-            "n_pad": n_pad,
-            "sink_tokens": sink_tokens,
-            "hot_keep": hot_keep,
-            "rotate": rotate,
-            "hot_k_type": hot_k_type,
-            "hot_v_type": hot_v_type,
-            "cold_k_type": cold_k_type,
-            "cold_v_type": cold_v_type,
-            "quantize": quantize,
-        }
-        self._max_batch_size = max_batch_size
-        self._threads = threads
-        self._compute_type = compute_type
+        self._batch = Batch(max_batch_size)
         # The real cache is made when the batch is known; a wrong option should be told now.
-        mkv.MixedKVCache(
-            num_layers=1, num_kv_heads=1, head_dim=32, n_seq_max=1, **self._sizes, **self._options
-        )
+        self._row_config = read_options(options)
 
         self._config = config
         plan = read_config(config)
@@ -157,18 +118,10 @@ class MixedCache(Cache):
         )
         self._order = [index for index, (has_keys, _) in enumerate(plan.layers) if has_keys]
         self._keys_are_reused = plan.keys_are_reused
-        self._groups = [Group(layers, self._sizes, self._options) for layers in plan.geometries]
-        self._windows = [layer.window for layer in plan.layers]
-        self._group_of = {layer: group for group in self._groups for layer in group.layers}
-
-        self._room_for = 0  # rows that the native caches were made for
+        self._groups = [Group(layers, self._row_config) for layers in plan.geometries]
+        windows = [layer.window for layer in plan.layers]
+        self._attention = LayerAttention(self._groups, windows, threads, compute_type)
         self._step: Step | None = None
-        self._rows: int | None = None
-        self._columns = 0
-        # Padding of the columns so far, and each row's first unpadded column. None: no padding
-        # so far, no unpadded column so far.
-        self._validity: torch.Tensor | None = None
-        self._bases: list[int | None] = []
         self.history: list[Occupancy] | None = [] if record_history else None
         self.observer: Callable[[Observation], None] | None = None
 
@@ -205,23 +158,23 @@ class MixedCache(Cache):
         return dataclasses.replace(all_stats[0], **added)
 
     def __repr__(self) -> str:
-        state = f"rows={self._rows}, columns={self._columns}" if self._rows else "empty"
+        batch = self._batch
+        state = f"rows={batch.rows}, columns={batch.columns}" if batch.rows else "empty"
         return f"MixedCache(layers={len(self._order)}, {state})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedCache:
-        if self._rows is not None or self._step is not None:
+        if self._batch.rows is not None or self._step is not None:
             raise NotImplementedError(
                 "a MixedCache that holds tokens can't be copied: prefill another one, or make one "
                 "with max_batch_size and batch_repeat_interleave() it"
             )
         return MixedCache(
             self._config,
-            **self._sizes,
-            **self._options,
-            max_batch_size=self._max_batch_size,
-            threads=self._threads,
-            compute_type=self._compute_type,
+            max_batch_size=self._batch.max_rows,
+            threads=self._attention.threads,
+            compute_type=self._attention.compute_type,
             record_history=self.history is not None,
+            **given_options(self._row_config),
         )
 
     # What transformers calls
@@ -231,7 +184,7 @@ class MixedCache(Cache):
         step = self._step
         if step is not None and not self._settle() and layer_idx in step.updated:
             self._give_up("a new forward began")
-        return self._columns
+        return self._batch.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key columns of the next step, and where they begin (0: also for a sliding window)."""
@@ -259,26 +212,22 @@ class MixedCache(Cache):
         self._drop_step()
         for native in self.natives:
             native.clear()
-        self._forget()
+        self._batch.forget()
+        if self.history is not None:
+            self.history.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns; a positive number says how many stay."""
         self._settle_or_give_up("crop() was called")
-        keep = tokens_to_remove if tokens_to_remove > 0 else self._columns + tokens_to_remove
+        keep = tokens_to_remove if tokens_to_remove > 0 else self._batch.columns + tokens_to_remove
         keep = max(keep, 0)
-        if keep >= self._columns:
+        if keep >= self._batch.columns:
             return
-        for row, base in enumerate(self._bases):
-            if base is None:
-                continue
-            for native in self.natives:
-                native.seq_rm(row, max(keep - base, 0), -1)
-            if base >= keep:
-                self._bases[row] = None
-        self._columns = keep
-        if self._validity is not None:
-            validity = self._validity[:, :keep]
-            self._validity = None if bool(validity.all()) else validity
+        for row, base in enumerate(self._batch.bases):
+            if base is not None:
+                for native in self.natives:
+                    native.seq_rm(row, max(keep - base, 0), -1)
+        self._batch.crop(keep)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row ``beam_idx[i]`` was. Rows share cells; nothing is copied."""
@@ -286,12 +235,12 @@ class MixedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times; see `max_batch_size`."""
-        rows = self._rows or 0
+        rows = self._batch.rows or 0
         self._take_rows([row for row in range(rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (numbers or a boolean mask), in that order."""
-        rows = torch.arange(self._rows or 0)[indices]
+        rows = torch.arange(self._batch.rows or 0)[indices]
         self._take_rows([int(row) for row in rows])
 
     def early_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -338,7 +287,9 @@ class MixedCache(Cache):
             )
         try:
             layer = handle.layer if for_layer is None else for_layer
-            out = self._attend(step, handle, query, plan, options, layer)
+            out = self._attention(
+                step, self._batch, handle, query, plan, options, layer, self.observer
+            )
         except BaseException:
             # Whatever it was, this forward is over: leave the cache as it was before it.
             self._drop_step()
@@ -347,115 +298,12 @@ class MixedCache(Cache):
             self._commit(step)
         return out
 
-    def _attend(
-        self,
-        step: Step,
-        handle: Handle,
-        query: torch.Tensor,
-        plan: MaskPlan | None,
-        options: dict[str, Any],
-        for_layer: int,
-    ) -> torch.Tensor:
-        layer = handle.layer
-        step.check_mask(layer, self._windows[layer], plan)
-        rows, heads, queries, _ = query.shape
-        # Layers that reuse keys may ask for the last tokens alone: those are the ones that count.
-        width = step.width
-        if rows != step.rows or (queries != width and not (handle.stored and queries < width)):
-            raise ValueError(
-                f"layer {layer} has {rows} rows of {queries} queries for {step.rows} rows of "
-                f"{width} new keys"
-            )
-        if queries < width:
-            query = torch.nn.functional.pad(query, (0, 0, width - queries, 0))
-        placement = step.placement
-        if placement is None:
-            placement = step.place(plan, self._validity, self._bases)
-        group = self._group_of[layer]
-        native = self._store(step, handle, group)
-        assert group.shape is not None
-        if not placement.num_tokens:
-            return query.new_zeros(rows, queries, heads, group.shape[2])
-
-        window = self._windows[layer]
-        options["window_left"] = None if window is None else window - 1
-        options["threads"] = self._threads_for(step, heads, group.shape, window)
-        options["compute_type"] = self._compute_type
-        place = group.place[layer]
-        tokens = placement.cut(_numpy(query))
-        # Cut as arrays, made a tensor at the end: torch takes microseconds for each of these.
-        out = np.empty((rows * width, heads, group.shape[2]), np.float32)
-        if placement.kept is None:
-            native.attend(place, tokens, out=out.transpose(1, 0, 2), **options)
-        else:
-            out.fill(0.0)
-            out[placement.kept.numpy()] = native.attend(place, tokens, **options).transpose(1, 0, 2)
-        result = torch.from_numpy(out.reshape(rows, width, heads, group.shape[2]))
-        if queries < width:
-            result = result[:, width - queries :].contiguous()
-        if result.dtype != query.dtype:
-            result = result.to(query.dtype)
-        if self.observer is not None:
-            self.observer(
-                Observation(
-                    layer=for_layer,
-                    first=step.first,
-                    width=width,
-                    rows=rows,
-                    query=query[:, :, width - queries :],
-                    out=result,
-                    native=native,
-                    place=place,
-                    kept=placement.kept,
-                    options=options,
-                )
-            )
-        return result
-
-    def _store(self, step: Step, handle: Handle, group: Group) -> mkv.MixedKVCache:
-        """Store the handle's rows, if they are not yet, and give the cache that has them."""
-        layer = handle.layer
-        if handle.k is None or handle.v is None:
-            if group.slot is not None and group.slot.num_cold and group.in_scratch != layer:
-                raise NotImplementedError(
-                    f"the keys of layer {layer} are used again after layer {group.in_scratch} "
-                    f"stored its own, and {step.width} new columns are more than the hot tier "
-                    "takes: prefill in smaller chunks (generate(prefill_chunk_size=...)) or make "
-                    "hot_size larger"
-                )
-            assert group.native is not None
-            return group.native
-        k, v = _numpy(handle.k), _numpy(handle.v)
-        native = group.fit(layer, k, v, self._room_for)
-        if group.slot is None:
-            group.find_slot(step, self._room_for)
-        placement = step.placement
-        assert placement is not None
-        if placement.num_tokens:
-            native.store(group.place[layer], placement.cut(k), placement.cut(v))
-        handle.k = handle.v = None
-        group.in_scratch = layer
-        step.attended.add(layer)
-        return native
-
-    def _threads_for(
-        self, step: Step, heads: int, shape: tuple[int, int, int], window: int | None
-    ) -> int | None:
-        """Give the threads of a layer's attention, None for the default."""
-        if self._threads is not None:
-            return self._threads
-        keys = step.first + step.width
-        if window is not None:
-            keys = min(keys, window + step.width)
-        work = step.rows * step.width * keys * heads * (shape[1] + shape[2])
-        return 1 if work < _SERIAL_WORK else None
-
     # Steps
 
     def _step_for(self, key: torch.Tensor, layer: int) -> Step:
         """Give the step that `layer`'s rows belong to; begin one with the first layer."""
         rows, _, width, _ = key.shape
-        if layer not in self._group_of:
+        if layer not in self._order:
             raise ValueError(f"layer {layer} has no keys of its own in this MixedCache")
         self._settle()
         step = self._step
@@ -467,14 +315,14 @@ class MixedCache(Cache):
                 raise RuntimeError(
                     f"a forward must begin with layer {self._order[0]}, got keys of layer {layer}"
                 )
-            if self._rows is not None and rows != self._rows:
+            if self._batch.rows is not None and rows != self._batch.rows:
                 raise ValueError(
-                    f"the MixedCache holds {self._rows} rows, got keys of {rows}: reset() it, or "
-                    "make one for each batch"
+                    f"the MixedCache holds {self._batch.rows} rows, got keys of {rows}: reset() "
+                    "it, or make one for each batch"
                 )
-            if self._rows is None:
+            if self._batch.rows is None:
                 self._make_room(rows)
-            self._step = step = Step(first=self._columns, width=width, rows=rows)
+            self._step = step = Step(first=self._batch.columns, width=width, rows=rows)
             return step
 
         due = self._order[len(step.updated)]
@@ -497,10 +345,7 @@ class MixedCache(Cache):
         for group in self._groups:
             group.commit()
         self._step = None
-        self._rows = step.rows
-        self._columns = step.first + step.width
-        self._validity = step.validity
-        self._bases = step.bases
+        self._batch.add(step)
         if self.history is not None:
             stats = self.stats()
             self.history.append(
@@ -532,51 +377,17 @@ class MixedCache(Cache):
     def _take_rows(self, sources: list[int]) -> None:
         """Make row i what row sources[i] was."""
         self._settle_or_give_up("the rows of the cache were rearranged")
-        if self._rows is None:
+        if self._batch.rows is None:
             return
-        wrong = [row for row in sources if not 0 <= row < self._rows]
-        if wrong or not sources:
-            raise ValueError(
-                f"rows must be in [0, {self._rows}), at least one: got {wrong or sources}"
-            )
-        if len(sources) > self._room_for:
-            raise ValueError(
-                f"{len(sources)} rows asked of a cache with room for {self._room_for}: make it "
-                f"with max_batch_size={len(sources)}"
-            )
-        if sources == list(range(self._rows)):
+        self._batch.check_rows(sources)
+        if sources == list(range(self._batch.rows)):
             return
         for native in self.natives:
             native.seq_gather(sources)
-        self._rows = len(sources)
-        self._bases = [self._bases[row] for row in sources]
-        if self._validity is not None:
-            validity = self._validity[sources]
-            self._validity = None if bool(validity.all()) else validity
+        self._batch.take(sources)
 
     def _make_room(self, rows: int) -> None:
         """Give an empty cache room for this many rows: its native caches are made anew."""
-        if rows <= self._room_for:
-            return
-        if self._max_batch_size is not None and rows > self._max_batch_size:
-            raise ValueError(f"got {rows} rows, max_batch_size is {self._max_batch_size}")
-        self._room_for = max(rows, self._max_batch_size or 1)
-        for group in self._groups:
-            group.native = None
-
-    def _forget(self) -> None:
-        self._step = None
-        self._rows = None
-        self._columns = 0
-        self._validity = None
-        self._bases = []
-        if self.history is not None:
-            self.history.clear()
-
-
-def _numpy(rows: torch.Tensor) -> NDArray[Any]:
-    """View a tensor as an array; a copy in f32 of bf16, which numpy does not know."""
-    if rows.requires_grad:
-        rows = rows.detach()
-    array: NDArray[Any] = (rows.float() if rows.dtype is torch.bfloat16 else rows).numpy()
-    return array
+        if self._batch.make_room(rows):
+            for group in self._groups:
+                group.native = None

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 
+from .options import for_rows
+from .rows import Handle, to_array
 from .steps import Step
 
 
@@ -18,10 +20,8 @@ class Group:
     ----------
     layers
         Their indices in the model; a layer's index in the native cache is its place here.
-    sizes
-        Cells for each row of the batch: `hot_size`, `cold_size`, `group_size`.
-    options
-        Other arguments of `mixedkv.MixedKVCache`.
+    config
+        The cache for one row of the batch; its geometry is unknown yet.
 
     Attributes
     ----------
@@ -38,15 +38,14 @@ class Group:
         can be attended in the hot type until another layer stores.
     """
 
-    def __init__(self, layers: list[int], sizes: dict[str, Any], options: dict[str, Any]) -> None:
+    def __init__(self, layers: list[int], config: mkv.CacheConfig) -> None:
         self.layers = layers
         self.place = {layer: place for place, layer in enumerate(layers)}
         self.shape: tuple[int, int, int] | None = None
         self.native: mkv.MixedKVCache | None = None
         self.slot: mkv.Slot | None = None
         self.in_scratch: int | None = None
-        self._sizes = sizes
-        self._options = options
+        self._config = config
 
     def fit(self, layer: int, k: NDArray[Any], v: NDArray[Any], room_for: int) -> mkv.MixedKVCache:
         """Give the native cache, made here if need be, after a look at a layer's new rows.
@@ -63,15 +62,8 @@ class Group:
         shape = (k.shape[1], k.shape[3], v.shape[3])
         if self.native is None:
             self.shape = shape
-            self.native = mkv.MixedKVCache(
-                num_layers=len(self.layers),
-                num_kv_heads=shape[0],
-                head_dim=shape[1],
-                head_dim_v=shape[2],
-                n_seq_max=room_for,
-                **{name: size * room_for for name, size in self._sizes.items()},
-                **self._options,
-            )
+            config = for_rows(self._config, room_for, len(self.layers), shape)
+            self.native = mkv.MixedKVCache(config)
         elif shape != self.shape:
             raise ValueError(
                 f"layer {layer} has (kv heads, head_dim of K, of V) = {shape}, layer "
@@ -97,6 +89,32 @@ class Group:
         if self.slot is None:
             self._raise_full(step.placement.num_tokens, room_for)
 
+    def store(self, step: Step, handle: Handle, room_for: int) -> mkv.MixedKVCache:
+        """Store the handle's rows, if they are not yet, and give the cache that has them."""
+        layer = handle.layer
+        if handle.k is None or handle.v is None:
+            if self.slot is not None and self.slot.num_cold and self.in_scratch != layer:
+                raise NotImplementedError(
+                    f"the keys of layer {layer} are used again after layer {self.in_scratch} "
+                    f"stored its own, and {step.width} new columns are more than the hot tier "
+                    "takes: prefill in smaller chunks (generate(prefill_chunk_size=...)) or make "
+                    "hot_size larger"
+                )
+            assert self.native is not None
+            return self.native
+        k, v = to_array(handle.k), to_array(handle.v)
+        native = self.fit(layer, k, v, room_for)
+        if self.slot is None:
+            self.find_slot(step, room_for)
+        placement = step.placement
+        assert placement is not None
+        if placement.num_tokens:
+            native.store(self.place[layer], placement.cut(k), placement.cut(v))
+        handle.k = handle.v = None
+        self.in_scratch = layer
+        step.attended.add(layer)
+        return native
+
     def commit(self) -> None:
         """Make the step's tokens final."""
         if self.slot is not None:
@@ -115,7 +133,7 @@ class Group:
         assert self.native is not None
         stats = self.native.stats()
         rows = f"for {room_for} {'row' if room_for == 1 else 'rows together'}"
-        if self._options["quantize"]:
+        if self._config.quantize:
             raise mkv.CacheFull(
                 f"no room for {wanted} more tokens: {stats.hot_tokens} of {stats.hot_size} hot "
                 f"cells and {stats.cold_tokens} of {stats.cold_size} cold ones are in use, "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 
 from .masks import MaskPlan
 from .questions import QUESTIONS
@@ -110,3 +111,11 @@ _UNCHANGED: frozenset[Any] = frozenset({torch.Tensor.to, torch.Tensor.contiguous
 def handle_of(rows: torch.Tensor) -> Handle | None:
     """Give the handle behind a tensor, or None for an ordinary tensor."""
     return rows._handle if isinstance(rows, CachedRows) else None
+
+
+def to_array(rows: torch.Tensor) -> NDArray[Any]:
+    """View a tensor as an array; a copy in f32 of bf16, which numpy does not know."""
+    if rows.requires_grad:
+        rows = rows.detach()
+    array: NDArray[Any] = (rows.float() if rows.dtype is torch.bfloat16 else rows).numpy()
+    return array

@@ -1,0 +1,66 @@
+"""Which options of mixedkv's caches a MixedCache takes, and what it makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mixedkv as mkv
+from mixedkv.cache.config import OPTIONS, refuse_unknown
+
+FROM_MODEL = {
+    *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "layer_filter"),
+    *("n_seq_max", "window_left", "rope"),
+}
+"""What the model and its batch say: nobody else is asked."""
+
+PER_ROW = ("hot_size", "cold_size", "group_size")
+"""What a user gives for each row of the batch."""
+
+TAKEN = [name for name in OPTIONS if name not in FROM_MODEL]
+"""All others."""
+
+
+def read_options(options: dict[str, Any]) -> mkv.CacheConfig:
+    """Return options as the configuration of one small layer and one row.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option is unknown, the model's to say, or wrong, also beside the others.
+    """
+    for name in options:
+        if name in FROM_MODEL:
+            raise TypeError(f"a MixedCache takes {name} from the model: it is no option of its own")
+    refuse_unknown(options, "MixedCache", TAKEN)
+    config = mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=32, **options)
+    mkv.MixedKVCache(config)  # what does not go together is told by the core
+    return config
+
+
+def given_options(config: mkv.CacheConfig) -> dict[str, Any]:
+    """Return what `read_options` was given, defaults filled in."""
+    return {name: getattr(config, name) for name in TAKEN}
+
+
+def for_rows(
+    config: mkv.CacheConfig, rows: int, num_layers: int, shape: tuple[int, int, int]
+) -> mkv.CacheConfig:
+    """Return the configuration for the rows of a batch and a model's layers.
+
+    Parameters
+    ----------
+    config
+        From `read_options`.
+    rows, num_layers
+        Rows of the batch to make room for, and layers of this shape.
+    shape
+        (kv heads, head_dim of K, head_dim of V).
+    """
+    return config.replace(
+        num_layers=num_layers,
+        num_kv_heads=shape[0],
+        head_dim=shape[1],
+        head_dim_v=shape[2],
+        n_seq_max=rows,
+        **{name: getattr(config, name) * rows for name in PER_ROW},
+    )
