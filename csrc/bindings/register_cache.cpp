@@ -201,8 +201,7 @@ py::array rows_array(Format type, std::int64_t heads, std::int64_t n, std::int64
   case Format::f16:
     return py::array(py::dtype("float16"), std::vector<py::ssize_t>{heads, n, width});
   default:
-    const auto bytes =
-        static_cast<py::ssize_t>(row_bytes(Format::q4_0, static_cast<std::size_t>(width)));
+    const auto bytes = static_cast<py::ssize_t>(row_bytes(type, static_cast<std::size_t>(width)));
     return py::array(py::dtype::of<std::uint8_t>(), std::vector<py::ssize_t>{heads, n, bytes});
   }
 }

@@ -82,11 +82,9 @@ const TileLayout *tile_layout(Format format) {
   switch (format) {
   case Format::q4_0:
     return &kLayoutOf<NibbleTile<block_q4_0, 0x88>>;
-  case Format::f32:
-  case Format::f16:
+  default:
     return nullptr;
   }
-  return nullptr;
 }
 
 } // namespace mixedkv

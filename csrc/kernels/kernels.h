@@ -21,6 +21,9 @@ struct RowKernels {
   /// rounded to f32 before the sum. Where 1 / d is not finite the block holds d rounded to f16
   /// (a zero) and every q is 8. A block with a NaN or infinity in it gets d = NaN and every
   /// q = 0, so that each of its values reads back as NaN.
+  /// q8_0: ggml's quantize_row_q8_0_ref, byte for byte: d = largest magnitude / 127, q = x * id
+  /// rounded to f32, then to the nearest integer, halves away from zero. Where 1 / d is not finite
+  /// the block holds d rounded to f16 (a zero) and every q is 0. NaN and infinity as in q4_0.
   void (*from_f32)(const float *x, void *y, std::size_t n) noexcept;
   void (*from_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
   void (*to_f32)(const void *x, float *y, std::size_t n) noexcept;

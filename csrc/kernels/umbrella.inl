@@ -23,4 +23,6 @@
 
 #include "kernels/formats/q4_0_tiles.inl"
 
+#include "kernels/formats/q8_0.inl"
+
 #include "kernels/loops/table.inl"

@@ -17,8 +17,8 @@ struct bf16_t {
   std::uint16_t bits;
 };
 
-enum class Format : std::uint8_t { f32, f16, q4_0 };
-enum : int { kNumFormats = 3 };
+enum class Format : std::uint8_t { f32, f16, q4_0, q8_0 };
+enum : int { kNumFormats = 4 };
 
 /// rows: one after the other, as ggml, numpy and torch have them. tiles: the same bits, of several
 /// tokens together, as attention reads them fastest (inside caches only; formats/token_tile.h).
@@ -42,6 +42,7 @@ constexpr FormatInfo kFormats[kNumFormats] = {
     {"f32", 1, 4, 0},
     {"f16", 1, 2, 1},
     {"q4_0", 32, 18, 2},
+    {"q8_0", 32, 34, 8},
 };
 
 constexpr const FormatInfo &format_info(Format format) {
@@ -69,5 +70,15 @@ struct block_q4_0 {
 };
 static_assert(sizeof(block_q4_0) == 18, "Q4_0 blocks are 18 bytes, without padding");
 static_assert(format_info(Format::q4_0).block_bytes == sizeof(block_q4_0), "one truth");
+
+/// Values in one Q8_0 block.
+enum : int { QK8_0 = 32 };
+
+/// ggml's Q8_0 block: a value is qs[j] * d.
+struct block_q8_0 {
+  f16_t d;
+  std::int8_t qs[QK8_0];
+};
+static_assert(format_info(Format::q8_0).block_bytes == sizeof(block_q8_0), "one truth");
 
 } // namespace mixedkv

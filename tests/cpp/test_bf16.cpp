@@ -158,14 +158,14 @@ struct TypedRows {
     for (int r = 0; r < num_rows; ++r) {
       index.push_back(num_rows - 1 - r);
       char *row = bytes.data() + r * stride;
-      if (type == Format::q4_0) {
-        for (int b = 0; b < n / 32; ++b) {
-          block_q4_0 block;
-          for (std::uint8_t &byte : block.qs)
-            byte = static_cast<std::uint8_t>(random());
-          block.d = random() % 20 ? static_cast<f16_t>(0x2000 + random() % 0x2000)
-                                  : static_cast<f16_t>(0x7e00);
-          std::memcpy(row + b * 18, &block, sizeof block);
+      if (!format_info(type).plain()) { // an f16 d, then codes
+        const std::size_t block = size(format_info(type).block_bytes);
+        for (std::size_t b = 0; b < row_bytes(type, size(n)); b += block) {
+          for (std::size_t i = 2; i < block; ++i)
+            row[b + i] = static_cast<char>(random());
+          const f16_t d = random() % 20 ? static_cast<f16_t>(0x2000 + random() % 0x2000)
+                                        : static_cast<f16_t>(0x7e00);
+          std::memcpy(row + b, &d, sizeof d);
         }
         continue;
       }
@@ -201,8 +201,7 @@ void test_panels(const std::string &isa, const Kernels &kernels, const Kernels &
         if (!format_info(type).holds(dim))
           continue;
         for (int num_keys = 1; num_keys <= kColumns; ++num_keys) {
-          const int gap =
-              type == Format::q4_0 ? 2 * between(random, 0, 2) : 4 * between(random, 0, 2);
+          const int gap = (type == Format::f32 ? 4 : 2) * between(random, 0, 2);
           const TypedRows keys(random, type, num_keys, dim, gap);
           const Rows rows = keys.rows(num_keys % 2);
           const std::size_t n = panel_size(size((dim + 1) / 2));

@@ -10,6 +10,7 @@
 #include "kernels/dispatch.h"
 
 #include <stdexcept>
+#include <type_traits>
 
 using namespace mixedkv;
 using namespace testing;
@@ -97,6 +98,30 @@ block_q4_0 quantize_by_definition(const float *x, const Kernels &scalar) {
   return block;
 }
 
+/// quantize_row_q8_0_ref as its definition says, one step at a time.
+block_q8_0 quantize_q8_0_by_definition(const float *x, const Kernels &scalar) {
+  block_q8_0 block;
+  std::memset(&block, 0, sizeof block);
+  float largest = 0.0f;
+  for (int i = 0; i < 32; ++i) {
+    if (!std::isfinite(x[i])) {
+      block.d = 0x7e00;
+      return block;
+    }
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  const float d = largest / 127;
+  const float id = d != 0.0f && std::isfinite(1.0f / d) ? 1.0f / d : 0.0f;
+  scalar.of(Format::f16).from_f32(&d, &block.d, 1);
+  for (int i = 0; i < 32; ++i) {
+    volatile float product = x[i] * id; // volatile: rounded to f32
+    // As a double, a half more or less is exact: the nearest integer, halves away from zero.
+    const double rounded = std::floor(std::fabs(static_cast<double>(product)) + 0.5);
+    block.qs[i] = static_cast<std::int8_t>(product < 0.0f ? -rounded : rounded);
+  }
+  return block;
+}
+
 /// Rows of 32 that go wrong first.
 std::vector<std::vector<float>> adversarial_blocks() {
   std::vector<std::vector<float>> blocks;
@@ -179,6 +204,28 @@ void test_scalar_quantize(const Kernels &scalar) {
       block_q4_0 got;
       scalar.of(Format::q4_0).from_f32(block.data(), &got, 32);
       const block_q4_0 expected = quantize_by_definition(block.data(), scalar);
+      EXPECT(std::memcmp(&got, &expected, sizeof got) == 0, "block %d", n);
+      ++n;
+    }
+  });
+  check("scalar quantize_row_q8_0 follows its definition", [&] {
+    std::vector<std::vector<float>> blocks = adversarial_blocks();
+    for (float max : {127.0f, -127.0f, 12.7f, 1e-3f, 3e30f}) // x * id at and around halves
+      for (int step = 0; step < 3; ++step) {
+        std::vector<float> block(32);
+        for (int i = 0; i < 32; ++i) {
+          const float x = (static_cast<float>(i * 4) - 62.5f) * (max / 127.0f);
+          block[static_cast<std::size_t>(i)] =
+              step == 0 ? x : std::nextafter(x, step == 1 ? kInf : -kInf);
+        }
+        block[static_cast<std::size_t>(step * 7)] = max;
+        blocks.push_back(block);
+      }
+    int n = 0;
+    for (const std::vector<float> &block : blocks) {
+      block_q8_0 got;
+      scalar.of(Format::q8_0).from_f32(block.data(), &got, 32);
+      const block_q8_0 expected = quantize_q8_0_by_definition(block.data(), scalar);
       EXPECT(std::memcmp(&got, &expected, sizeof got) == 0, "block %d", n);
       ++n;
     }
@@ -291,15 +338,22 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
       }
     EXPECT(kernels.all_finite_f32(nullptr, 0) && kernels.all_finite_f16(nullptr, 0), "empty");
   });
-  check(isa + " quantize_row_q4_0_f32 adversarial blocks", [&] {
+}
+
+/// Blocks of one format, from values and to values.
+template <typename Block>
+void test_blocks(const std::string &isa, const Kernels &kernels, const Kernels &scalar,
+                 Format format) {
+  const std::string name = isa + " " + format_name(format);
+  const RowKernels &rows = kernels.of(format), &oracle = scalar.of(format);
+  check(name + " from_f32 adversarial blocks", [&] {
     const std::vector<std::vector<float>> blocks = adversarial_blocks();
     Input<float> x(blocks.size() * 32, 1);
     for (std::size_t b = 0; b < blocks.size(); ++b)
       std::copy(blocks[b].begin(), blocks[b].end(), x.data() + b * 32);
-    compare_rows<block_q4_0>(x, blocks.size(), 1, x.size(), kernels.of(Format::q4_0).from_f32,
-                             scalar.of(Format::q4_0).from_f32);
+    compare_rows<Block>(x, blocks.size(), 1, x.size(), rows.from_f32, oracle.from_f32);
   });
-  check(isa + " quantize_row_q4_0_f16 adversarial blocks, and any bits", [&] {
+  check(name + " from_f16 adversarial blocks, and any bits", [&] {
     const std::vector<std::vector<float>> blocks = adversarial_blocks();
     Random random(3);
     Input<f16_t> x((blocks.size() + 6000) * 32, 1);
@@ -310,10 +364,9 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
       const bool any = i < (blocks.size() + 3000) * 32;
       x[i] = static_cast<f16_t>(any ? random() : random() & 0x83ff);
     }
-    compare_rows<block_q4_0>(x, x.size() / 32, 1, x.size(), kernels.of(Format::q4_0).from_f16,
-                             scalar.of(Format::q4_0).from_f16);
+    compare_rows<Block>(x, x.size() / 32, 1, x.size(), rows.from_f16, oracle.from_f16);
   });
-  check(isa + " quantize_row_q4_0 rows of 1 to 17 blocks, misaligned", [&] {
+  check(name + " from values, rows of 1 to 17 blocks, misaligned", [&] {
     Random random(4);
     for (std::size_t num_blocks = 1; num_blocks <= 17; ++num_blocks)
       for (std::size_t misalignment : {0, 1, 3}) {
@@ -323,38 +376,38 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
         for (std::size_t i = 0; i < n; ++i)
           x[i] = normal(random);
         scalar.of(Format::f16).from_f32(x.data(), h.data(), n);
-        compare_rows<block_q4_0>(x, num_blocks, misalignment, n, kernels.of(Format::q4_0).from_f32,
-                                 scalar.of(Format::q4_0).from_f32);
-        compare_rows<block_q4_0>(h, num_blocks, misalignment, n, kernels.of(Format::q4_0).from_f16,
-                                 scalar.of(Format::q4_0).from_f16);
+        compare_rows<Block>(x, num_blocks, misalignment, n, rows.from_f32, oracle.from_f32);
+        compare_rows<Block>(h, num_blocks, misalignment, n, rows.from_f16, oracle.from_f16);
       }
   });
-  check(isa + " dequantize_row_q4_0 every d, every nibble", [&] {
-    Input<block_q4_0> x(65536 + 256, 1);
+  check(name + " to values, every d, every code", [&] {
+    Input<Block> x(65536 + 256, 1);
     for (std::size_t b = 0; b < x.size(); ++b) {
       x[b].d = static_cast<f16_t>(b < 65536 ? b : 0x3555);
-      for (std::size_t i = 0; i < 16; ++i) // every byte, and with each d every nibble
-        x[b].qs[i] = static_cast<std::uint8_t>(i * 17 + b * 16 + (b < 65536 ? 0 : b));
+      std::size_t i = 0;
+      for (auto &q : x[b].qs) { // every byte, and with each d every nibble
+        const std::size_t byte = i * 17 + b * 16 + (b < 65536 ? 0 : b);
+        q = static_cast<std::remove_reference_t<decltype(q)>>(byte);
+        ++i;
+      }
     }
-    compare_rows<float>(x, x.size() * 32, 1, x.size() * 32, kernels.of(Format::q4_0).to_f32,
-                        scalar.of(Format::q4_0).to_f32);
-    compare_rows<f16_t>(x, x.size() * 32, 1, x.size() * 32, kernels.of(Format::q4_0).to_f16,
-                        scalar.of(Format::q4_0).to_f16);
+    compare_rows<float>(x, x.size() * 32, 1, x.size() * 32, rows.to_f32, oracle.to_f32);
+    compare_rows<f16_t>(x, x.size() * 32, 1, x.size() * 32, rows.to_f16, oracle.to_f16);
   });
-  check(isa + " dequantize_row_q4_0 rows of 1 to 17 blocks, misaligned", [&] {
+  check(name + " to values, rows of 1 to 17 blocks, misaligned", [&] {
     Random random(5);
     for (std::size_t num_blocks = 1; num_blocks <= 17; ++num_blocks)
       for (std::size_t misalignment : {0, 1, 3}) {
-        Input<block_q4_0> x(num_blocks, misalignment);
+        Input<Block> x(num_blocks, misalignment);
         for (std::size_t b = 0; b < num_blocks; ++b) {
           x[b].d = static_cast<f16_t>(random() & 0xbbff); // finite
-          for (std::uint8_t &q : x[b].qs)
-            q = static_cast<std::uint8_t>(random());
+          for (auto &q : x[b].qs)
+            q = static_cast<std::remove_reference_t<decltype(q)>>(random());
         }
-        compare_rows<float>(x, num_blocks * 32, misalignment, num_blocks * 32,
-                            kernels.of(Format::q4_0).to_f32, scalar.of(Format::q4_0).to_f32);
-        compare_rows<f16_t>(x, num_blocks * 32, misalignment, num_blocks * 32,
-                            kernels.of(Format::q4_0).to_f16, scalar.of(Format::q4_0).to_f16);
+        compare_rows<float>(x, num_blocks * 32, misalignment, num_blocks * 32, rows.to_f32,
+                            oracle.to_f32);
+        compare_rows<f16_t>(x, num_blocks * 32, misalignment, num_blocks * 32, rows.to_f16,
+                            oracle.to_f16);
       }
   });
 }
@@ -362,6 +415,14 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
 // --- attention ---------------------------------------------------------------------------------
 
 enum class Order { dense, strided, indexed };
+
+/// By definition: value i of a row of blocks.
+double value_in_blocks(Format type, const char *row, int i) {
+  if (type == Format::q4_0)
+    return value_of_q4(reinterpret_cast<const block_q4_0 *>(row)[i / 32], i % 32);
+  const block_q8_0 &block = reinterpret_cast<const block_q8_0 *>(row)[i / 32];
+  return block.qs[i % 32] * value_of_half(block.d);
+}
 
 /// num rows of a type: dense, with gaps between them, or picked in random order from more.
 struct RowSet {
@@ -400,10 +461,9 @@ struct RowSet {
         for (int i = 0; i < dim; ++i)
           exact[i] = value_of_half(halves[i]);
       } else {
-        block_q4_0 *blocks = reinterpret_cast<block_q4_0 *>(row);
-        scalar.of(Format::q4_0).from_f32(x.data(), blocks, x.size());
+        scalar.of(type).from_f32(x.data(), row, x.size());
         for (int i = 0; i < dim; ++i)
-          exact[i] = value_of_q4(blocks[i / 32], i % 32);
+          exact[i] = value_in_blocks(type, row, i);
       }
     }
     for (int j = 0; j < num; ++j) {
@@ -536,13 +596,14 @@ void check_pv(const Kernels &kernels, const Kernels &scalar, Random &random, For
     }
 }
 
-const Format kTypes[] = {Format::f32, Format::f16, Format::q4_0};
 const Order kOrders[] = {Order::dense, Order::strided, Order::indexed};
 
 void test_attention(const std::string &isa, const Kernels &kernels, const Kernels &scalar) {
-  for (Format type : kTypes) {
+  for (int t = 0; t < kNumFormats; ++t) {
+    const Format type = static_cast<Format>(t);
+    const bool blocks = !format_info(type).plain();
     const std::string of_type = std::string(" ") + format_name(type);
-    const auto fits = [&](int dim) { return type != Format::q4_0 || dim % 32 == 0; };
+    const auto fits = [&](int dim) { return format_info(type).holds(dim); };
     const auto sweep = [&](auto &&run) {
       Random random(11);
       for (int dim : {1, 4, 8, 17, 32, 64, 80, 96, 128, 256, 512, 544})
@@ -562,7 +623,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
     const auto fuzz = [&](auto &&run) {
       Random random(20240229);
       for (int i = 0; i < 150; ++i) {
-        const int dim = type == Format::q4_0 ? 32 * between(random, 1, 8) : between(random, 1, 200);
+        const int dim = blocks ? 32 * between(random, 1, 8) : between(random, 1, 200);
         run(random, between(random, 1, 12), between(random, 1, 40), dim,
             kOrders[between(random, 0, 2)]);
       }
@@ -619,17 +680,15 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
             }
         }
     });
-    if (type == Format::q4_0)
-      check(isa + " pv q4_0 gives the bits that f32 gives on dequantized rows", [&] {
+    if (blocks)
+      check(isa + " pv" + of_type + " gives the bits that f32 gives on dequantized rows", [&] {
         // The same values in the same order: not a bit of rounding is left to tell apart.
         Random random(17);
         const int num_keys = 40, dim = 128, num_rows = 4;
         const RowSet keys(random, type, num_keys, dim, Order::dense, scalar);
         std::vector<float> unpacked(static_cast<std::size_t>(num_keys * dim));
         const Rows quantized = keys.rows();
-        kernels.of(Format::q4_0)
-            .to_f32(static_cast<const block_q4_0 *>(quantized.base), unpacked.data(),
-                    unpacked.size());
+        kernels.of(type).to_f32(quantized.base, unpacked.data(), unpacked.size());
         for (std::size_t i = 0; i < unpacked.size(); ++i)
           EXPECT(static_cast<double>(unpacked[i]) == keys.values[i], "value %zu", i);
         std::vector<float> p(static_cast<std::size_t>(num_rows * num_keys));
@@ -637,8 +696,7 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
           x = std::fabs(normal(random));
         const Rows plain = {unpacked.data(), dim * 4, nullptr};
         std::vector<float> a(static_cast<std::size_t>(num_rows * dim), 0.0f), b = a;
-        kernels.of(Format::q4_0)
-            .pv(p.data(), num_keys, num_rows, &quantized, num_keys, dim, a.data(), dim);
+        kernels.of(type).pv(p.data(), num_keys, num_rows, &quantized, num_keys, dim, a.data(), dim);
         kernels.of(Format::f32)
             .pv(p.data(), num_keys, num_rows, &plain, num_keys, dim, b.data(), dim);
         EXPECT(a == b, "some elements differ");
@@ -854,8 +912,11 @@ int main(int argc, char **argv) {
     }
     const Kernels &kernels = kernels_for(isa.name);
     EXPECT(std::string(kernels.name) == isa.name, "name of the table of %s", isa.name);
-    if (&kernels != &scalar)
+    if (&kernels != &scalar) {
       test_conversions(isa.name, kernels, scalar);
+      test_blocks<block_q4_0>(isa.name, kernels, scalar, Format::q4_0);
+      test_blocks<block_q8_0>(isa.name, kernels, scalar, Format::q8_0);
+    }
     test_attention(isa.name, kernels, scalar);
     test_scores(isa.name, kernels);
   }

@@ -32,6 +32,25 @@ template <typename T> constexpr RowKernels block_rows() {
   return k;
 }
 
+/// Rows from values by quantize_blocks, which a format of blocks may have.
+template <typename T, typename B> void row_from(const T *x, void *y, size_t n) noexcept {
+  B *blocks = static_cast<B *>(y);
+  const size_t num_blocks = n / kBlockValues;
+  for (size_t b = 0; b < num_blocks; b += kLanes) {
+    const T *part = x + b * kBlockValues;
+    const size_t rest = num_blocks - b;
+    quantize_blocks([part](int i) { return part + i * kBlockValues; },
+                    rest < kLanes ? static_cast<int>(rest) : kLanes, blocks + b);
+  }
+}
+
+template <typename B> constexpr RowKernels quantized_rows() {
+  RowKernels k = block_rows<B>();
+  k.from_f32 = row_from<float, B>;
+  k.from_f16 = row_from<f16_t, B>;
+  return k;
+}
+
 // --- f32, f16 -----------------------------------------------------------------------------------
 
 void f32_from_f32(const float *x, void *y, size_t n) noexcept { memcpy(y, x, n * sizeof(float)); }

@@ -25,6 +25,8 @@ namespace {
 
 #include "kernels/scalar/q4_0.inl"
 
+#include "kernels/scalar/q8_0.inl"
+
 constexpr TileKernels tiles_q4_0 = tiles_of<block_q4_0>();
 
 constexpr Kernels make_kernels() {
@@ -33,6 +35,7 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::f32, rows_f32());
   set_rows(k, Format::f16, rows_f16());
   set_rows(k, Format::q4_0, block_rows<block_q4_0>());
+  set_rows(k, Format::q8_0, block_rows<block_q8_0>());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;

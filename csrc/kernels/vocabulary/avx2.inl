@@ -23,6 +23,13 @@ MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
   memcpy(buffer, p, static_cast<size_t>(n) * sizeof(f16_t));
   return load(buffer);
 }
+MIXEDKV_INLINE f32v load(const int8_t *p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+MIXEDKV_INLINE f32v set1_half(f16_t x) {
+  return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x)));
+}
 MIXEDKV_INLINE void store(float *p, f32v x) { _mm256_storeu_ps(p, x); }
 MIXEDKV_INLINE void store_n(float *p, f32v x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 MIXEDKV_INLINE void store(f16_t *p, f32v x) {

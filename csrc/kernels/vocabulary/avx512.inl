@@ -18,6 +18,13 @@ MIXEDKV_INLINE f32v load_n(const float *p, int n, float fill = 0.0f) {
 MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+MIXEDKV_INLINE f32v load(const int8_t *p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+MIXEDKV_INLINE f32v set1_half(f16_t x) {
+  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(x)));
+}
 MIXEDKV_INLINE void store(float *p, f32v x) { _mm512_storeu_ps(p, x); }
 MIXEDKV_INLINE void store_n(float *p, f32v x, int n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), x);

@@ -3,8 +3,10 @@
 // own, first its simd_<isa>.h and then the *.inl files that are written in that vocabulary:
 //
 //   kLanes                  floats in a vector, f32v; kLanes <= 16 and a power of two
-//   load, load_n            kLanes (or the first n < kLanes, the rest a given value) f32 or f16
+//   load, load_n            kLanes (or the first n < kLanes, the rest a given value) f32 or f16;
+//                           load of signed bytes too
 //   store, store_n          the same way back, f16 rounded to nearest even
+//   set1_half(h)            an f16 in every lane
 //   zero set1 add sub mul div fma(a, b, c) = a * b + c, rint, scale_by_power(x, n) = x * 2^n
 //   max_or_second(a, b)     the larger; b where either is NaN. min_or_second likewise
 //   max_bits(a, b)          the larger of numbers >= 0, infinity above them, NaN above all

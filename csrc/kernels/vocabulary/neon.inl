@@ -20,6 +20,13 @@ MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
     buffer[i] = p[i];
   return load(buffer);
 }
+MIXEDKV_INLINE f32v load(const int8_t *p) {
+  int32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const int16x8_t halves = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
+}
+MIXEDKV_INLINE f32v set1_half(f16_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))); }
 MIXEDKV_INLINE void store(float *p, f32v x) { vst1q_f32(p, x); }
 MIXEDKV_INLINE void store_n(float *p, f32v x, int n) {
   float buffer[kLanes];
