@@ -200,6 +200,8 @@ py::array rows_array(Format type, std::int64_t heads, std::int64_t n, std::int64
     return py::array(py::dtype::of<float>(), std::vector<py::ssize_t>{heads, n, width});
   case Format::f16:
     return py::array(py::dtype("float16"), std::vector<py::ssize_t>{heads, n, width});
+  case Format::bf16:
+    return py::array(py::dtype::of<std::uint16_t>(), std::vector<py::ssize_t>{heads, n, width});
   default:
     const auto bytes = static_cast<py::ssize_t>(row_bytes(type, static_cast<std::size_t>(width)));
     return py::array(py::dtype::of<std::uint8_t>(), std::vector<py::ssize_t>{heads, n, bytes});

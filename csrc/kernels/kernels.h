@@ -15,7 +15,8 @@ namespace mixedkv {
 struct RowKernels {
   // --- conversion: rounding is to nearest even where the format has no rule of its own ----------
 
-  /// Plain formats: overflow gives infinity, NaN stays NaN.
+  /// Plain formats: overflow gives infinity, NaN stays NaN. To bf16, unlike in bf16_kernels.h, the
+  /// numbers below the smallest normal one are rounded too.
   /// q4_0: ggml's quantize_row_q4_0_ref, byte for byte: d = max / -8 with max the first value of
   /// largest magnitude, sign kept; q = min(15, trunc(x * id + 8.5)) with id = 1 / d, x * id
   /// rounded to f32 before the sum. Where 1 / d is not finite the block holds d rounded to f16

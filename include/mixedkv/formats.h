@@ -17,8 +17,8 @@ struct bf16_t {
   std::uint16_t bits;
 };
 
-enum class Format : std::uint8_t { f32, f16, q4_0, q8_0 };
-enum : int { kNumFormats = 4 };
+enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16 };
+enum : int { kNumFormats = 5 };
 
 /// rows: one after the other, as ggml, numpy and torch have them. tiles: the same bits, of several
 /// tokens together, as attention reads them fastest (inside caches only; formats/token_tile.h).
@@ -39,10 +39,8 @@ struct FormatInfo {
 
 /// By Format.
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", 1, 4, 0},
-    {"f16", 1, 2, 1},
-    {"q4_0", 32, 18, 2},
-    {"q8_0", 32, 34, 8},
+    {"f32", 1, 4, 0},    {"f16", 1, 2, 1},   {"q4_0", 32, 18, 2},
+    {"q8_0", 32, 34, 8}, {"bf16", 1, 2, 30},
 };
 
 constexpr const FormatInfo &format_info(Format format) {

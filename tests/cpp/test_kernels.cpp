@@ -44,6 +44,30 @@ void test_scalar_conversions(const Kernels &scalar) {
         EXPECT(std::isnan(x), "half %04x", h);
     }
   });
+  check("scalar bf16 to_f32 is the upper half of every f32, and rounds back", [&] {
+    const auto convert = [&](float x) {
+      bf16_t y;
+      scalar.of(Format::bf16).from_f32(&x, &y, 1);
+      return y.bits;
+    };
+    for (std::uint32_t h = 0; h < 65536; ++h) {
+      const bf16_t y = {static_cast<std::uint16_t>(h)};
+      float x;
+      scalar.of(Format::bf16).to_f32(&y, &x, 1);
+      EXPECT(bits_of(x) == h << 16, "bf16 %04x", h);
+      if ((h & 0x7f80) == 0x7f80) {
+        const unsigned expected = (h & 0x7f) != 0 ? h | 0x40 : h; // NaNs become quiet
+        EXPECT(convert(x) == expected, "bf16 %04x", h);
+        continue;
+      }
+      const std::uint32_t up = h + 1, even = h & 1 ? up : h; // up: one step from zero
+      EXPECT(convert(x) == h, "bf16 %04x", h);
+      EXPECT(convert(float_of(h << 16 | 0x7fff)) == h, "below the middle above %04x", h);
+      EXPECT(convert(float_of(h << 16 | 0x8000)) == even, "the middle above %04x", h);
+      EXPECT(convert(float_of(h << 16 | 0x8001)) == up, "above the middle above %04x", h);
+    }
+    EXPECT((convert(float_of(0xff800001u)) & 0x7fff) > 0x7f80, "signalling NaN, low payload");
+  });
   check("scalar f32_to_f16 rounds to nearest even around every half", [&] {
     const auto convert = [&](float x) {
       f16_t half;
@@ -310,6 +334,42 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
                             scalar.of(Format::f16).to_f32);
       }
   });
+  check(isa + " bf16 rows: all of them, around them, any bits", [&] {
+    Input<bf16_t> all(65536, 0);
+    Input<f16_t> halves(65536, 0);
+    std::vector<float> values;
+    for (std::uint32_t h = 0; h < 65536; ++h) {
+      all[h] = {static_cast<std::uint16_t>(h)};
+      halves[h] = static_cast<f16_t>(h);
+      for (std::uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+        values.push_back(float_of(h << 16 | low));
+    }
+    const RowKernels &rows = kernels.of(Format::bf16), &oracle = scalar.of(Format::bf16);
+    compare_rows<float>(all, all.size(), 0, all.size(), rows.to_f32, oracle.to_f32);
+    compare_rows<f16_t>(all, all.size(), 0, all.size(), rows.to_f16, oracle.to_f16);
+    compare_rows<bf16_t>(halves, all.size(), 0, all.size(), rows.from_f16, oracle.from_f16);
+    Input<float> x(values.size(), 0);
+    std::copy(values.begin(), values.end(), x.data());
+    compare_rows<bf16_t>(x, x.size(), 0, x.size(), rows.from_f32, oracle.from_f32);
+  });
+  check(isa + " bf16 rows of all lengths, misaligned", [&] {
+    Random random(2);
+    const RowKernels &rows = kernels.of(Format::bf16), &oracle = scalar.of(Format::bf16);
+    for (std::size_t n : lengths())
+      for (std::size_t misalignment : {0, 1, 2, 3, 5}) {
+        Input<float> x(n, misalignment);
+        Input<f16_t> h(n, misalignment);
+        Input<bf16_t> b(n, misalignment);
+        for (std::size_t i = 0; i < n; ++i)
+          x[i] = normal(random);
+        scalar.of(Format::f16).from_f32(x.data(), h.data(), n);
+        oracle.from_f32(x.data(), b.data(), n);
+        compare_rows<bf16_t>(x, n, misalignment, n, rows.from_f32, oracle.from_f32);
+        compare_rows<bf16_t>(h, n, misalignment, n, rows.from_f16, oracle.from_f16);
+        compare_rows<float>(b, n, misalignment, n, rows.to_f32, oracle.to_f32);
+        compare_rows<f16_t>(b, n, misalignment, n, rows.to_f16, oracle.to_f16);
+      }
+  });
   check(isa + " all_finite finds one bad value anywhere", [&] {
     for (std::size_t n : lengths())
       for (std::size_t misalignment : {0, 1, 3}) {
@@ -460,6 +520,11 @@ struct RowSet {
         scalar.of(Format::f16).from_f32(x.data(), halves, x.size());
         for (int i = 0; i < dim; ++i)
           exact[i] = value_of_half(halves[i]);
+      } else if (type == Format::bf16) {
+        bf16_t *numbers = reinterpret_cast<bf16_t *>(row);
+        scalar.of(type).from_f32(x.data(), numbers, x.size());
+        for (int i = 0; i < dim; ++i)
+          exact[i] = float_of(static_cast<std::uint32_t>(numbers[i].bits) << 16);
       } else {
         scalar.of(type).from_f32(x.data(), row, x.size());
         for (int i = 0; i < dim; ++i)
@@ -667,6 +732,8 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
           const f16_t bad_half = std::isnan(bad) ? 0x7e00 : 0x7c00;
           if (type == Format::f32)
             std::memcpy(key + 4, &bad, 4);
+          else if (type == Format::bf16)
+            scalar.of(type).from_f32(&bad, key, 1);
           else // a value, or the block's d
             std::memcpy(key, &bad_half, 2);
           std::vector<float> scores(static_cast<std::size_t>(num_rows * num_keys));

@@ -51,7 +51,8 @@ template <typename B> constexpr RowKernels quantized_rows() {
   return k;
 }
 
-// --- f32, f16 -----------------------------------------------------------------------------------
+// --- f32, f16, bf16
+// -----------------------------------------------------------------------------------
 
 void f32_from_f32(const float *x, void *y, size_t n) noexcept { memcpy(y, x, n * sizeof(float)); }
 void f32_from_f16(const f16_t *x, void *y, size_t n) noexcept {
@@ -86,5 +87,14 @@ constexpr RowKernels rows_f16() {
   k.from_f16 = f16_from_f16;
   k.to_f32 = f16_row_to_f32;
   k.to_f16 = f16_to_f16;
+  return k;
+}
+
+constexpr RowKernels rows_bf16() {
+  RowKernels k = attention_rows<bf16_t>();
+  k.from_f32 = row_to_bf16<float>;
+  k.from_f16 = row_to_bf16<f16_t>;
+  k.to_f32 = bf16_row_to<float>;
+  k.to_f16 = bf16_row_to<f16_t>;
   return k;
 }

@@ -11,7 +11,7 @@
 //   round_side_by_side(a, b)       2 * kLanes bf16: those of a, then those of b
 //   round_interleaved(a, b)        a lane of a, the same of b, the next of a, ...
 //   add_pair_products(s, a, b)     s gains, lane by lane, the two products of bf16
-//   pairs_of_ones, store_i32, bits_as_f32, f32_as_bits
+//   pairs_of_ones, store_i32
 
 constexpr int kPanelVectors = kPanelColumns / kLanes;
 

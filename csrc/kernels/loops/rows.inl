@@ -29,6 +29,7 @@ MIXEDKV_INLINE Rows rows_from(const Rows &rows, int j) {
 template <typename T> constexpr bool is_blocks = true;
 template <> constexpr bool is_blocks<float> = false;
 template <> constexpr bool is_blocks<f16_t> = false;
+template <> constexpr bool is_blocks<bf16_t> = false;
 
 enum : int { kBlockValues = 32 };
 constexpr int kVectors = kBlockValues / kLanes; // in a block

@@ -64,6 +64,9 @@ void qk_transposed(const float *q, size_t ld_q, int num_rows, const float *kt, i
 MIXEDKV_INLINE void unpack_row(const f16_t *x, float *y, int n) {
   f16_to_f32(x, y, static_cast<size_t>(n));
 }
+MIXEDKV_INLINE void unpack_row(const bf16_t *x, float *y, int n) {
+  bf16_row_to(x, y, static_cast<size_t>(n));
+}
 MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
   memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
 }

@@ -21,6 +21,7 @@ template <typename Block> void from_f16(const f16_t *x, void *y, size_t n) noexc
 
 float value_at(const float *row, int i) { return row[i]; }
 float value_at(const f16_t *row, int i) { return half_to_float(row[i]); }
+float value_at(const bf16_t *row, int i) { return bf16_to_float(row[i]); }
 template <typename Block> float value_at(const Block *row, int i) {
   return BlockMath<Block>::value(row[i / kBlockValues], i % kBlockValues);
 }
@@ -107,7 +108,8 @@ template <typename Block> constexpr RowKernels block_rows() {
   return k;
 }
 
-// --- f32, f16 -----------------------------------------------------------------------------------
+// --- f32, f16, bf16
+// -----------------------------------------------------------------------------------
 
 void f32_from_f32(const float *x, void *y, size_t n) noexcept { memcpy(y, x, n * sizeof(float)); }
 void f32_from_f16(const f16_t *x, void *y, size_t n) noexcept {
@@ -133,5 +135,21 @@ constexpr RowKernels rows_f16() {
   k.from_f32 = f16_from_f32;
   k.from_f16 = f16_from_f16;
   k.to_f16 = f16_to_f16;
+  return k;
+}
+
+void bf16_from_f32(const float *x, void *y, size_t n) noexcept {
+  for (size_t i = 0; i < n; ++i)
+    static_cast<bf16_t *>(y)[i] = float_to_bf16(x[i]);
+}
+void bf16_from_f16(const f16_t *x, void *y, size_t n) noexcept {
+  for (size_t i = 0; i < n; ++i)
+    static_cast<bf16_t *>(y)[i] = float_to_bf16(half_to_float(x[i]));
+}
+
+constexpr RowKernels rows_bf16() {
+  RowKernels k = attention_rows<bf16_t>();
+  k.from_f32 = bf16_from_f32;
+  k.from_f16 = bf16_from_f16;
   return k;
 }

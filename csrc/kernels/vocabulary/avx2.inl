@@ -23,6 +23,15 @@ MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
   memcpy(buffer, p, static_cast<size_t>(n) * sizeof(f16_t));
   return load(buffer);
 }
+MIXEDKV_INLINE f32v load(const bf16_t *p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+MIXEDKV_INLINE f32v load_n(const bf16_t *p, int n) {
+  bf16_t buffer[kLanes] = {};
+  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(bf16_t));
+  return load(buffer);
+}
 MIXEDKV_INLINE f32v load(const int8_t *p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));

@@ -18,6 +18,8 @@ MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return _mm256_xor_si256(a, b); }
 template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) { return _mm256_slli_epi32(x, N); }
 template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return _mm256_srai_epi32(x, N); }
 MIXEDKV_INLINE f32v to_f32(i32v x) { return _mm256_cvtepi32_ps(x); }
+MIXEDKV_INLINE f32v bits_as_f32(i32v x) { return _mm256_castsi256_ps(x); }
+MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm256_castps_si256(x); }
 
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }

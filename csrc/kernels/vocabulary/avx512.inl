@@ -18,6 +18,15 @@ MIXEDKV_INLINE f32v load_n(const float *p, int n, float fill = 0.0f) {
 MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+MIXEDKV_INLINE f32v from_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+MIXEDKV_INLINE f32v load(const bf16_t *p) {
+  return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+MIXEDKV_INLINE f32v load_n(const bf16_t *p, int n) {
+  return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
 MIXEDKV_INLINE f32v load(const int8_t *p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));

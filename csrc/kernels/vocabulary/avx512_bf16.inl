@@ -28,5 +28,3 @@ MIXEDKV_INLINE f32v add_pair_products(f32v sum, i32v a, i32v b) {
 }
 MIXEDKV_INLINE i32v pairs_of_ones() { return set1_i32(0x3f803f80); }
 MIXEDKV_INLINE void store_i32(void *p, i32v x) { _mm512_storeu_si512(p, x); }
-MIXEDKV_INLINE f32v bits_as_f32(i32v x) { return _mm512_castsi512_ps(x); }
-MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm512_castps_si512(x); }

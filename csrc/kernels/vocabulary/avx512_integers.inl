@@ -16,6 +16,8 @@ MIXEDKV_INLINE i32v xor_i32(i32v a, i32v b) { return _mm512_xor_si512(a, b); }
 template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) { return _mm512_slli_epi32(x, N); }
 template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return _mm512_srai_epi32(x, N); }
 MIXEDKV_INLINE f32v to_f32(i32v x) { return _mm512_cvtepi32_ps(x); }
+MIXEDKV_INLINE f32v bits_as_f32(i32v x) { return _mm512_castsi512_ps(x); }
+MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm512_castps_si512(x); }
 
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }

@@ -3,7 +3,8 @@
 // own, first its simd_<isa>.h and then the *.inl files that are written in that vocabulary:
 //
 //   kLanes                  floats in a vector, f32v; kLanes <= 16 and a power of two
-//   load, load_n            kLanes (or the first n < kLanes, the rest a given value) f32 or f16;
+//   load, load_n            kLanes (or the first n < kLanes, the rest a given value) f32, f16 or
+//   bf16;
 //                           load of signed bytes too
 //   store, store_n          the same way back, f16 rounded to nearest even
 //   set1_half(h)            an f16 in every lane
@@ -31,7 +32,7 @@
 //
 //   i32v                    a vector of kLanes 32-bit numbers, seen as bytes or halves too
 //   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32
-//   shift_left<N>, shift_right_signed<N>, to_f32, sum_lanes
+//   shift_left<N>, shift_right_signed<N>, to_f32, sum_lanes, bits_as_f32, f32_as_bits
 //   low_nibbles, high_nibbles   of every byte, as a byte
 //   Dot, dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
 //                           four products of bytes 0 to 15 in u and signed bytes in s, eight times

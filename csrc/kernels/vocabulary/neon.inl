@@ -20,6 +20,14 @@ MIXEDKV_INLINE f32v load_n(const f16_t *p, int n) {
     buffer[i] = p[i];
   return load(buffer);
 }
+MIXEDKV_INLINE f32v load(const bf16_t *p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
+}
+MIXEDKV_INLINE f32v load_n(const bf16_t *p, int n) {
+  bf16_t buffer[kLanes] = {};
+  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(bf16_t));
+  return load(buffer);
+}
 MIXEDKV_INLINE f32v load(const int8_t *p) {
   int32_t bytes;
   memcpy(&bytes, p, sizeof bytes);

@@ -26,5 +26,3 @@ MIXEDKV_INLINE i32v pairs_of_ones() {
 MIXEDKV_INLINE void store_i32(void *p, i32v x) {
   vst1q_u8(static_cast<uint8_t *>(p), vreinterpretq_u8_s32(x));
 }
-MIXEDKV_INLINE f32v bits_as_f32(i32v x) { return vreinterpretq_f32_s32(x); }
-MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return vreinterpretq_s32_f32(x); }

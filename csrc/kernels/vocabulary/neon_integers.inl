@@ -20,6 +20,8 @@ template <int N> MIXEDKV_INLINE i32v shift_left(i32v x) {
 }
 template <int N> MIXEDKV_INLINE i32v shift_right_signed(i32v x) { return vshrq_n_s32(x, N); }
 MIXEDKV_INLINE f32v to_f32(i32v x) { return vcvtq_f32_s32(x); }
+MIXEDKV_INLINE f32v bits_as_f32(i32v x) { return vreinterpretq_f32_s32(x); }
+MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return vreinterpretq_s32_f32(x); }
 
 MIXEDKV_INLINE i32v low_nibbles(i32v x) {
   return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15)));
