@@ -132,6 +132,25 @@ template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) {
   return _mm256_mul_ps(_mm256_sub_ps(q4_nibbles<V>(q4), _mm256_set1_ps(8.0f)), q4.d);
 }
 
+/// Sixteen levels are bytes of one register, which vpshufb looks up.
+struct Levels {
+  __m128i low, high;
+  __m256 d;
+};
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
+  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(levels));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(qs));
+  const __m128i fifteen = _mm_set1_epi8(15);
+  const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen);
+  return {_mm_shuffle_epi8(table, _mm_and_si128(bytes, fifteen)), _mm_shuffle_epi8(table, high),
+          set1_half(d)};
+}
+template <int V> MIXEDKV_INLINE f32v level(const Levels &x) {
+  const __m128i sixteen = V < 2 ? x.low : x.high;
+  const __m128i eight = V % 2 ? _mm_unpackhi_epi64(sixteen, sixteen) : sixteen;
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), x.d);
+}
+
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
 /// bit) and as unsigned ones (below 2^31 where none has a set one).
 MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,

@@ -121,6 +121,14 @@ template <int V> MIXEDKV_INLINE f32v q4_vector(const Q4 &q4) {
 }
 template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) { return q4_vector<V>(q4); }
 
+/// Any sixteen levels are looked up in the same way.
+using Levels = Q4;
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(qs));
+  return {_mm512_mul_ps(load(levels), set1_half(d)), _mm512_cvtepu8_epi32(bytes)};
+}
+template <int V> MIXEDKV_INLINE f32v level(const Levels &x) { return q4_vector<V>(x); }
+
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
 /// bit) and as unsigned ones (below 2^31 where none has a set one).
 MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,

@@ -20,6 +20,9 @@
 //   Q4, q4_open, q4_vector  a Q4_0 block as values: vector V holds elements V * kLanes on, but for
 //                           the sign of zeros, and NaN where d is infinite;
 //                           q4_vector_exact: (q - 8) * d in all bits
+//   Levels, open_levels(levels, d, qs), level<V>   32 nibbles in a block's order (as Q4_0's), each
+//   of
+//                           which stands for one of sixteen levels, signed bytes, times d
 //   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
 //   find_extremes, find_group_extremes (of kQuantBlocks blocks, a multiple of kLanes), store_q4,
 //   to_half   the parts of quantisation that have no common form

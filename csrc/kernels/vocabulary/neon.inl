@@ -130,6 +130,26 @@ template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) {
   return vmulq_f32(vsubq_f32(q4_nibbles<V>(q4), vdupq_n_f32(24.0f)), q4.d);
 }
 
+/// Sixteen levels are bytes of one register, which tbl looks up.
+struct Levels {
+  int16x8_t low[2], high[2];
+  f32v d;
+};
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
+  const int8x16_t table = vld1q_s8(levels);
+  const uint8x16_t bytes = vld1q_u8(qs);
+  const int8x16_t low = vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15)));
+  const int8x16_t high = vqtbl1q_s8(table, vshrq_n_u8(bytes, 4));
+  return {{vmovl_s8(vget_low_s8(low)), vmovl_high_s8(low)},
+          {vmovl_s8(vget_low_s8(high)), vmovl_high_s8(high)},
+          set1_half(d)};
+}
+template <int V> MIXEDKV_INLINE f32v level(const Levels &x) {
+  const int16x8_t eight = V < 4 ? x.low[V / 2 % 2] : x.high[V / 2 % 2];
+  const int32x4_t four = V % 2 ? vmovl_high_s16(eight) : vmovl_s16(vget_low_s16(eight));
+  return vmulq_f32(vcvtq_f32_s32(four), x.d);
+}
+
 /// Of 32 values: the bits of the largest as signed integers (negative where none has a clear sign
 /// bit) and as unsigned ones (below 2^31 where none has a set one).
 MIXEDKV_INLINE void find_extremes(const f32v *x, int32_t &largest_signed,
