@@ -216,8 +216,12 @@ def attention(
 
 
 def merge_states(outs: np.ndarray, lses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised results [n, ..., Dv] with lse [n, ...] -> those of the union."""
+    """Normalised results [n, ..., Dv] with lse [n, ...] -> those of the union.
+
+    An lse of -inf or +inf says that no key was seen.
+    """
     outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
+    lses = np.where(np.isposinf(lses), -np.inf, lses)
     top = lses.max(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         w = np.where(np.isneginf(lses), 0.0, np.exp(lses - top))

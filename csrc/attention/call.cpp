@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <memory>
 
 namespace mixedkv {
@@ -284,7 +286,11 @@ void merge_states(const float *outs, const float *lses, int num_states, std::int
     RowState state{kMinusInfinity, 0.0f};
     for (int i = 0; i < num_states; ++i) {
       const std::int64_t from = i * num_rows + row;
-      merge_row(kernels, state, acc, {lses[from], 1.0f}, outs + from * head_dim_v, head_dim_v);
+      const float lse = lses[from];
+      if (lse != std::numeric_limits<float>::infinity()) {
+        const float s = std::isnan(lse) ? lse : 1.0f;
+        merge_row(kernels, state, acc, {lse, s}, outs + from * head_dim_v, head_dim_v);
+      }
     }
     lse_merged[row] = finalize_row(state, acc, head_dim_v, nullptr, acc);
   }

@@ -166,6 +166,49 @@ inline int narrow(std::int64_t value, const char *name) {
 
 using OptionalArray = std::optional<py::array>;
 
+/// The bytes from an array's first element to its last.
+struct Extent {
+  const char *begin = nullptr;
+  const char *end = nullptr;
+};
+
+inline Extent extent_of(const py::array &array) {
+  if (array.size() == 0) {
+    return {};
+  }
+  const char *begin = static_cast<const char *>(array.data());
+  const char *end = begin + array.itemsize();
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    const py::ssize_t reach = array.strides(i) * (array.shape(i) - 1);
+    (reach < 0 ? begin : end) += reach;
+  }
+  return {begin, end};
+}
+
+/// Something that a call reads, or writes, and its name; null where the caller gave none.
+struct NamedArray {
+  const char *name;
+  const py::array *array;
+  NamedArray(const char *n, const py::array &a) : name(n), array(&a) {}
+  NamedArray(const char *n, const OptionalArray &a) : name(n), array(a ? &*a : nullptr) {}
+};
+
+/// Refuses a target that shares memory with a source, which is read while the target is written.
+/// Judged by extents, as numpy.may_share_memory does.
+inline void check_apart(const NamedArray &target, std::initializer_list<NamedArray> sources) {
+  if (target.array == nullptr) {
+    return;
+  }
+  const Extent to = extent_of(*target.array);
+  for (const NamedArray &source : sources) {
+    const Extent from = source.array != nullptr ? extent_of(*source.array) : Extent{};
+    if (to.begin < from.end && from.begin < to.end) {
+      throw std::invalid_argument(std::string(target.name) + " must not share memory with " +
+                                  source.name);
+    }
+  }
+}
+
 /// [num_qo_heads] floats, or null.
 inline const float *per_head(const OptionalArray &array, const char *name,
                              std::int64_t num_qo_heads) {

@@ -21,6 +21,16 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
                    const OptionalArray &sinks, double sm_scale, double logits_soft_cap, bool causal,
                    std::int64_t window_left, std::int64_t q_start, std::int64_t kv_start,
                    int threads, bool allow_bf16) {
+  for (const NamedArray &target :
+       {NamedArray("out", out_array), NamedArray("lse", lse_array),
+        NamedArray("the state's ms", ms_array), NamedArray("the state's acc", acc_array)}) {
+    check_apart(target, {{"q", q_array},
+                         {"k", k_array},
+                         {"v", v_array},
+                         {"mask", mask_array},
+                         {"alibi_slopes", alibi_slopes},
+                         {"sinks", sinks}});
+  }
   const ArrayView q = view_array(q_array, "q", 4, {DType::f32, DType::f16});
   const ArrayView k = view_array(k_array, "k", 4, {DType::f32, DType::f16, DType::u8});
   const ArrayView v = view_array(v_array, "v", 4, {DType::f32, DType::f16, DType::u8});
@@ -138,6 +148,9 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
 void finalize_arrays(const py::array &ms_array, const py::array &acc_array,
                      const OptionalArray &sinks_array, const py::array &out_array,
                      const py::array &lse_array) {
+  for (const NamedArray &target : {NamedArray("out", out_array), NamedArray("lse", lse_array)}) {
+    check_apart(target, {{"ms", ms_array}, {"acc", acc_array}, {"sinks", sinks_array}});
+  }
   const ArrayView out = view_array(out_array, "out", 4, {DType::f32}, Access::write);
   const std::int64_t batch = out.shape[0];
   const std::int64_t heads = out.shape[1];
@@ -170,6 +183,9 @@ void finalize_arrays(const py::array &ms_array, const py::array &acc_array,
 /// ms [B, rows, 2], acc [B, rows, Dv].
 void merge_arrays(const py::array &ms_a, const py::array &acc_a, const py::array &ms_b,
                   const py::array &acc_b) {
+  for (const NamedArray &target : {NamedArray("ms_a", ms_a), NamedArray("acc_a", acc_a)}) {
+    check_apart(target, {{"ms_b", ms_b}, {"acc_b", acc_b}});
+  }
   const ArrayView a_ms = view_contiguous(ms_a, "ms_a", 3, {DType::f32}, Access::write);
   const ArrayView a_acc = view_contiguous(acc_a, "acc_a", 3, {DType::f32}, Access::write);
   const ArrayView b_ms = view_contiguous(ms_b, "ms_b", 3, {DType::f32});
@@ -188,6 +204,9 @@ void merge_arrays(const py::array &ms_a, const py::array &acc_a, const py::array
 /// outs [N, rows, Dv], lses [N, rows] -> out [rows, Dv], lse [rows].
 void merge_states_arrays(const py::array &outs_array, const py::array &lses_array,
                          const py::array &out_array, const py::array &lse_array) {
+  for (const NamedArray &target : {NamedArray("out", out_array), NamedArray("lse", lse_array)}) {
+    check_apart(target, {{"outs", outs_array}, {"lses", lses_array}});
+  }
   const ArrayView outs = view_contiguous(outs_array, "outs", 3, {DType::f32});
   const ArrayView lses = view_contiguous(lses_array, "lses", 2, {DType::f32});
   const ArrayView out = view_contiguous(out_array, "out", 2, {DType::f32}, Access::write);

@@ -115,6 +115,9 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
                   double logits_soft_cap, std::optional<std::int64_t> window_left,
                   const OptionalArray &alibi_array, const OptionalArray &sinks_array, int threads,
                   bool allow_bf16) {
+  for (const NamedArray &target : {NamedArray("out", out_array), NamedArray("lse", lse_array)}) {
+    check_apart(target, {{"q", q_array}, {"alibi_slopes", alibi_array}, {"sinks", sinks_array}});
+  }
   const std::int64_t n = handle.quickly([](MixedCache &cache) {
     if (!cache.has_slot()) {
       throw std::invalid_argument("attend without a slot: call find_slot first");

@@ -127,11 +127,14 @@ void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int he
               const float *sinks, const OutputView &out);
 
 /// a becomes the state of the union of what a and b saw; rows of b whose M is -inf change nothing.
+/// No state has an M of +inf (a logit of +inf makes M NaN): a row that was given one becomes NaN
+/// with any row that has seen a key.
 void merge(const StateView &a, const StateView &b, std::int64_t num_rows, int head_dim_v);
 
 /// Merges num_states normalised results, out [num_states, num_rows, head_dim_v] and lse
 /// [num_states, num_rows], into out_merged [num_rows, head_dim_v] and lse_merged [num_rows].
-/// All contiguous; lse -inf marks an empty one.
+/// All contiguous; an lse of -inf or +inf (which is how FlashAttention 2 and vLLM write it) marks
+/// an empty one, whose result may hold anything.
 void merge_states(const float *outs, const float *lses, int num_states, std::int64_t num_rows,
                   int head_dim_v, float *out_merged, float *lse_merged);
 

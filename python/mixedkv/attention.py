@@ -68,7 +68,8 @@ def attention(
         out, in q, k and v alike.
     k, v
         Keys [B, Hkv, Lkv, D] and values [B, Hkv, Lkv, Dv], or Q4_0 rows (uint8, last axis
-        ``D // 32 * 18``). Query head h reads kv head ``h // (Hq // Hkv)``.
+        ``D // 32 * 18``). Query head h reads kv head ``h // (Hq // Hkv)``. A batch of 1, in k, v or
+        both, serves every row of q's batch, without a copy.
     sm_scale
         Factor of the logits; None: ``1 / sqrt(D)``.
     causal
@@ -90,7 +91,8 @@ def attention(
     return_lse
         Return (out, lse) with lse float32 [B, Hq, Lq], natural log; -inf where no key was seen.
     out
-        Preallocated result of q's shape with Dv for D.
+        Preallocated result of q's shape with Dv for D. It must not share memory with anything that
+        is read: q, k, v, mask, alibi_slopes, sinks.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`. The bits don't depend on it.
     compute_type
@@ -131,8 +133,7 @@ def attention(
     out_shape = shapes.out_shape(nhd=layout == "NHD")
     result = Result(q, out_shape, out)
     if out is not None:
-        sources = {"q": shapes.q, "k": shapes.k, "v": shapes.v, "mask": options.mask}
-        check_target(result.array, sources, "out")
+        check_target(result.array, {}, "out")
     lse = np.empty((shapes.batch, shapes.num_qo_heads, shapes.qo_len), _F32) if return_lse else None
     out_array = result.array if shapes.batched else result.array[np.newaxis]
     # The last query stands at the last key.
@@ -159,20 +160,20 @@ class AttentionState:
     Parameters
     ----------
     num_qo_heads
-        Query heads, Hq.
+        Query heads, Hq, 1 and more.
     qo_len
-        Queries a head, Lq.
+        Queries a head, Lq; 0 and more.
     head_dim
-        Width of a value, Dv.
+        Width of a value, Dv, 1 and more.
     batch
-        B.
+        B; 0 and more. As in :func:`attention`, a state without rows has empty results.
     """
 
     def __init__(self, num_qo_heads: int, qo_len: int, head_dim: int, batch: int = 1) -> None:
         self.num_qo_heads = _size(num_qo_heads, "num_qo_heads", 1)
         self.qo_len = _size(qo_len, "qo_len", 0)
         self.head_dim = _size(head_dim, "head_dim", 1, _MAX_HEAD_DIM)
-        self.batch = _size(batch, "batch", 1)
+        self.batch = _size(batch, "batch", 0)
         rows = self.num_qo_heads * self.qo_len
         if self.batch * rows * self.head_dim >= 2**48:
             raise ValueError(
@@ -306,7 +307,7 @@ class AttentionState:
         sink_array = _per_head(sinks, "sinks", self.num_qo_heads)
         result = Result(self._like, shape if self._batched else shape[1:], out)
         if out is not None:
-            check_target(result.array, {"ms": self._ms, "acc": self._acc}, "out")
+            check_target(result.array, {}, "out")
         array = result.array if self._batched else result.array[np.newaxis]
         lse = np.empty(self._shape, _F32)
         with self._guard:
@@ -320,6 +321,9 @@ class AttentionState:
 
     def merge_(self, other: AttentionState) -> AttentionState:
         """Take in what another state of the same shape has seen, and return self.
+
+        Rows of other whose M is -inf have seen nothing and change nothing. No state has an M of
+        +inf, which other libraries' lse may be: a row that was given one becomes NaN.
 
         Raises
         ------
@@ -380,12 +384,14 @@ def merge_state(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple
     out_a, out_b
         Results [..., Dv], float32 or float16 (torch also bfloat16).
     lse_a, lse_b
-        Their natural log-sum-exps [...], float32; -inf marks rows that saw no key. (FlashInfer's
-        are base 2: multiply by ln 2.)
+        Their natural log-sum-exps [...], float32; -inf marks rows that saw no key, and so does
+        +inf (as FlashAttention 2 and vLLM write it): they are neutral, whatever their result
+        holds. (FlashInfer's are base 2: multiply by ln 2.)
 
     Returns
     -------
-    (out, lse) of the same shapes, in out_a's kind.
+    (out, lse) of the same shapes, in out_a's kind; zeros and -inf where neither saw a key, NaN
+    where either lse is NaN.
     """
     a = to_numpy(out_a, "out_a", FLOATS)
     b = to_numpy(out_b, "out_b", FLOATS)
@@ -549,8 +555,9 @@ class _Inputs:
     def _check(self) -> None:
         q, k, v = self.q, self.k, self.v
         for name, array in (("k", k), ("v", v)):
-            if array.shape[0] != q.shape[0]:
-                raise ValueError(f"{name} must have q's batch {q.shape[0]}, got {array.shape[0]}")
+            if array.shape[0] not in (1, q.shape[0]):
+                wanted = "1" if q.shape[0] == 1 else f"{q.shape[0]}, or 1"
+                raise ValueError(f"{name} must have q's batch {wanted}, got {array.shape[0]}")
         if v.shape[1:3] != k.shape[1:3]:
             raise ValueError(f"v must have k's heads and length {k.shape[1:3]}, got {v.shape[1:3]}")
         if not k.shape[1] or q.shape[1] % k.shape[1] or not q.shape[1]:
@@ -570,6 +577,10 @@ class _Inputs:
                 raise ValueError(
                     f"the head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {width}"
                 )
+        if k.shape[0] != q.shape[0]:
+            self.k = np.broadcast_to(k, (q.shape[0], *k.shape[1:]))
+        if v.shape[0] != q.shape[0]:
+            self.v = np.broadcast_to(v, (q.shape[0], *v.shape[1:]))
 
     @property
     def batch(self) -> int:

@@ -75,7 +75,7 @@ BAD_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
     "v_other_heads": ({"v": V[:, :2]}, "v.*2"),
     "v_no_dim": ({"v": V[..., :0]}, "0"),
     "v_q4_0_of_19_bytes": ({"v": np.zeros((B, HKV, LKV, 19), np.uint8)}, "v.*19"),
-    "v_other_batch": ({"v": V[:1]}, "v"),
+    "v_other_batch": ({"v": np.repeat(V, 2, axis=0)}, "v.*2.*4"),
     "sm_scale_str": ({"sm_scale": "1"}, "sm_scale"),
     "sm_scale_nan": ({"sm_scale": float("nan")}, "sm_scale.*nan"),
     "sm_scale_inf": ({"sm_scale": float("inf")}, "sm_scale.*inf"),
@@ -208,6 +208,87 @@ def test_robust_overlapping_out_is_right_or_refused(
         np.testing.assert_array_equal(x, before)
     else:
         np.testing.assert_array_equal(out, want)
+
+
+# What a call reads besides q, k and v, each in the memory of what it writes.
+SHARED = ("mask", "alibi_slopes", "sinks")
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_robust_out_that_shares_memory_with_an_option_is_refused(
+    rng: np.random.Generator, name: str, threads: int
+) -> None:
+    """As a view in the midst of out, and one that ends where out begins, which is right."""
+    q, k = normal(rng, 64, 20, 32), normal(rng, 8, 20, 32)
+    size = 64 * 20 * 32
+    memory = normal(rng, 2 * size)
+    out = memory[:size].reshape(64, 20, 32)
+    shape = (20, 20) if name == "mask" else (64,)
+    n = int(np.prod(shape))
+    before = memory.copy()
+    for start in (0, size // 2, size - 1):
+        option = memory[start : start + n].reshape(shape)
+        with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+            mkv.attention(q, k, k, out=out, threads=threads, **{name: option})
+        np.testing.assert_array_equal(memory, before)
+    beside = memory[size : size + n].reshape(shape)
+    want = mkv.attention(q, k, k, **{name: beside.copy()})
+    np.testing.assert_array_equal(mkv.attention(q, k, k, out=out, **{name: beside}), want)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "alibi_slopes"])
+@pytest.mark.parametrize("view", ["ms", "acc"])
+def test_robust_update_of_a_view_of_the_state_is_refused(
+    rng: np.random.Generator, name: str, view: str
+) -> None:
+    """st.acc and st.ms are writable views of what update writes."""
+    heads, n, d = 4, 16, 32
+    st = mkv.AttentionState(num_qo_heads=heads, qo_len=n, head_dim=d)
+    arguments: dict[str, Any] = {x: normal(rng, 1, heads, n, d) for x in "qkv"}
+    st.update(**arguments)
+    shapes = {"mask": (1, 1, n, n), "alibi_slopes": (heads,)}
+    shape = shapes.get(name, (1, heads, n, d))
+    memory = getattr(st, view)
+    if memory.size < int(np.prod(shape)):
+        shape = (1, 1, 1, 1)  # of a mask, which broadcasts
+        if name != "mask":
+            pytest.skip("ms is too small to be that")
+    before = st.ms.copy(), st.acc.copy()
+    arguments[name] = memory.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    positions = {"q_start": 0, "kv_start": 0} if name == "alibi_slopes" else {}
+    with pytest.raises(ValueError, match=f"{view} must not share memory with {name}"):
+        st.update(**arguments, **positions)
+    np.testing.assert_array_equal(st.ms, before[0])
+    np.testing.assert_array_equal(st.acc, before[1])
+
+
+def test_robust_finalize_into_memory_of_the_sinks_is_refused(rng: np.random.Generator) -> None:
+    st = mkv.AttentionState(num_qo_heads=HQ, qo_len=LQ, head_dim=DV, batch=B)
+    st.update(Q, K, V)
+    out = normal(rng, B, HQ, LQ, DV)
+    before = out.copy()
+    with pytest.raises(ValueError, match="out must not share memory with sinks"):
+        st.finalize(sinks=out.reshape(-1)[5 : 5 + HQ], out=out)
+    np.testing.assert_array_equal(out, before)
+    want = st.finalize(sinks=before.reshape(-1)[5 : 5 + HQ])
+    np.testing.assert_array_equal(st.finalize(sinks=before.reshape(-1)[5 : 5 + HQ], out=out), want)
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_robust_attend_into_memory_of_an_option_is_refused(
+    cache: Any, rng: np.random.Generator, name: str
+) -> None:
+    cache.find_slot(pos=[20, 21, 22], seq_id=[0] * N)
+    cache.store(0, f32(CHKV, N, CD), normal(rng, CHKV, N, CDV))
+    q, out = normal(rng, CHQ, N, CD), normal(rng, CHQ, N, CDV)
+    option = out.reshape(-1)[7 : 7 + CHQ]
+    before = out.copy()
+    with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+        cache.attend(0, q, out=out, **{name: option})
+    np.testing.assert_array_equal(out, before)
+    want = cache.attend(0, q, **{name: option.copy()})
+    np.testing.assert_array_equal(cache.attend(0, q, out=out, **{name: option.copy()}), want)
 
 
 def test_robust_out_whose_rows_overlap_one_another_is_refused(rng: np.random.Generator) -> None:

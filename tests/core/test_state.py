@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import mixedkv as mkv
@@ -254,6 +255,93 @@ def test_state_garbage_in_acc_of_unseeing_rows_never_shows(
     assert_close(out, want)
     assert_lse_close(lse, want_lse)
     assert np.all(np.asarray(out)[:, :, LQ - 1] == 0)
+
+
+@pytest.mark.parametrize("qo_len", [0, 1, 4])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_state_without_rows_is_as_attention_has_it(
+    rng: np.random.Generator, batch: int, qo_len: int
+) -> None:
+    q = normal(rng, batch, HQ, qo_len, D)
+    k, v = normal(rng, batch, HKV, 9, D), normal(rng, batch, HKV, 9, DV)
+    want, want_lse = mkv.attention(q, k, v, return_lse=True)
+    st = new_state(batch=batch, qo_len=qo_len)
+    assert st.finalize().shape == want.shape == (batch, HQ, qo_len, DV)
+    st.update(q, k, v, causal=True, q_start=8, kv_start=0)
+    twin = mkv.merge([st, st.copy()])
+    twin.reset()
+    st.update(q, k[:, :, :0], v[:, :, :0])
+    assert twin.ms.shape == st.ms.shape == (batch, HQ * qo_len, 2)
+    assert st.acc.shape == want.shape
+    out, lse = st.finalize(return_lse=True, sinks=np.zeros(HQ, np.float32))
+    assert out.shape == want.shape
+    assert lse.shape == want_lse.shape == (batch, HQ, qo_len)
+
+
+def test_state_and_attention_refuse_no_heads_alike() -> None:
+    with pytest.raises(ValueError, match=r"num_qo_heads.*0"):
+        new_state(num_qo_heads=0)
+    none, k = np.ones((B, 0, LQ, D), np.float32), np.ones((B, HKV, LKV, D), np.float32)
+    with pytest.raises(ValueError, match=r"heads of q.*0"):
+        mkv.attention(none, k, k)
+    with pytest.raises(ValueError, match=r"heads of q.*0"):
+        new_state().update(none, k, k)
+
+
+@pytest.mark.parametrize("kinds", [("f32", "f32"), ("f16", "q4_0"), ("q4_0", "f16")], ids=str)
+@pytest.mark.parametrize("shared", ["k", "v", "kv"])
+@pytest.mark.parametrize("qo_len", [1, 20])
+def test_one_batch_of_keys_serves_all_rows_of_q(
+    rng: np.random.Generator, kinds: tuple[str, str], shared: str, qo_len: int
+) -> None:
+    batch = 3
+    q = normal(rng, batch, HQ, qo_len, D)
+    k = as_kind(normal(rng, 1 if "k" in shared else batch, HKV, LKV, D), kinds[0])
+    v = as_kind(normal(rng, 1 if "v" in shared else batch, HKV, LKV, DV), kinds[1])
+    mask = rng.random((batch, 1, qo_len, LKV)) < 0.7
+    full_k = np.repeat(k, batch // len(k), axis=0)
+    full_v = np.repeat(v, batch // len(v), axis=0)
+    want = mkv.attention(q, full_k, full_v, mask=mask)
+    np.testing.assert_array_equal(mkv.attention(q, k, v, mask=mask), want)
+    by_hand, _ = ref.attention(q, values_of(full_k), values_of(full_v), mask=mask)
+    assert_close(want, by_hand, rel=tolerance(*kinds))
+    nhd = [x.swapaxes(1, 2) for x in (q, k, v)]
+    np.testing.assert_array_equal(mkv.attention(*nhd, mask=mask, layout="NHD").swapaxes(1, 2), want)
+    st = new_state(batch=batch, qo_len=qo_len)
+    st.update(q, k[:, :, :11], v[:, :, :11], mask=mask[..., :11])
+    st.update(q, full_k[:, :, 11:], v[:, :, 11:], mask=mask[..., 11:])
+    assert_close(st.finalize(), by_hand, rel=tolerance(*kinds))
+
+
+def test_one_batch_of_keys_is_not_copied(rng: np.random.Generator) -> None:
+    q, k = normal(rng, 512, 2, 1, 64), normal(rng, 1, 1, 4096, 64)
+    tracemalloc.start()
+    out = mkv.attention(q, k, k)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < out.nbytes + k.nbytes
+    assert_close(out[7], mkv.attention(q[7], k[0], k[0]))
+    assert mkv.attention(q[:0], k, k).shape == (0, 2, 1, 64)
+
+
+@pytest.mark.torch
+def test_one_batch_of_keys_in_torch() -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 5, 32), torch.randn(1, 4, 9, 32), torch.randn(1, 4, 9, 64)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k.expand(3, -1, -1, -1), v)
+    got = mkv.attention(q, k, v)
+    assert relative_error(got.numpy(), want.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_keys_of_another_batch_are_refused(name: str) -> None:
+    q, k = np.ones((4, 2, 1, 8), np.float32), np.ones((4, 2, 3, 8), np.float32)
+    arrays = {"k": k, "v": k} | {name: k[:2]}
+    with pytest.raises(ValueError, match=f"{name} must have q's batch 4, or 1, got 2"):
+        mkv.attention(q, **arrays)
+    with pytest.raises(ValueError, match="k must have q's batch 1, got 4"):
+        mkv.attention(q[:1], k, k)
 
 
 def test_state_finalize_of_garbage_that_saw_nothing_is_zero() -> None:
@@ -622,6 +710,60 @@ def test_merge_states_empty_is_neutral_whatever_it_holds(rng: np.random.Generato
     assert np.all(out[0, 0, 0] == 0)
 
 
+@pytest.mark.parametrize("nothing", [-np.inf, np.inf], ids=["minus_inf", "plus_inf"])
+@pytest.mark.parametrize("held", [0.0, 7.0, np.nan, np.inf], ids=str)
+def test_merge_state_either_infinity_is_neutral(
+    isa: str, rng: np.random.Generator, nothing: float, held: float
+) -> None:
+    """FlashAttention 2 and vLLM say +inf where this library says -inf."""
+    out, lse = normal(rng, 5, 16), normal(rng, 5)
+    empty, empty_lse = np.full((5, 16), held, np.float32), np.full(5, nothing, np.float32)
+    for pair in ((out, lse, empty, empty_lse), (empty, empty_lse, out, lse)):
+        got, got_lse = mkv.merge_state(*pair)
+        np.testing.assert_array_equal(got, out)
+        np.testing.assert_array_equal(got_lse, lse)
+    for other in (-np.inf, np.inf):
+        got, got_lse = mkv.merge_state(empty, empty_lse, empty, np.full(5, other, np.float32))
+        np.testing.assert_array_equal(got, np.zeros((5, 16)))
+        assert np.all(np.isneginf(got_lse))
+
+
+def test_merge_states_of_many_with_both_infinities(isa: str, rng: np.random.Generator) -> None:
+    outs, lses = normal(rng, 6, 4, 8), normal(rng, 6, 4)
+    lses[[0, 2, 5], :3] = np.inf
+    lses[[1, 2], 1:] = -np.inf
+    outs[~np.isfinite(lses)] = np.nan
+    out, lse = mkv.merge_states(outs, lses)
+    want, want_lse = ref.merge_states(outs, lses)
+    assert_close(out, want)
+    assert_lse_close(lse, want_lse)
+    used = [np.isfinite(lses[:, i]) for i in range(4)]
+    by_hand = [np.log(np.exp(lses[u, i].astype(float)).sum()) for i, u in enumerate(used)]
+    np.testing.assert_allclose(lse, by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("other", [0.5, np.nan, np.inf, -np.inf], ids=str)
+def test_merge_state_nan_stays_nan(isa: str, other: float) -> None:
+    one, lse = np.ones((1, 8), np.float32), np.full(1, np.nan, np.float32)
+    other_lse = np.full(1, other, np.float32)
+    for pair in ((one, lse, one, other_lse), (one, other_lse, one, lse)):
+        got, got_lse = mkv.merge_state(*pair)
+        assert np.isnan(got).all()
+        assert np.isnan(got_lse).all()
+
+
+def test_merge_of_a_maximum_of_plus_infinity_is_nan(rng: np.random.Generator) -> None:
+    """No update writes one: a logit of +inf makes the row NaN. Who writes one by hand gets NaN."""
+    q, k, v = make(rng)
+    whole, odd = state_of(q, k, v), state_of(q, k, v)
+    odd.M[0, 0, 0] = np.inf
+    for a, b in ((whole, odd), (odd, whole)):
+        out, lse = a.copy().merge_(b).finalize(return_lse=True)
+        assert np.isnan(out[0, 0, 0]).all()
+        assert np.isnan(lse[0, 0, 0])
+        assert np.isfinite(out[1]).all()
+
+
 def test_merge_state_any_leading_shape(rng: np.random.Generator) -> None:
     for shape in ((4,), (3, 5), (2, 3, 4)):
         outs, lses = normal(rng, 2, *shape, 8), normal(rng, 2, *shape)
@@ -700,7 +842,7 @@ def test_state_update_refuses_other_shapes(rng: np.random.Generator) -> None:
         (q[:, :, :2], k, v),
         (q[..., :16], k, v),
         (q, k, v[..., :32]),
-        (q, k[:1], v[:1]),
+        (q, np.repeat(k, 2, axis=0), v),
     ):
         with pytest.raises(ValueError, match=r"q|k|v"):
             st.update(*bad)

@@ -134,7 +134,7 @@ class KVCache:
         heads, length = int(array.shape[0]), int(array.shape[1])
         result = Result(q, (heads, length, self._head_dim_v), out)
         if out is not None:
-            check_target(result.array, {"q": array}, "out")
+            check_target(result.array, {}, "out")
         lse = np.empty((heads, length), np.float32) if return_lse else None
         self._core.attend(
             integer(layer, "layer"),
