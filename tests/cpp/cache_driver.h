@@ -35,8 +35,8 @@ public:
         std::printf("  in step %d\n", step);
         return false;
       }
-      EXPECT(matches(cache_, model_));
-      EXPECT(same(look(cache_), look(twin_), false));
+      REQUIRE(matches(cache_, model_));
+      REQUIRE(same(look(cache_), look(twin_), false));
     }
     return true;
   }
@@ -93,24 +93,24 @@ private:
     const Model model_before = model_;
     const bool fits = model_.find_slot(tokens);
     const std::optional<Slot> slot = find_slot(cache_, tokens);
-    EXPECT(slot.has_value() == fits);
+    REQUIRE(slot.has_value() == fits);
     if (!fits) {
-      EXPECT(!cache_.has_slot());
-      EXPECT(same(look(cache_), seen_before, true));
+      REQUIRE(!cache_.has_slot());
+      REQUIRE(same(look(cache_), seen_before, true));
       model_ = model_before;
       return true;
     }
     const std::int64_t num_cold = std::count_if(model_.new_tokens.begin(), model_.new_tokens.end(),
                                                 [](const Token &t) { return t.cold; });
-    EXPECT(slot->num_tokens == static_cast<std::int64_t>(tokens.size()));
-    EXPECT(slot->num_cold == num_cold && slot->num_hot == slot->num_tokens - num_cold);
-    EXPECT(slot->num_moved == model_.moved - model_before.moved);
-    EXPECT(cache_.has_slot() && cache_.slot_tokens() == slot->num_tokens);
-    EXPECT(cache_.size() == static_cast<std::int64_t>(model_.tokens.size()));
+    REQUIRE(slot->num_tokens == static_cast<std::int64_t>(tokens.size()));
+    REQUIRE(slot->num_cold == num_cold && slot->num_hot == slot->num_tokens - num_cold);
+    REQUIRE(slot->num_moved == model_.moved - model_before.moved);
+    REQUIRE(cache_.has_slot() && cache_.slot_tokens() == slot->num_tokens);
+    REQUIRE(cache_.size() == static_cast<std::int64_t>(model_.tokens.size()));
 
     const bool keep = below(4) != 0;
     if (keep) {
-      EXPECT(find_slot(twin_, tokens).has_value());
+      REQUIRE(find_slot(twin_, tokens).has_value());
     }
     const bool any_attend = below(3) != 0;
     for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -136,23 +136,23 @@ private:
         window = below(4) == 0 ? -1 : below(config.hot_size);
       }
       const Attended got = attend(cache_, tokens, layer, window);
-      EXPECT(attended_right(model_, got, layer, window.value_or(config.window_left), random_));
+      REQUIRE(attended_right(model_, got, layer, window.value_or(config.window_left), random_));
       if (keep) {
         const Attended of_twin = attend(twin_, tokens, layer, window);
-        EXPECT(same_bits(got.out, of_twin.out) && same_bits(got.lse, of_twin.lse));
+        REQUIRE(same_bits(got.out, of_twin.out) && same_bits(got.lse, of_twin.lse));
       }
     }
-    EXPECT(matches(cache_, without_new()));
+    REQUIRE(matches(cache_, without_new()));
     if (!keep) {
       cache_.restore();
       model_ = model_before;
-      EXPECT(same(look(cache_), seen_before, true));
+      REQUIRE(same(look(cache_), seen_before, true));
       return true;
     }
     cache_.commit();
     twin_.commit();
     model_.commit();
-    EXPECT(!cache_.has_slot() && cache_.slot_tokens() == 0);
+    REQUIRE(!cache_.has_slot() && cache_.slot_tokens() == 0);
     return true;
   }
 
@@ -185,19 +185,19 @@ private:
     case 0:
     case 1: {
       const std::int64_t which = below(6) == 0 ? -1 : seq;
-      EXPECT(both([&](MixedCache &c) { c.seq_rm(which, p0, p1); }));
+      REQUIRE(both([&](MixedCache &c) { c.seq_rm(which, p0, p1); }));
       model_.seq_rm(which, p0, p1);
       return true;
     }
     case 2: {
       const std::int64_t dst = random_seq();
-      EXPECT(both([&](MixedCache &c) { c.seq_cp(seq, dst, p0, p1); }));
+      REQUIRE(both([&](MixedCache &c) { c.seq_cp(seq, dst, p0, p1); }));
       model_.seq_cp(seq, dst, p0, p1);
       return true;
     }
     case 3:
       if (below(3) == 0) {
-        EXPECT(both([&](MixedCache &c) { c.seq_keep(seq); }));
+        REQUIRE(both([&](MixedCache &c) { c.seq_keep(seq); }));
         model_.seq_keep(seq);
       }
       return true;
@@ -205,13 +205,13 @@ private:
       const std::int64_t delta = below(2 * span) - span;
       const bool fits =
           model_.shift(seq, p0, p1, [delta](std::int64_t pos) { return pos + delta; });
-      EXPECT(both([&](MixedCache &c) { c.seq_add(seq, p0, p1, delta); }) == fits);
+      REQUIRE(both([&](MixedCache &c) { c.seq_add(seq, p0, p1, delta); }) == fits);
       return true;
     }
     case 5: {
       const std::int64_t d = 1 + below(3);
       const bool fits = model_.shift(seq, p0, p1, [d](std::int64_t pos) { return pos / d; });
-      EXPECT(both([&](MixedCache &c) { c.seq_div(seq, p0, p1, d); }) == fits);
+      REQUIRE(both([&](MixedCache &c) { c.seq_div(seq, p0, p1, d); }) == fits);
       return true;
     }
     default: {
@@ -222,7 +222,7 @@ private:
       if (below(3) != 0) { // all of them, in another order or some twice
         sources.resize(idx(config.n_seq_max), seq);
       }
-      EXPECT(both([&](MixedCache &c) {
+      REQUIRE(both([&](MixedCache &c) {
         c.seq_gather(sources.data(), static_cast<std::int64_t>(sources.size()));
       }));
       model_.seq_gather(sources);
@@ -270,7 +270,7 @@ void random_operations(unsigned seed) {
                                  " layers=" + std::to_string(config.num_layers) +
                                  " n_seq_max=" + std::to_string(n_seq_max) +
                                  " sink_tokens=" + std::to_string(sink_tokens);
-        report("cache_random " + name, Driver(config, seed).run(grid.num_steps));
+        testing::report("cache_random " + name, Driver(config, seed).run(grid.num_steps));
       }
     }
   }
@@ -290,10 +290,10 @@ void random_operations(unsigned seed) {
     config.hot_v_type = types.hot_v;
     config.cold_k_type = types.cold_k;
     config.cold_v_type = types.cold_v;
-    report(std::string("cache_random_types ") + format_name(types.hot_k) + " " +
-               format_name(types.hot_v) + " " + format_name(types.cold_k) + " " +
-               format_name(types.cold_v),
-           Driver(config, ++seed).run(300));
+    testing::report(std::string("cache_random_types ") + format_name(types.hot_k) + " " +
+                        format_name(types.hot_v) + " " + format_name(types.cold_k) + " " +
+                        format_name(types.cold_v),
+                    Driver(config, ++seed).run(300));
   }
   CacheConfig config = small_config(16, 64, 3, 4);
   config.num_layers = 3;
@@ -301,20 +301,20 @@ void random_operations(unsigned seed) {
   config.n_seq_max = 2;
   config.sink_tokens = 2;
   config.threshold = 0.33;
-  report("cache_random_layer_filter threshold=0.33", Driver(config, ++seed).run(300));
+  testing::report("cache_random_layer_filter threshold=0.33", Driver(config, ++seed).run(300));
   config.layer_filter.clear();
   config.sink_tokens = 0;
   config.threshold = 0.05; // a level of 0: nothing stays
-  report("cache_random level=0", Driver(config, ++seed).run(300));
+  testing::report("cache_random level=0", Driver(config, ++seed).run(300));
   config.threshold = 1.0;
-  report("cache_random threshold=1", Driver(config, ++seed).run(300));
+  testing::report("cache_random threshold=1", Driver(config, ++seed).run(300));
   config.quantize = false;
   config.threshold = 0.8;
-  report("cache_random quantize=false", Driver(config, ++seed).run(300));
+  testing::report("cache_random quantize=false", Driver(config, ++seed).run(300));
   config.quantize = true;
   config.cold_size = 4; // less than a batch: full all the time
   config.group_size = 8;
-  report("cache_random cold=4", Driver(config, ++seed).run(300));
+  testing::report("cache_random cold=4", Driver(config, ++seed).run(300));
 }
 
 } // namespace

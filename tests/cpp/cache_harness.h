@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cache_model.h"
-#include "expect.h"
+#include "reporting.h"
 
 #include <optional>
 #include <random>
@@ -50,20 +50,20 @@ bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
 
 /// Bit for bit, with time spent and all allocations where `strictly` (of one and the same cache).
 bool same(const Seen &a, const Seen &b, bool strictly) {
-  EXPECT(a.positions == b.positions && a.in_cold == b.in_cold);
-  EXPECT(a.keys.size() == b.keys.size());
+  REQUIRE(a.positions == b.positions && a.in_cold == b.in_cold);
+  REQUIRE(a.keys.size() == b.keys.size());
   for (std::size_t i = 0; i < a.keys.size(); ++i) {
-    EXPECT(same_bits(a.keys[i], b.keys[i]));
-    EXPECT(same_bits(a.values[i], b.values[i]));
+    REQUIRE(same_bits(a.keys[i], b.keys[i]));
+    REQUIRE(same_bits(a.values[i], b.values[i]));
   }
-  EXPECT(a.stats.hot_tokens == b.stats.hot_tokens && a.stats.cold_tokens == b.stats.cold_tokens);
-  EXPECT(a.stats.tokens_seen == b.stats.tokens_seen && a.stats.moved == b.stats.moved);
-  EXPECT(a.stats.events == b.stats.events && a.stats.bytes_saved == b.stats.bytes_saved);
-  EXPECT(a.stats.hot_bytes == b.stats.hot_bytes && a.stats.cold_bytes == b.stats.cold_bytes);
-  EXPECT(a.stats.journal_bytes == b.stats.journal_bytes);
-  EXPECT(a.stats.scratch_bytes == b.stats.scratch_bytes);
+  REQUIRE(a.stats.hot_tokens == b.stats.hot_tokens && a.stats.cold_tokens == b.stats.cold_tokens);
+  REQUIRE(a.stats.tokens_seen == b.stats.tokens_seen && a.stats.moved == b.stats.moved);
+  REQUIRE(a.stats.events == b.stats.events && a.stats.bytes_saved == b.stats.bytes_saved);
+  REQUIRE(a.stats.hot_bytes == b.stats.hot_bytes && a.stats.cold_bytes == b.stats.cold_bytes);
+  REQUIRE(a.stats.journal_bytes == b.stats.journal_bytes);
+  REQUIRE(a.stats.scratch_bytes == b.stats.scratch_bytes);
   if (strictly) {
-    EXPECT(a.stats.move_seconds == b.stats.move_seconds);
+    REQUIRE(a.stats.move_seconds == b.stats.move_seconds);
   }
   return true;
 }
@@ -71,22 +71,22 @@ bool same(const Seen &a, const Seen &b, bool strictly) {
 bool matches(const MixedCache &cache, const Model &model) {
   const CacheConfig &config = model.config;
   const Seen seen = look(cache);
-  EXPECT(cache.size() == static_cast<std::int64_t>(model.tokens.size()));
-  EXPECT(seen.stats.hot_tokens == model.count(false));
-  EXPECT(seen.stats.cold_tokens == model.count(true));
-  EXPECT(seen.stats.tokens_seen == model.seen);
-  EXPECT(seen.stats.moved == model.moved);
-  EXPECT(seen.stats.events == model.events);
+  REQUIRE(cache.size() == static_cast<std::int64_t>(model.tokens.size()));
+  REQUIRE(seen.stats.hot_tokens == model.count(false));
+  REQUIRE(seen.stats.cold_tokens == model.count(true));
+  REQUIRE(seen.stats.tokens_seen == model.seen);
+  REQUIRE(seen.stats.moved == model.moved);
+  REQUIRE(seen.stats.events == model.events);
   std::size_t at = 0;
   for (int seq = 0; seq < config.n_seq_max; ++seq) {
     const std::vector<Token> list = model.sequence(seq);
-    EXPECT(seen.positions[idx(seq)].size() == list.size());
+    REQUIRE(seen.positions[idx(seq)].size() == list.size());
     for (std::size_t i = 0; i < list.size(); ++i) {
-      EXPECT(seen.positions[idx(seq)][i] == list[i].pos);
-      EXPECT((seen.in_cold[idx(seq)][i] != 0) == list[i].cold);
+      REQUIRE(seen.positions[idx(seq)][i] == list[i].pos);
+      REQUIRE((seen.in_cold[idx(seq)][i] != 0) == list[i].cold);
     }
-    EXPECT(cache.seq_pos_min(seq) == (list.empty() ? -1 : list.front().pos));
-    EXPECT(cache.seq_pos_max(seq) == (list.empty() ? -1 : list.back().pos));
+    REQUIRE(cache.seq_pos_min(seq) == (list.empty() ? -1 : list.front().pos));
+    REQUIRE(cache.seq_pos_max(seq) == (list.empty() ? -1 : list.back().pos));
     for (int layer = 0; layer < config.num_layers; ++layer) {
       if (!cached(config, layer)) {
         continue;
@@ -101,8 +101,8 @@ bool matches(const MixedCache &cache, const Model &model) {
           values.insert(values.end(), v.begin(), v.end());
         }
       }
-      EXPECT(seen.keys[at] == keys); // equal as numbers: the sign of a zero is nobody's business
-      EXPECT(seen.values[at] == values);
+      REQUIRE(seen.keys[at] == keys); // equal as numbers: the sign of a zero is nobody's business
+      REQUIRE(seen.values[at] == values);
       ++at;
     }
   }
@@ -223,10 +223,10 @@ bool attended_right(const Model &model, const Attended &got, int layer, std::int
     }
     const bool rounded = config.cold_k_type == Format::q4_0 || config.cold_v_type == Format::q4_0 ||
                          config.hot_k_type == Format::q4_0 || config.hot_v_type == Format::q4_0;
-    EXPECT(difference < (rounded ? 5e-4 : 1e-5));
+    REQUIRE(difference < (rounded ? 5e-4 : 1e-5));
     // lse is of the size of the logits: judged by its own.
-    EXPECT(std::fabs(static_cast<double>(got.lse[row]) - expected[dim_v]) <
-           (rounded ? 2e-4 : 2e-6) * std::max(1.0, std::fabs(expected[dim_v])));
+    REQUIRE(std::fabs(static_cast<double>(got.lse[row]) - expected[dim_v]) <
+            (rounded ? 2e-4 : 2e-6) * std::max(1.0, std::fabs(expected[dim_v])));
   }
   return true;
 }

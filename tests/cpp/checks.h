@@ -1,14 +1,14 @@
-// What tests of kernels share: named checks, the values of halves and of Q4_0 blocks by their
+// What tests of kernels share: the values of halves and of Q4_0 blocks by their
 // definitions, buffers that end where their allocation ends or lie between guard bytes, and random
 // numbers.
 #pragma once
 
 #include "mixedkv/formats.h"
+#include "reporting.h"
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -22,43 +22,6 @@ namespace testing {
 
 using mixedkv::block_q4_0;
 using mixedkv::f16_t;
-
-// --- the framework: a named check fails where any of its expectations does ----------------------
-
-inline int num_passed = 0;
-inline int num_failed = 0;
-inline int failures_in_check = 0;
-inline const char *name_filter = "";
-
-inline void fail(const char *file, int line, const char *format, ...) {
-  if (++failures_in_check > 5)
-    return;
-  std::printf("    %s:%d: ", file, line);
-  va_list arguments;
-  va_start(arguments, format);
-  std::vprintf(format, arguments);
-  va_end(arguments);
-  std::printf("\n");
-}
-
-#define EXPECT(condition, ...)                                                                     \
-  do {                                                                                             \
-    if (!(condition))                                                                              \
-      fail(__FILE__, __LINE__, __VA_ARGS__);                                                       \
-  } while (0)
-
-template <typename F> void check(const std::string &name, F &&body) {
-  if (name.find(name_filter) == std::string::npos)
-    return;
-  failures_in_check = 0;
-  body();
-  if (failures_in_check == 0)
-    ++num_passed;
-  else
-    ++num_failed;
-  std::printf("%s %s\n", failures_in_check == 0 ? "ok  " : "FAIL", name.c_str());
-  std::fflush(stdout);
-}
 
 // --- bits and numbers ----------------------------------------------------------------------------
 
@@ -140,12 +103,6 @@ using Random = std::mt19937;
 inline float normal(Random &random) { return std::normal_distribution<float>()(random); }
 inline int between(Random &random, int low, int high) {
   return std::uniform_int_distribution<int>(low, high)(random);
-}
-
-/// Prints how many checks passed; what main returns.
-inline int summary() {
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 ? 0 : 1;
 }
 
 } // namespace testing

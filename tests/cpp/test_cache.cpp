@@ -3,9 +3,9 @@
 #include "cache_driver.h"
 #include "cache_harness.h"
 #include "cache_model.h"
-#include "expect.h"
 #include "mixedkv/cache.h"
 #include "mixedkv/errors.h"
+#include "reporting.h"
 #include "runtime/parallel.h"
 
 #include <cmath>
@@ -100,15 +100,15 @@ std::vector<std::int64_t> from_to(std::int64_t begin, std::int64_t end) {
 bool plans() {
   // The defaults: level 819; 820 in use: a quarter is 205.
   MovePlan plan = plan_moves(820, 819, 256, 820);
-  EXPECT(plan.num_tokens == 205 && plan.num_events == 1);
+  REQUIRE(plan.num_tokens == 205 && plan.num_events == 1);
   plan = plan_moves(819, 819, 256, 819);
-  EXPECT(plan.num_tokens == 0 && plan.num_events == 0);
+  REQUIRE(plan.num_tokens == 0 && plan.num_events == 0);
   plan = plan_moves(1024, 819, 64, 1024);
-  EXPECT(plan.num_tokens == 256 && plan.num_events == 4);
+  REQUIRE(plan.num_tokens == 256 && plan.num_events == 4);
   plan = plan_moves(3, 0, 8, 3); // a quarter of 3 is none, but one goes
-  EXPECT(plan.num_tokens == 3 && plan.num_events == 3);
+  REQUIRE(plan.num_tokens == 3 && plan.num_events == 3);
   plan = plan_moves(100, 10, 32, 30); // 25, then what is left
-  EXPECT(plan.num_tokens == 30 && plan.num_events == 2);
+  REQUIRE(plan.num_tokens == 30 && plan.num_events == 2);
 
   Room room;
   room.hot_size = 64;
@@ -118,44 +118,44 @@ bool plans() {
   room.level = 51;
   room.group_size = 32;
   SlotPlan slot = plan_slot(room, 14, 0);
-  EXPECT(slot.fits && slot.moves.num_tokens == 0 && slot.num_cold == 0);
+  REQUIRE(slot.fits && slot.moves.num_tokens == 0 && slot.num_cold == 0);
   slot = plan_slot(room, 15, 0);
-  EXPECT(slot.fits && slot.moves.num_tokens == 12 && slot.moves.num_events == 1);
+  REQUIRE(slot.fits && slot.moves.num_tokens == 12 && slot.moves.num_events == 1);
   slot = plan_slot(room, 62, 0); // all that hot can hold beside its 2 pins
-  EXPECT(slot.fits && slot.moves.num_tokens == 48 && slot.num_cold == 0);
+  REQUIRE(slot.fits && slot.moves.num_tokens == 48 && slot.num_cold == 0);
   slot = plan_slot(room, 63, 0); // long: hot ends at the level, pins included
-  EXPECT(slot.fits && slot.moves.num_tokens == 48 && slot.moves.num_events == 2);
-  EXPECT(slot.num_cold == 63 - 49);
+  REQUIRE(slot.fits && slot.moves.num_tokens == 48 && slot.moves.num_events == 2);
+  REQUIRE(slot.num_cold == 63 - 49);
   slot = plan_slot(room, 270, 0); // cold is full but for 208: hot takes more than its level
-  EXPECT(slot.fits && slot.num_cold == 208);
+  REQUIRE(slot.fits && slot.num_cold == 208);
   slot = plan_slot(room, 271, 0);
-  EXPECT(!slot.fits);
+  REQUIRE(!slot.fits);
   slot = plan_slot(room, 100, 60); // new pins stay, above the level too
-  EXPECT(slot.fits && slot.num_cold == 40);
+  REQUIRE(slot.fits && slot.num_cold == 40);
   slot = plan_slot(room, 100, 63); // but hot has 62 cells for them
-  EXPECT(!slot.fits);
+  REQUIRE(!slot.fits);
   return true;
 }
 
 bool trigger() {
   MixedCache cache(small_config(64, 256, 32, 16)); // level 51
   for (std::int64_t pos = 0; pos < 51; ++pos) {
-    EXPECT(append(cache, make_tokens(pos, 1)));
+    REQUIRE(append(cache, make_tokens(pos, 1)));
   }
-  EXPECT(cache.stats().moved == 0);
-  EXPECT(append(cache, make_tokens(51, 1)));
-  EXPECT(cache.stats().moved == 13 && cache.stats().events == 1);
-  EXPECT(positions_in(cache, 0, true) == from_to(0, 13));
-  EXPECT(positions_in(cache, 0, false) == from_to(13, 52));
+  REQUIRE(cache.stats().moved == 0);
+  REQUIRE(append(cache, make_tokens(51, 1)));
+  REQUIRE(cache.stats().moved == 13 && cache.stats().events == 1);
+  REQUIRE(positions_in(cache, 0, true) == from_to(0, 13));
+  REQUIRE(positions_in(cache, 0, false) == from_to(13, 52));
   cache.clear();
-  EXPECT(append(cache, make_tokens(0, 64))); // 64 -> 48
-  EXPECT(cache.stats().moved == 13 + 16 && cache.stats().events == 2);
-  EXPECT(append(cache, make_tokens(64, 16))); // no move in find_slot; then 64 -> 48 again
-  EXPECT(cache.stats().moved == 45 && cache.stats().tokens_seen == 52 + 80);
-  EXPECT(cache.stats().hot_tokens == 48 && cache.stats().cold_tokens == 32);
-  EXPECT(cache.stats().move_seconds > 0.0);
+  REQUIRE(append(cache, make_tokens(0, 64))); // 64 -> 48
+  REQUIRE(cache.stats().moved == 13 + 16 && cache.stats().events == 2);
+  REQUIRE(append(cache, make_tokens(64, 16))); // no move in find_slot; then 64 -> 48 again
+  REQUIRE(cache.stats().moved == 45 && cache.stats().tokens_seen == 52 + 80);
+  REQUIRE(cache.stats().hot_tokens == 48 && cache.stats().cold_tokens == 32);
+  REQUIRE(cache.stats().move_seconds > 0.0);
   // In 2 heads, 96 values: 192 bytes as f16, 54 as Q4_0.
-  EXPECT(cache.stats().bytes_saved == 32 * 2 * (192 - 54));
+  REQUIRE(cache.stats().bytes_saved == 32 * 2 * (192 - 54));
   return true;
 }
 
@@ -163,23 +163,23 @@ bool first_in_first_out() {
   CacheConfig config = small_config(16, 64, 8, 8); // level 12
   config.n_seq_max = 2;
   MixedCache cache(config);
-  EXPECT(append(cache, make_tokens(1000, 6, 0))); // old, and far on
-  EXPECT(append(cache, make_tokens(0, 6, 1)));    // young, with small positions
-  EXPECT(append(cache, make_tokens(1006, 1, 0))); // 13 > 12: 3 go
-  EXPECT(positions_in(cache, 0, true) == from_to(1000, 1003));
-  EXPECT(positions_in(cache, 1, true).empty());
+  REQUIRE(append(cache, make_tokens(1000, 6, 0))); // old, and far on
+  REQUIRE(append(cache, make_tokens(0, 6, 1)));    // young, with small positions
+  REQUIRE(append(cache, make_tokens(1006, 1, 0))); // 13 > 12: 3 go
+  REQUIRE(positions_in(cache, 0, true) == from_to(1000, 1003));
+  REQUIRE(positions_in(cache, 1, true).empty());
   // Cells are freed and used again: their numbers must not matter.
-  EXPECT(append(cache, make_tokens(1007, 3, 0))); // 13 again
-  EXPECT(positions_in(cache, 0, true) == from_to(1000, 1006));
-  EXPECT(append(cache, make_tokens(6, 3, 1)));
-  EXPECT(positions_in(cache, 1, true) == from_to(0, 3));
-  EXPECT(positions_in(cache, 0, true) == from_to(1000, 1006));
+  REQUIRE(append(cache, make_tokens(1007, 3, 0))); // 13 again
+  REQUIRE(positions_in(cache, 0, true) == from_to(1000, 1006));
+  REQUIRE(append(cache, make_tokens(6, 3, 1)));
+  REQUIRE(positions_in(cache, 1, true) == from_to(0, 3));
+  REQUIRE(positions_in(cache, 0, true) == from_to(1000, 1006));
   // Inside a ubatch it goes by position.
   cache.clear();
   std::vector<Token> backwards = make_tokens(0, 13);
   std::reverse(backwards.begin(), backwards.end());
-  EXPECT(append(cache, backwards));
-  EXPECT(positions_in(cache, 0, true) == from_to(0, 3));
+  REQUIRE(append(cache, backwards));
+  REQUIRE(positions_in(cache, 0, true) == from_to(0, 3));
   return true;
 }
 
@@ -188,24 +188,24 @@ bool pins() {
   config.n_seq_max = 2;
   config.sink_tokens = 2;
   MixedCache cache(config);
-  EXPECT(append(cache, make_tokens(0, 8, 0)));
-  EXPECT(append(cache, make_tokens(0, 8, 1)));
-  EXPECT(positions_in(cache, 0, true) == from_to(2, 6));
+  REQUIRE(append(cache, make_tokens(0, 8, 0)));
+  REQUIRE(append(cache, make_tokens(0, 8, 1)));
+  REQUIRE(positions_in(cache, 0, true) == from_to(2, 6));
   for (std::int64_t pos = 8; pos < 30; ++pos) {
-    EXPECT(append(cache, make_tokens(pos, 1, 0)));
-    EXPECT(append(cache, make_tokens(pos, 1, 1)));
+    REQUIRE(append(cache, make_tokens(pos, 1, 0)));
+    REQUIRE(append(cache, make_tokens(pos, 1, 1)));
     for (const int seq : {0, 1}) {
       const std::vector<std::int64_t> hot = positions_in(cache, seq, false);
-      EXPECT(hot.size() >= 2 && hot[0] == 0 && hot[1] == 1);
+      REQUIRE(hot.size() >= 2 && hot[0] == 0 && hot[1] == 1);
     }
   }
   // A long ubatch: its own pins stay too.
   cache.seq_rm(1, -1, -1);
-  EXPECT(append(cache, make_tokens(0, 30, 1)));
-  EXPECT(cache.stats().hot_tokens == 12);
-  EXPECT((positions_in(cache, 0, false) == std::vector<std::int64_t>{0, 1}));
-  EXPECT((positions_in(cache, 1, false) ==
-          std::vector<std::int64_t>{0, 1, 22, 23, 24, 25, 26, 27, 28, 29}));
+  REQUIRE(append(cache, make_tokens(0, 30, 1)));
+  REQUIRE(cache.stats().hot_tokens == 12);
+  REQUIRE((positions_in(cache, 0, false) == std::vector<std::int64_t>{0, 1}));
+  REQUIRE((positions_in(cache, 1, false) ==
+           std::vector<std::int64_t>{0, 1, 22, 23, 24, 25, 26, 27, 28, 29}));
   return true;
 }
 
@@ -223,19 +223,19 @@ bool long_ubatch(int num_seqs, std::int64_t window) {
       const std::vector<Token> part = make_tokens(round * 60 / num_seqs, 60 / num_seqs, seq);
       tokens.insert(tokens.end(), part.begin(), part.end());
     }
-    EXPECT(cache.stats().scratch_bytes == 0);
-    EXPECT(model.find_slot(tokens));
+    REQUIRE(cache.stats().scratch_bytes == 0);
+    REQUIRE(model.find_slot(tokens));
     const std::optional<Slot> slot = find_slot(cache, tokens);
-    EXPECT(slot.has_value() && slot->num_hot == 12 && slot->num_cold == 48);
-    EXPECT(slot->num_moved == (round == 0 ? 0 : 12));
-    EXPECT(cache.stats().scratch_bytes == 48 * 2 * 96 * 2);
+    REQUIRE(slot.has_value() && slot->num_hot == 12 && slot->num_cold == 48);
+    REQUIRE(slot->num_moved == (round == 0 ? 0 : 12));
+    REQUIRE(cache.stats().scratch_bytes == 48 * 2 * 96 * 2);
     for (int layer = 0; layer < 2; ++layer) {
       store(cache, tokens, layer);
       for (Token &t : model.new_tokens) {
         t.stored |= std::uint64_t{1} << layer;
       }
-      EXPECT(attended_right(model, attend(cache, tokens, layer), layer, window, random));
-      EXPECT(attended_right(model, attend(cache, tokens, layer, 3), layer, 3, random));
+      REQUIRE(attended_right(model, attend(cache, tokens, layer), layer, window, random));
+      REQUIRE(attended_right(model, attend(cache, tokens, layer, 3), layer, 3, random));
     }
     bool refused = false;
     try {
@@ -243,13 +243,13 @@ bool long_ubatch(int num_seqs, std::int64_t window) {
     } catch (const std::invalid_argument &) {
       refused = true;
     }
-    EXPECT(refused);
+    REQUIRE(refused);
     cache.commit();
     model.commit();
-    EXPECT(matches(cache, model));
-    EXPECT(cache.stats().scratch_bytes == 0);
-    EXPECT(cache.stats().moved == (round == 0 ? 48 : 108));
-    EXPECT(cache.stats().events == (round == 0 ? 6 : 14));
+    REQUIRE(matches(cache, model));
+    REQUIRE(cache.stats().scratch_bytes == 0);
+    REQUIRE(cache.stats().moved == (round == 0 ? 48 : 108));
+    REQUIRE(cache.stats().events == (round == 0 ? 6 : 14));
   }
   return true;
 }
@@ -259,18 +259,18 @@ bool long_ubatch_is_hot_first_then_cold() {
   MixedCache at_once(small_config(16, 64, 8, 8));
   MixedCache one_by_one(small_config(16, 64, 8, 8));
   const std::vector<Token> tokens = make_tokens(0, 60);
-  EXPECT(append(at_once, tokens));
+  REQUIRE(append(at_once, tokens));
   for (const Token &t : tokens) {
-    EXPECT(append(one_by_one, {t}));
+    REQUIRE(append(one_by_one, {t}));
   }
   const Seen a = look(at_once);
   const Seen b = look(one_by_one);
   const std::size_t n = 48; // in cold both ways
   for (std::size_t head = 0; head < 2; ++head) {
-    EXPECT(std::memcmp(&a.keys[0][head * 60 * 32], &b.keys[0][head * 60 * 32],
-                       n * 32 * sizeof(float)) == 0);
-    EXPECT(std::memcmp(&a.values[0][head * 60 * 64], &b.values[0][head * 60 * 64],
-                       n * 64 * sizeof(float)) == 0);
+    REQUIRE(std::memcmp(&a.keys[0][head * 60 * 32], &b.keys[0][head * 60 * 32],
+                        n * 32 * sizeof(float)) == 0);
+    REQUIRE(std::memcmp(&a.values[0][head * 60 * 64], &b.values[0][head * 60 * 64],
+                        n * 64 * sizeof(float)) == 0);
   }
   return true;
 }
@@ -283,7 +283,7 @@ bool restore_after_moves() {
   MixedCache twin(config);
   for (const std::int64_t n : {20, 30}) {
     const std::vector<Token> tokens = make_tokens(0, n, n == 20);
-    EXPECT(append(cache, tokens) && append(twin, tokens));
+    REQUIRE(append(cache, tokens) && append(twin, tokens));
   }
   for (MixedCache *c : {&cache, &twin}) {
     c->seq_rm(0, 3, 9); // holes, so that the choice of free cells has something to choose
@@ -291,28 +291,28 @@ bool restore_after_moves() {
   const Seen before = look(cache);
   for (const std::int64_t n : {1, 40, 64, 65, 200}) { // none, some, all moved; long; longer
     const std::vector<Token> tokens = make_tokens(100, n);
-    EXPECT(find_slot(cache, tokens).has_value());
+    REQUIRE(find_slot(cache, tokens).has_value());
     for (int layer = 0; layer < 3; ++layer) {
       store(cache, tokens, layer);
       attend(cache, tokens, layer);
     }
-    EXPECT(n <= 20 || cache.stats().moved > before.stats.moved);
+    REQUIRE(n <= 20 || cache.stats().moved > before.stats.moved);
     cache.restore();
-    EXPECT(same(look(cache), before, true));
+    REQUIRE(same(look(cache), before, true));
   }
   for (std::int64_t pos = 30; pos < 130; ++pos) {
     const std::vector<Token> tokens = make_tokens(pos, 1);
-    EXPECT(find_slot(cache, tokens).has_value() && find_slot(twin, tokens).has_value());
+    REQUIRE(find_slot(cache, tokens).has_value() && find_slot(twin, tokens).has_value());
     for (int layer = 0; layer < 3; ++layer) {
       store(cache, tokens, layer);
       store(twin, tokens, layer);
       const Attended a = attend(cache, tokens, layer);
       const Attended b = attend(twin, tokens, layer);
-      EXPECT(same_bits(a.out, b.out) && same_bits(a.lse, b.lse));
+      REQUIRE(same_bits(a.out, b.out) && same_bits(a.lse, b.lse));
     }
     cache.commit();
     twin.commit();
-    EXPECT(same(look(cache), look(twin), false));
+    REQUIRE(same(look(cache), look(twin), false));
   }
   return true;
 }
@@ -321,7 +321,7 @@ bool layers_not_stored_hold_zeros() {
   CacheConfig config = small_config(16, 64, 8, 8);
   config.num_layers = 2;
   MixedCache cache(config);
-  EXPECT(append(cache, make_tokens(0, 60)));
+  REQUIRE(append(cache, make_tokens(0, 60)));
   cache.seq_rm(-1, -1, -1); // rows of all cells are used ones now
   Model model(config);
   model.seen = 60;
@@ -330,16 +330,16 @@ bool layers_not_stored_hold_zeros() {
   model.next_stamp = 60;
   for (const std::int64_t n : {10, 40}) {
     const std::vector<Token> tokens = make_tokens(n, n);
-    EXPECT(model.find_slot(tokens) && find_slot(cache, tokens).has_value());
+    REQUIRE(model.find_slot(tokens) && find_slot(cache, tokens).has_value());
     store(cache, tokens, 1);
     for (Token &t : model.new_tokens) {
       t.stored = 2;
     }
     cache.commit();
     model.commit();
-    EXPECT(matches(cache, model));
+    REQUIRE(matches(cache, model));
   }
-  EXPECT(cache.stats().cold_tokens > 0);
+  REQUIRE(cache.stats().cold_tokens > 0);
   return true;
 }
 
@@ -358,41 +358,41 @@ bool shift_copies_shared_cells() {
     model.commit();
     return append(cache, tokens);
   };
-  EXPECT(add(make_tokens(0, 16))); // 4 go to cold
+  REQUIRE(add(make_tokens(0, 16))); // 4 go to cold
   cache.seq_rm(0, 12, -1);
   model.seq_rm(0, 12, -1);
   cache.seq_cp(0, 1, 2, 8);
   model.seq_cp(0, 1, 2, 8);
-  EXPECT(matches(cache, model));
+  REQUIRE(matches(cache, model));
   const Seen before = look(cache);
   cache.seq_add(1, -1, -1, 50);
-  EXPECT(model.shift(1, -1, -1, [](std::int64_t pos) { return pos + 50; }));
-  EXPECT(matches(cache, model));
+  REQUIRE(model.shift(1, -1, -1, [](std::int64_t pos) { return pos + 50; }));
+  REQUIRE(matches(cache, model));
   const Seen after = look(cache);
-  EXPECT(before.positions[0] == after.positions[0] && same_bits(before.keys[0], after.keys[0]));
-  EXPECT(after.positions[1] == from_to(52, 58));
-  EXPECT(same_bits(before.keys[1], after.keys[1]) && same_bits(before.values[1], after.values[1]));
-  EXPECT((after.in_cold[1] == std::vector<std::uint8_t>{1, 1, 0, 0, 0, 0}));
-  EXPECT(cache.size() == 18 && cache.stats().moved == 4);
+  REQUIRE(before.positions[0] == after.positions[0] && same_bits(before.keys[0], after.keys[0]));
+  REQUIRE(after.positions[1] == from_to(52, 58));
+  REQUIRE(same_bits(before.keys[1], after.keys[1]) && same_bits(before.values[1], after.values[1]));
+  REQUIRE((after.in_cold[1] == std::vector<std::uint8_t>{1, 1, 0, 0, 0, 0}));
+  REQUIRE(cache.size() == 18 && cache.stats().moved == 4);
 
   // Copies are as old as what they were copied from: they go before younger tokens.
-  EXPECT(add(make_tokens(58, 2, 1)));
-  EXPECT(matches(cache, model));
+  REQUIRE(add(make_tokens(58, 2, 1)));
+  REQUIRE(matches(cache, model));
   // Not to be shifted twice, though the copies lie where the walk comes by again.
   cache.seq_cp(1, 2, -1, -1);
   model.seq_cp(1, 2, -1, -1);
   cache.seq_rm(0, -1, -1);
   model.seq_rm(0, -1, -1);
   cache.seq_add(2, -1, -1, 1);
-  EXPECT(model.shift(2, -1, -1, [](std::int64_t pos) { return pos + 1; }));
-  EXPECT(matches(cache, model));
+  REQUIRE(model.shift(2, -1, -1, [](std::int64_t pos) { return pos + 1; }));
+  REQUIRE(matches(cache, model));
   // Below zero: gone for this sequence alone.
   cache.seq_add(2, -1, -1, -56);
-  EXPECT(model.shift(2, -1, -1, [](std::int64_t pos) { return pos - 56; }));
-  EXPECT(matches(cache, model));
-  EXPECT(cache.seq_pos_min(2) >= 0 && cache.seq_pos_min(1) == 52);
+  REQUIRE(model.shift(2, -1, -1, [](std::int64_t pos) { return pos - 56; }));
+  REQUIRE(matches(cache, model));
+  REQUIRE(cache.seq_pos_min(2) >= 0 && cache.seq_pos_min(1) == 52);
   cache.seq_add(2, -1, -1, std::numeric_limits<std::int64_t>::min());
-  EXPECT(cache.seq_len(2) == 0);
+  REQUIRE(cache.seq_len(2) == 0);
   return true;
 }
 
@@ -415,30 +415,30 @@ bool full_changes_nothing() {
   config.n_seq_max = 2;
   MixedCache cache(config);
   for (std::int64_t pos = 0; pos < 14; ++pos) {
-    EXPECT(append(cache, make_tokens(pos, 1)));
+    REQUIRE(append(cache, make_tokens(pos, 1)));
   }
-  EXPECT(cache.stats().cold_tokens == 8 && cache.stats().hot_tokens == 6);
+  REQUIRE(cache.stats().cold_tokens == 8 && cache.stats().hot_tokens == 6);
   Seen before = look(cache);
-  EXPECT(!find_slot(cache, make_tokens(14, 3)).has_value());
-  EXPECT(!cache.has_slot() && same(look(cache), before, true));
+  REQUIRE(!find_slot(cache, make_tokens(14, 3)).has_value());
+  REQUIRE(!cache.has_slot() && same(look(cache), before, true));
   cache.seq_cp(0, 1, -1, -1);
   before = look(cache);
-  EXPECT(throws<CacheFull>([&] { cache.seq_add(1, -1, -1, 1); }, "6 cells"));
-  EXPECT(same(look(cache), before, true));
-  EXPECT(throws<CacheFull>([&] { cache.seq_add(1, 0, 3, 1); }, "cold"));
-  EXPECT(same(look(cache), before, true));
-  EXPECT(throws<CacheFull>([&] { cache.seq_div(1, -1, -1, 2); }, "hot tier has 2 free of 8"));
-  EXPECT(same(look(cache), before, true));
+  REQUIRE(throws<CacheFull>([&] { cache.seq_add(1, -1, -1, 1); }, "6 cells"));
+  REQUIRE(same(look(cache), before, true));
+  REQUIRE(throws<CacheFull>([&] { cache.seq_add(1, 0, 3, 1); }, "cold"));
+  REQUIRE(same(look(cache), before, true));
+  REQUIRE(throws<CacheFull>([&] { cache.seq_div(1, -1, -1, 2); }, "hot tier has 2 free of 8"));
+  REQUIRE(same(look(cache), before, true));
   cache.seq_add(1, 12, -1, 5); // two copies in hot: just enough
-  EXPECT(cache.stats().hot_tokens == 8 && cache.seq_pos_max(1) == 18);
+  REQUIRE(cache.stats().hot_tokens == 8 && cache.seq_pos_max(1) == 18);
   // Position 0 stays 0 when divided: shared it stays, too.
   cache.seq_div(1, 0, 1, 3);
-  EXPECT(cache.size() == 16);
+  REQUIRE(cache.size() == 16);
   // commit does not fail where cold is full: hot stays above its level.
   cache.seq_rm(1, -1, -1);
-  EXPECT(append(cache, make_tokens(14, 2)));
-  EXPECT(cache.stats().hot_tokens == 8 && cache.stats().cold_tokens == 8);
-  EXPECT(!find_slot(cache, make_tokens(16, 1)).has_value());
+  REQUIRE(append(cache, make_tokens(14, 2)));
+  REQUIRE(cache.stats().hot_tokens == 8 && cache.stats().cold_tokens == 8);
+  REQUIRE(!find_slot(cache, make_tokens(16, 1)).has_value());
   return true;
 }
 
@@ -448,35 +448,35 @@ bool wrong_configs() {
     change(config);
     return throws<std::invalid_argument>([&] { MixedCache cache(config); }, part);
   };
-  EXPECT(refused([](CacheConfig &c) { c.num_layers = 0; }, "num_layers"));
-  EXPECT(refused([](CacheConfig &c) { c.num_kv_heads = -1; },
-                 "num_kv_heads must be at least 1, got -1"));
-  EXPECT(refused([](CacheConfig &c) { c.head_dim = 0; }, "head_dim"));
-  EXPECT(refused([](CacheConfig &c) { c.head_dim = 33; }, "got 33"));
-  EXPECT(refused([](CacheConfig &c) { c.head_dim_v = 48; }, "head_dim_v"));
-  EXPECT(refused([](CacheConfig &c) { c.hot_size = 0; }, "hot_size"));
-  EXPECT(refused([](CacheConfig &c) { c.hot_size = 12; }, "multiple of n_pad (8)"));
-  EXPECT(refused([](CacheConfig &c) { c.cold_size = 63; }, "cold_size"));
-  EXPECT(refused([](CacheConfig &c) { c.cold_size = std::int64_t{1} << 31; }, "cold_size"));
-  EXPECT(refused([](CacheConfig &c) { c.group_size = 0; }, "group_size"));
-  EXPECT(refused([](CacheConfig &c) { c.threshold = 0.0; }, "threshold"));
-  EXPECT(refused([](CacheConfig &c) { c.threshold = 1.5; }, "got 1.5"));
-  EXPECT(refused([](CacheConfig &c) { c.threshold = std::nan(""); }, "threshold"));
-  EXPECT(refused([](CacheConfig &c) { c.n_pad = 0; }, "n_pad"));
-  EXPECT(refused([](CacheConfig &c) { c.n_seq_max = 0; }, "n_seq_max"));
-  EXPECT(refused([](CacheConfig &c) { c.sink_tokens = -1; }, "sink_tokens"));
-  EXPECT(refused([](CacheConfig &c) { c.sink_tokens = 12; }, "sink_tokens")); // the level
-  EXPECT(refused(
+  REQUIRE(refused([](CacheConfig &c) { c.num_layers = 0; }, "num_layers"));
+  REQUIRE(refused([](CacheConfig &c) { c.num_kv_heads = -1; },
+                  "num_kv_heads must be at least 1, got -1"));
+  REQUIRE(refused([](CacheConfig &c) { c.head_dim = 0; }, "head_dim"));
+  REQUIRE(refused([](CacheConfig &c) { c.head_dim = 33; }, "got 33"));
+  REQUIRE(refused([](CacheConfig &c) { c.head_dim_v = 48; }, "head_dim_v"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_size = 0; }, "hot_size"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_size = 12; }, "multiple of n_pad (8)"));
+  REQUIRE(refused([](CacheConfig &c) { c.cold_size = 63; }, "cold_size"));
+  REQUIRE(refused([](CacheConfig &c) { c.cold_size = std::int64_t{1} << 31; }, "cold_size"));
+  REQUIRE(refused([](CacheConfig &c) { c.group_size = 0; }, "group_size"));
+  REQUIRE(refused([](CacheConfig &c) { c.threshold = 0.0; }, "threshold"));
+  REQUIRE(refused([](CacheConfig &c) { c.threshold = 1.5; }, "got 1.5"));
+  REQUIRE(refused([](CacheConfig &c) { c.threshold = std::nan(""); }, "threshold"));
+  REQUIRE(refused([](CacheConfig &c) { c.n_pad = 0; }, "n_pad"));
+  REQUIRE(refused([](CacheConfig &c) { c.n_seq_max = 0; }, "n_seq_max"));
+  REQUIRE(refused([](CacheConfig &c) { c.sink_tokens = -1; }, "sink_tokens"));
+  REQUIRE(refused([](CacheConfig &c) { c.sink_tokens = 12; }, "sink_tokens")); // the level
+  REQUIRE(refused(
       [](CacheConfig &c) {
         c.sink_tokens = 4;
         c.n_seq_max = 3;
       },
       "= 12, got 4"));
-  EXPECT(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
-  EXPECT(refused([](CacheConfig &c) { c.layer_filter = {1, 1}; }, "layer_filter"));
-  EXPECT(refused([](CacheConfig &c) { c.layer_filter = {0}; }, "layer_filter"));
-  EXPECT(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(7); }, "hot_k_type"));
-  EXPECT(refused(
+  REQUIRE(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
+  REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {1, 1}; }, "layer_filter"));
+  REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {0}; }, "layer_filter"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(7); }, "hot_k_type"));
+  REQUIRE(refused(
       [](CacheConfig &c) {
         c.num_layers = 1 << 30;
         c.num_kv_heads = 1 << 30;
@@ -491,8 +491,8 @@ bool wrong_configs() {
   config.head_dim = 3;
   config.cold_size = -5;
   MixedCache one_tier(config);
-  EXPECT(one_tier.stats().cold_bytes == 0 && one_tier.stats().journal_bytes == 0);
-  EXPECT(one_tier.stats().cold_size == 0);
+  REQUIRE(one_tier.stats().cold_bytes == 0 && one_tier.stats().journal_bytes == 0);
+  REQUIRE(one_tier.stats().cold_size == 0);
   return true;
 }
 
@@ -513,86 +513,86 @@ bool wrong_calls() {
   const Seen empty = look(cache);
 
   // Out of order.
-  EXPECT(throws<Bad>([&] { cache.commit(); }, "commit: no slot"));
-  EXPECT(throws<Bad>([&] { cache.restore(); }, "restore: no slot"));
-  EXPECT(throws<Bad>([&] { cache.store(0, k.view, v.view); }, "store: no slot"));
-  EXPECT(throws<Bad>([&] { attend(cache, two, 0); }, "attend: no slot"));
+  REQUIRE(throws<Bad>([&] { cache.commit(); }, "commit: no slot"));
+  REQUIRE(throws<Bad>([&] { cache.restore(); }, "restore: no slot"));
+  REQUIRE(throws<Bad>([&] { cache.store(0, k.view, v.view); }, "store: no slot"));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 0); }, "attend: no slot"));
 
   // find_slot.
-  EXPECT(throws<Bad>([&] { find({0}, {0, 1}, {0}, 0); }, "pos"));
-  EXPECT(throws<Bad>([&] { find({0}, {0, 1}, {0}, -3); }, "got -3"));
-  EXPECT(throws<Bad>([&] { find({0, -1}, {0, 1, 2}, {0, 0}, 2); }, "pos[1] must be from 0"));
-  EXPECT(throws<Bad>([&] { find({std::int64_t{1} << 31}, {0, 1}, {0}, 1); }, "got 2147483648"));
-  EXPECT(throws<Bad>([&] { find({0}, {0, 1}, {2}, 1); }, "seq_id[0]"));
-  EXPECT(throws<Bad>([&] { find({0}, {0, 2}, {0, -1}, 1); }, "got -1"));
-  EXPECT(throws<Bad>([&] { find({0, 1}, {0, 1, 1}, {0, 1}, 2); }, "seq_id[1] must name one"));
-  EXPECT(throws<Bad>([&] { cache.find_slot(nullptr, {}, 1); }, "null"));
-  EXPECT(!cache.has_slot() && same(look(cache), empty, true));
+  REQUIRE(throws<Bad>([&] { find({0}, {0, 1}, {0}, 0); }, "pos"));
+  REQUIRE(throws<Bad>([&] { find({0}, {0, 1}, {0}, -3); }, "got -3"));
+  REQUIRE(throws<Bad>([&] { find({0, -1}, {0, 1, 2}, {0, 0}, 2); }, "pos[1] must be from 0"));
+  REQUIRE(throws<Bad>([&] { find({std::int64_t{1} << 31}, {0, 1}, {0}, 1); }, "got 2147483648"));
+  REQUIRE(throws<Bad>([&] { find({0}, {0, 1}, {2}, 1); }, "seq_id[0]"));
+  REQUIRE(throws<Bad>([&] { find({0}, {0, 2}, {0, -1}, 1); }, "got -1"));
+  REQUIRE(throws<Bad>([&] { find({0, 1}, {0, 1, 1}, {0, 1}, 2); }, "seq_id[1] must name one"));
+  REQUIRE(throws<Bad>([&] { cache.find_slot(nullptr, {}, 1); }, "null"));
+  REQUIRE(!cache.has_slot() && same(look(cache), empty, true));
   // Beyond everything: no room, whatever the number; and nothing is allocated for it.
   const std::vector<Token> many = make_tokens(0, 100);
-  EXPECT(!find_slot(cache, many).has_value());
-  EXPECT(same(look(cache), empty, true));
+  REQUIRE(!find_slot(cache, many).has_value());
+  REQUIRE(same(look(cache), empty, true));
 
-  EXPECT(find_slot(cache, two).has_value());
+  REQUIRE(find_slot(cache, two).has_value());
   // With a slot pending.
   const std::int64_t sources[] = {0, 5};
-  EXPECT(throws<Bad>([&] { find_slot(cache, two); }, "find_slot: a slot of 2 tokens"));
-  EXPECT(throws<Bad>([&] { cache.seq_rm(0, -1, -1); }, "seq_rm"));
-  EXPECT(throws<Bad>([&] { cache.seq_cp(0, 1, -1, -1); }, "seq_cp"));
-  EXPECT(throws<Bad>([&] { cache.seq_keep(0); }, "seq_keep"));
-  EXPECT(throws<Bad>([&] { cache.seq_add(0, -1, -1, 1); }, "seq_add"));
-  EXPECT(throws<Bad>([&] { cache.seq_div(0, -1, -1, 2); }, "seq_div"));
-  EXPECT(throws<Bad>([&] { cache.seq_gather(sources, 1); }, "seq_gather"));
+  REQUIRE(throws<Bad>([&] { find_slot(cache, two); }, "find_slot: a slot of 2 tokens"));
+  REQUIRE(throws<Bad>([&] { cache.seq_rm(0, -1, -1); }, "seq_rm"));
+  REQUIRE(throws<Bad>([&] { cache.seq_cp(0, 1, -1, -1); }, "seq_cp"));
+  REQUIRE(throws<Bad>([&] { cache.seq_keep(0); }, "seq_keep"));
+  REQUIRE(throws<Bad>([&] { cache.seq_add(0, -1, -1, 1); }, "seq_add"));
+  REQUIRE(throws<Bad>([&] { cache.seq_div(0, -1, -1, 2); }, "seq_div"));
+  REQUIRE(throws<Bad>([&] { cache.seq_gather(sources, 1); }, "seq_gather"));
   // What is not committed is not there to look at.
-  EXPECT(cache.size() == 0 && cache.seq_len(0) == 0 && cache.seq_pos_max(0) == -1);
+  REQUIRE(cache.size() == 0 && cache.seq_len(0) == 0 && cache.seq_pos_max(0) == -1);
 
   // store and attend.
   RowsView bad = k.view;
   bad.data = nullptr;
-  EXPECT(throws<Bad>([&] { cache.store(0, bad, v.view); }, "k must not be null"));
+  REQUIRE(throws<Bad>([&] { cache.store(0, bad, v.view); }, "k must not be null"));
   bad = v.view;
   bad.type = Format::q4_0;
-  EXPECT(
+  REQUIRE(
       throws<Bad>([&] { cache.store(0, k.view, bad); }, "v must be rows of f32 or f16, got q4_0"));
-  EXPECT(
+  REQUIRE(
       throws<Bad>([&] { cache.store(-1, k.view, v.view); }, "layer must be from 0 to 2, got -1"));
-  EXPECT(throws<Bad>([&] { cache.store(3, k.view, v.view); }, "got 3"));
-  EXPECT(throws<Bad>([&] { cache.store(1, k.view, v.view); }, "filter"));
-  EXPECT(throws<Bad>([&] { attend(cache, two, 0); }, "stored before"));
+  REQUIRE(throws<Bad>([&] { cache.store(3, k.view, v.view); }, "got 3"));
+  REQUIRE(throws<Bad>([&] { cache.store(1, k.view, v.view); }, "filter"));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 0); }, "stored before"));
   cache.store(0, k.view, v.view);
-  EXPECT(throws<Bad>([&] { attend(cache, two, 2); }, "stored before"));
-  EXPECT(throws<Bad>([&] { attend(cache, two, 1); }, "filter"));
-  EXPECT(throws<Bad>([&] { attend(cache, make_tokens(0, 3), 0); }, "got 3"));
-  EXPECT(throws<Bad>([&] { attend(cache, two, 0, -2); }, "window_left"));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 2); }, "stored before"));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 1); }, "filter"));
+  REQUIRE(throws<Bad>([&] { attend(cache, make_tokens(0, 3), 0); }, "got 3"));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 0, -2); }, "window_left"));
   std::vector<float> buffer(1024);
   QueryView q;
   q.data = buffer.data();
   q.len = 2;
   OutputView out;
   out.data = buffer.data();
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 3, {}, out); }, "num_qo_heads"));
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 0, {}, out); }, "got 0"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 3, {}, out); }, "num_qo_heads"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 0, {}, out); }, "got 0"));
   AttendOptions options;
   options.sm_scale = std::numeric_limits<float>::infinity();
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, options, out); }, "sm_scale"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, options, out); }, "sm_scale"));
   options = {};
   options.logits_soft_cap = -1.0f;
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, options, out); }, "logits_soft_cap"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, options, out); }, "logits_soft_cap"));
   q.type = Format::q4_0;
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must be f32 or f16"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must be f32 or f16"));
   q.data = nullptr;
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must not be null"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "q must not be null"));
   q = {};
   q.data = buffer.data();
   q.len = 2;
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, {}); }, "out must not be null"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, {}, {}); }, "out must not be null"));
   const std::int32_t index[] = {1, 0};
   q.index = index;
-  EXPECT(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "indexed"));
+  REQUIRE(throws<Bad>([&] { cache.attend(0, q, 2, {}, out); }, "indexed"));
   attend(cache, two, 0);
   cache.restore();
-  EXPECT(throws<Bad>([&] { attend(cache, two, 0); }, "attend: no slot"));
-  EXPECT(same(look(cache), empty, true));
+  REQUIRE(throws<Bad>([&] { attend(cache, two, 0); }, "attend: no slot"));
+  REQUIRE(same(look(cache), empty, true));
   return true;
 }
 
@@ -600,37 +600,37 @@ bool wrong_sequences() {
   CacheConfig config = small_config(16, 64, 8, 8);
   config.n_seq_max = 2;
   MixedCache cache(config);
-  EXPECT(append(cache, make_tokens(0, 10)));
+  REQUIRE(append(cache, make_tokens(0, 10)));
   const Seen before = look(cache);
   using Bad = std::invalid_argument;
   const std::int64_t sources[] = {0, 2, 0};
-  EXPECT(throws<Bad>([&] { cache.seq_rm(2, -1, -1); }, "seq must be"));
-  EXPECT(throws<Bad>([&] { cache.seq_cp(-1, 0, -1, -1); }, "src"));
-  EXPECT(throws<Bad>([&] { cache.seq_cp(0, 2, -1, -1); }, "dst"));
-  EXPECT(throws<Bad>([&] { cache.seq_keep(-1); }, "got -1"));
-  EXPECT(throws<Bad>([&] { cache.seq_add(5, -1, -1, 1); }, "got 5"));
-  EXPECT(throws<Bad>([&] { cache.seq_div(5, -1, -1, 1); }, "got 5"));
-  EXPECT(throws<Bad>([&] { cache.seq_div(0, -1, -1, 0); }, "d must be at least 1"));
-  EXPECT(throws<Bad>([&] { cache.seq_gather(sources, 2); }, "sources[1]"));
-  EXPECT(throws<Bad>([&] { cache.seq_gather(sources, 3); }, "sources"));
-  EXPECT(throws<Bad>([&] { cache.seq_pos_min(2); }, "seq"));
-  EXPECT(throws<Bad>([&] { cache.seq_pos_max(-1); }, "seq"));
-  EXPECT(throws<Bad>([&] { cache.seq_len(2); }, "seq"));
-  EXPECT(throws<Bad>([&] { cache.positions(2, nullptr, nullptr); }, "seq"));
-  EXPECT(throws<Bad>([&] { cache.keys(0, 2, nullptr); }, "seq"));
-  EXPECT(throws<Bad>([&] { cache.values(1, 0, nullptr); }, "layer"));
+  REQUIRE(throws<Bad>([&] { cache.seq_rm(2, -1, -1); }, "seq must be"));
+  REQUIRE(throws<Bad>([&] { cache.seq_cp(-1, 0, -1, -1); }, "src"));
+  REQUIRE(throws<Bad>([&] { cache.seq_cp(0, 2, -1, -1); }, "dst"));
+  REQUIRE(throws<Bad>([&] { cache.seq_keep(-1); }, "got -1"));
+  REQUIRE(throws<Bad>([&] { cache.seq_add(5, -1, -1, 1); }, "got 5"));
+  REQUIRE(throws<Bad>([&] { cache.seq_div(5, -1, -1, 1); }, "got 5"));
+  REQUIRE(throws<Bad>([&] { cache.seq_div(0, -1, -1, 0); }, "d must be at least 1"));
+  REQUIRE(throws<Bad>([&] { cache.seq_gather(sources, 2); }, "sources[1]"));
+  REQUIRE(throws<Bad>([&] { cache.seq_gather(sources, 3); }, "sources"));
+  REQUIRE(throws<Bad>([&] { cache.seq_pos_min(2); }, "seq"));
+  REQUIRE(throws<Bad>([&] { cache.seq_pos_max(-1); }, "seq"));
+  REQUIRE(throws<Bad>([&] { cache.seq_len(2); }, "seq"));
+  REQUIRE(throws<Bad>([&] { cache.positions(2, nullptr, nullptr); }, "seq"));
+  REQUIRE(throws<Bad>([&] { cache.keys(0, 2, nullptr); }, "seq"));
+  REQUIRE(throws<Bad>([&] { cache.values(1, 0, nullptr); }, "layer"));
   const std::int64_t top = std::numeric_limits<std::int32_t>::max();
-  EXPECT(throws<Bad>([&] { cache.seq_add(0, -1, -1, top - 8); }, "delta"));
-  EXPECT(throws<Bad>([&] { cache.seq_add(0, -1, -1, std::numeric_limits<std::int64_t>::max()); },
-                     "delta"));
-  EXPECT(same(look(cache), before, true));
+  REQUIRE(throws<Bad>([&] { cache.seq_add(0, -1, -1, top - 8); }, "delta"));
+  REQUIRE(throws<Bad>([&] { cache.seq_add(0, -1, -1, std::numeric_limits<std::int64_t>::max()); },
+                      "delta"));
+  REQUIRE(same(look(cache), before, true));
   cache.seq_add(0, -1, -1, top - 9);
-  EXPECT(cache.seq_pos_max(0) == top);
+  REQUIRE(cache.seq_pos_max(0) == top);
   cache.seq_add(1, -1, -1, std::numeric_limits<std::int64_t>::max()); // nothing to shift
   cache.seq_add(0, -1, -1, 9 - top);
   cache.seq_add(0, -1, -1, 0);
   cache.seq_div(0, -1, -1, 1);
-  EXPECT(same(look(cache), before, true));
+  REQUIRE(same(look(cache), before, true));
   return true;
 }
 
@@ -643,15 +643,15 @@ bool not_finite_values_move() {
   const RowsView k_rows{k.data(), Format::f32, 32 * 4, 32 * 4};
   const RowsView v_rows{v.data(), Format::f32, 64 * 4, 64 * 4};
   for (std::int64_t pos = 0; pos < 7; ++pos) {
-    EXPECT(find_slot(cache, make_tokens(pos, 1)).has_value());
+    REQUIRE(find_slot(cache, make_tokens(pos, 1)).has_value());
     cache.store(0, k_rows, v_rows);
     cache.commit();
   }
   std::vector<float> keys(idx(2 * 7 * 32));
   cache.keys(0, 0, keys.data());
-  EXPECT(positions_in(cache, 0, true) == from_to(0, 1));
-  EXPECT(std::isnan(keys[0]) && std::isnan(keys[31])); // the block that lost it
-  EXPECT(std::isinf(keys[32 + 3]) && keys[32 + 4] == 1.0f);
+  REQUIRE(positions_in(cache, 0, true) == from_to(0, 1));
+  REQUIRE(std::isnan(keys[0]) && std::isnan(keys[31])); // the block that lost it
+  REQUIRE(std::isinf(keys[32 + 3]) && keys[32 + 4] == 1.0f);
   return true;
 }
 
@@ -684,7 +684,7 @@ bool failed_allocations_change_nothing() {
   int num_failures = 0;
   for (const std::function<void(MixedCache &)> &operation : operations) {
     MixedCache cache(config);
-    EXPECT(append(cache, old_tokens));
+    REQUIRE(append(cache, old_tokens));
     cache.seq_cp(0, 1, 4, 11);
     const Seen before = look(cache);
     bool failed = true;
@@ -699,22 +699,22 @@ bool failed_allocations_change_nothing() {
       allocations_left = -1;
       if (failed) {
         ++num_failures;
-        EXPECT(!cache.has_slot());
-        EXPECT(same(look(cache), before, true));
+        REQUIRE(!cache.has_slot());
+        REQUIRE(same(look(cache), before, true));
       }
     }
     if (cache.has_slot()) { // commit and restore need no memory at all
       allocations_left = 0;
       cache.restore();
       allocations_left = -1;
-      EXPECT(same(look(cache), before, true));
+      REQUIRE(same(look(cache), before, true));
       operation(cache);
       allocations_left = 0;
       cache.commit();
       allocations_left = -1;
     }
   }
-  EXPECT(num_failures >= 10);
+  REQUIRE(num_failures >= 10);
   return true;
 }
 
@@ -754,7 +754,7 @@ bool decode_allocates_nothing() {
     }
     if (step % 3 == 2) {
       cache.restore();
-      EXPECT(cache.find_slot(pos, {begin, ids}, 2).has_value());
+      REQUIRE(cache.find_slot(pos, {begin, ids}, 2).has_value());
     }
     cache.commit();
     if (step == 140) { // attention's own workspace has its size by now
@@ -763,8 +763,8 @@ bool decode_allocates_nothing() {
   }
   const bool none = num_allocations == after_first;
   set_num_threads(2);
-  EXPECT(none);
-  EXPECT(cache.stats().books_bytes == books);
+  REQUIRE(none);
+  REQUIRE(cache.stats().books_bytes == books);
   return true;
 }
 
@@ -773,29 +773,28 @@ bool decode_allocates_nothing() {
 /// The seed of the random operations may be given, for a longer search than fits every day.
 int main(int argc, char **argv) {
   set_num_threads(2);
-  report("cache_plans", plans());
-  report("cache_trigger", trigger());
-  report("cache_first_in_first_out", first_in_first_out());
-  report("cache_pins", pins());
+  testing::report("cache_plans", plans());
+  testing::report("cache_trigger", trigger());
+  testing::report("cache_first_in_first_out", first_in_first_out());
+  testing::report("cache_pins", pins());
   for (const int num_seqs : {1, 3}) {
     for (const std::int64_t window : {-1, 7, 40}) {
-      report("cache_long_ubatch sequences=" + std::to_string(num_seqs) +
-                 " window=" + std::to_string(window),
-             long_ubatch(num_seqs, window));
+      testing::report("cache_long_ubatch sequences=" + std::to_string(num_seqs) +
+                          " window=" + std::to_string(window),
+                      long_ubatch(num_seqs, window));
     }
   }
-  report("cache_long_ubatch_is_hot_first_then_cold", long_ubatch_is_hot_first_then_cold());
-  report("cache_restore_after_moves", restore_after_moves());
-  report("cache_layers_not_stored_hold_zeros", layers_not_stored_hold_zeros());
-  report("cache_shift_copies_shared_cells", shift_copies_shared_cells());
-  report("cache_full_changes_nothing", full_changes_nothing());
-  report("cache_wrong_configs", wrong_configs());
-  report("cache_wrong_calls", wrong_calls());
-  report("cache_wrong_sequences", wrong_sequences());
-  report("cache_not_finite_values_move", not_finite_values_move());
-  report("cache_failed_allocations_change_nothing", failed_allocations_change_nothing());
-  report("cache_decode_allocates_nothing", decode_allocates_nothing());
+  testing::report("cache_long_ubatch_is_hot_first_then_cold", long_ubatch_is_hot_first_then_cold());
+  testing::report("cache_restore_after_moves", restore_after_moves());
+  testing::report("cache_layers_not_stored_hold_zeros", layers_not_stored_hold_zeros());
+  testing::report("cache_shift_copies_shared_cells", shift_copies_shared_cells());
+  testing::report("cache_full_changes_nothing", full_changes_nothing());
+  testing::report("cache_wrong_configs", wrong_configs());
+  testing::report("cache_wrong_calls", wrong_calls());
+  testing::report("cache_wrong_sequences", wrong_sequences());
+  testing::report("cache_not_finite_values_move", not_finite_values_move());
+  testing::report("cache_failed_allocations_change_nothing", failed_allocations_change_nothing());
+  testing::report("cache_decode_allocates_nothing", decode_allocates_nothing());
   random_operations(argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 42u);
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 ? 0 : 1;
+  return testing::summary();
 }

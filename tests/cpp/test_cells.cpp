@@ -1,6 +1,6 @@
 // Cells against a model that is too simple to be wrong: a list of optional tokens.
 #include "cache/books/cells.h"
-#include "expect.h"
+#include "reporting.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -38,43 +38,43 @@ bool same(const Cells &cells, const Model &model, std::mt19937 &random) {
   std::int64_t used = 0;
   std::int64_t pending = 0;
   std::int32_t end = 0;
-  EXPECT(cells.size() == static_cast<std::int64_t>(model.size()));
+  REQUIRE(cells.size() == static_cast<std::int64_t>(model.size()));
   for (std::int32_t c = 0; c < cells.size(); ++c) {
     const auto &token = model[static_cast<std::size_t>(c)];
-    EXPECT(cells.in_use(c) == token.has_value());
+    REQUIRE(cells.in_use(c) == token.has_value());
     const std::vector<std::uint64_t> words =
         owner_words(token ? token->owners : std::set<int>{}, cells.words_per_cell());
-    EXPECT(std::equal(words.begin(), words.end(), cells.owners(c)));
+    REQUIRE(std::equal(words.begin(), words.end(), cells.owners(c)));
     if (!token) {
-      EXPECT(!cells.committed(c) && !cells.pending(c));
+      REQUIRE(!cells.committed(c) && !cells.pending(c));
       continue;
     }
     ++used;
     end = c + 1;
     const bool is_pending = token->stamp == kPendingStamp;
     pending += is_pending;
-    EXPECT(cells.pos(c) == token->pos && cells.stamp(c) == token->stamp);
-    EXPECT(cells.pending(c) == is_pending && cells.committed(c) == !is_pending);
-    EXPECT(cells.shared(c) == (token->owners.size() > 1));
+    REQUIRE(cells.pos(c) == token->pos && cells.stamp(c) == token->stamp);
+    REQUIRE(cells.pending(c) == is_pending && cells.committed(c) == !is_pending);
+    REQUIRE(cells.shared(c) == (token->owners.size() > 1));
     for (int seq = 0; seq < cells.n_seq_max(); ++seq) {
-      EXPECT(cells.owned_by(c, seq) == (token->owners.count(seq) > 0));
+      REQUIRE(cells.owned_by(c, seq) == (token->owners.count(seq) > 0));
     }
   }
-  EXPECT(cells.num_used() == used && cells.num_free() == cells.size() - used);
-  EXPECT(cells.num_pending() == pending && cells.num_committed() == used - pending);
-  EXPECT(cells.end() == end);
+  REQUIRE(cells.num_used() == used && cells.num_free() == cells.size() - used);
+  REQUIRE(cells.num_pending() == pending && cells.num_committed() == used - pending);
+  REQUIRE(cells.end() == end);
   std::int64_t counted = 0;
   for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
     std::int32_t in_tile = 0;
     for (std::int32_t c = cells.first_of(tile); c < cells.end_of(tile); ++c, ++counted) {
-      EXPECT(cells.tile_of(c) == tile);
+      REQUIRE(cells.tile_of(c) == tile);
       in_tile += cells.in_use(c);
     }
-    EXPECT(cells.num_used_in(tile) == in_tile);
-    EXPECT(cells.num_used_in(tile) + cells.num_free_in(tile) ==
-           cells.end_of(tile) - cells.first_of(tile));
+    REQUIRE(cells.num_used_in(tile) == in_tile);
+    REQUIRE(cells.num_used_in(tile) + cells.num_free_in(tile) ==
+            cells.end_of(tile) - cells.first_of(tile));
   }
-  EXPECT(counted == cells.size());
+  REQUIRE(counted == cells.size());
 
   const int seq = static_cast<int>(random() % static_cast<unsigned>(cells.n_seq_max()));
   const std::int64_t low = random() % 20;
@@ -90,12 +90,12 @@ bool same(const Cells &cells, const Model &model, std::mt19937 &random) {
     const auto &token = model[static_cast<std::size_t>(c)];
     if (token && token->owners.count(seq) > 0 && token->pos >= low && token->pos <= high &&
         (with_pending || token->stamp != kPendingStamp)) {
-      EXPECT(next < n && listed[static_cast<std::size_t>(next)] == c &&
-             positions[static_cast<std::size_t>(next)] == token->pos);
+      REQUIRE(next < n && listed[static_cast<std::size_t>(next)] == c &&
+              positions[static_cast<std::size_t>(next)] == token->pos);
       ++next;
     }
   }
-  EXPECT(next == n);
+  REQUIRE(next == n);
   return true;
 }
 
@@ -113,7 +113,7 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
   Cells cells(size, n_seq_max, tile_cells);
   Model model(static_cast<std::size_t>(size));
   std::uint64_t next_stamp = 0;
-  EXPECT(same(cells, model, random));
+  REQUIRE(same(cells, model, random));
 
   const auto pick = [&](bool in_use) -> std::int32_t {
     std::vector<std::int32_t> candidates;
@@ -144,7 +144,7 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
                           below(3) == 0 ? kPendingStamp : next_stamp++,
                           {seq}};
         const std::int32_t expected = lowest_free(model);
-        EXPECT(cells.lowest_free() == expected);
+        REQUIRE(cells.lowest_free() == expected);
         cells.put(expected, token.pos, token.stamp,
                   owner_words(token.owners, cells.words_per_cell()).data());
         at(expected) = token;
@@ -153,7 +153,7 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
     case 4:
       if (free_cell >= 0 && used_cell >= 0) {
         const std::int32_t expected = lowest_free(model);
-        EXPECT(cells.lowest_free() == expected);
+        REQUIRE(cells.lowest_free() == expected);
         cells.put_copy(expected, cells, used_cell);
         at(expected) = at(used_cell);
       }
@@ -222,7 +222,7 @@ bool random_operations(std::int64_t size, int n_seq_max, unsigned seed, int num_
       }
       break;
     }
-    EXPECT(same(cells, model, random));
+    REQUIRE(same(cells, model, random));
   }
   return true;
 }
@@ -242,9 +242,9 @@ bool order_by_age() {
   std::vector<std::int32_t> order{young, old, copy, other, twin};
   std::sort(order.begin(), order.end(),
             [&](std::int32_t a, std::int32_t b) { return cells.older(a, b); });
-  EXPECT((order == std::vector<std::int32_t>{other, twin, copy, old, young}));
+  REQUIRE((order == std::vector<std::int32_t>{other, twin, copy, old, young}));
   for (const std::int32_t a : order) {
-    EXPECT(!cells.older(a, a));
+    REQUIRE(!cells.older(a, a));
   }
   return true;
 }
@@ -252,7 +252,7 @@ bool order_by_age() {
 bool no_cells() {
   std::mt19937 random(1);
   const Cells cells(0, 2);
-  EXPECT(same(cells, {}, random));
+  REQUIRE(same(cells, {}, random));
   return true;
 }
 
@@ -261,13 +261,12 @@ bool no_cells() {
 int main() {
   for (const std::int64_t size : {1, 2, 8, 65}) {
     for (const int n_seq_max : {1, 3, 64, 65, 130}) {
-      report("cells_random size=" + std::to_string(size) +
-                 " n_seq_max=" + std::to_string(n_seq_max),
-             random_operations(size, n_seq_max, 42u + static_cast<unsigned>(n_seq_max), 2000));
+      testing::report(
+          "cells_random size=" + std::to_string(size) + " n_seq_max=" + std::to_string(n_seq_max),
+          random_operations(size, n_seq_max, 42u + static_cast<unsigned>(n_seq_max), 2000));
     }
   }
-  report("cells_order_by_age", order_by_age());
-  report("cells_none", no_cells());
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 ? 0 : 1;
+  testing::report("cells_order_by_age", order_by_age());
+  testing::report("cells_none", no_cells());
+  return testing::summary();
 }

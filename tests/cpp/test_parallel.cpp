@@ -1,5 +1,5 @@
 // The worker pool, and how many CPUs it may use. Built with -fsanitize=thread as well.
-#include "expect.h"
+#include "reporting.h"
 #include "runtime/cpu_count.h"
 #include "runtime/parallel.h"
 
@@ -69,7 +69,7 @@ bool runs_all(int num_units, int num_threads) {
     --own;
   });
   for (const std::atomic<int> &times : done) {
-    EXPECT(times == 1);
+    REQUIRE(times == 1);
   }
   return fine;
 }
@@ -77,7 +77,7 @@ bool runs_all(int num_units, int num_threads) {
 /// Jobs of all sizes, some after the workers have gone to sleep.
 bool many_jobs(int rounds) {
   for (int i = 0; i < rounds; ++i) {
-    EXPECT(runs_all(1 + i * 7919 % 97, 1 + i * 31 % 9));
+    REQUIRE(runs_all(1 + i * 7919 % 97, 1 + i * 31 % 9));
     if (i % 100 == 0) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
@@ -116,7 +116,7 @@ bool jobs_inside_jobs() {
       sum += static_cast<int>(unit);
     });
   });
-  EXPECT(sum == 8 * 10);
+  REQUIRE(sum == 8 * 10);
   return fine;
 }
 
@@ -138,7 +138,7 @@ bool survives_lack_of_memory() {
   out_of_memory = true;
   const bool alone = runs_all(2000, 1000);
   out_of_memory = false;
-  EXPECT(alone);
+  REQUIRE(alone);
   return helpers_seen() == 1;
 }
 #endif
@@ -176,12 +176,12 @@ bool quota_of_v2() {
   groups.write("fs/a/cpu.max", "250000 100000");
   groups.write("fs/a/b/cpu.max", "max 100000");
   groups.write("fs/a/c/cpu.max", "50000 100000");
-  EXPECT(groups.cpus("0::/") == 0);
-  EXPECT(groups.cpus("0::/a") == 3);
-  EXPECT(groups.cpus("0::/a/b") == 3); // the group above is the strictest
-  EXPECT(groups.cpus("0::/a/c") == 1);
-  EXPECT(groups.cpus("0::/a/not/here") == 3); // seen from another namespace
-  EXPECT(groups.cpus("0::/elsewhere") == 0);
+  REQUIRE(groups.cpus("0::/") == 0);
+  REQUIRE(groups.cpus("0::/a") == 3);
+  REQUIRE(groups.cpus("0::/a/b") == 3); // the group above is the strictest
+  REQUIRE(groups.cpus("0::/a/c") == 1);
+  REQUIRE(groups.cpus("0::/a/not/here") == 3); // seen from another namespace
+  REQUIRE(groups.cpus("0::/elsewhere") == 0);
   return true;
 }
 
@@ -191,9 +191,9 @@ bool quota_of_v1() {
   groups.write("fs/cpu,cpuacct/cpu.cfs_period_us", "100000");
   groups.write("fs/cpu,cpuacct/job/cpu.cfs_quota_us", "150000");
   groups.write("fs/cpu,cpuacct/job/cpu.cfs_period_us", "100000");
-  EXPECT(groups.cpus("4:memory:/job\n3:cpu,cpuacct:/job") == 2);
-  EXPECT(groups.cpus("4:memory:/job\n3:cpu,cpuacct:/") == 0);
-  EXPECT(groups.cpus("4:memory:/job\n5:cpuset:/job") == 0);
+  REQUIRE(groups.cpus("4:memory:/job\n3:cpu,cpuacct:/job") == 2);
+  REQUIRE(groups.cpus("4:memory:/job\n3:cpu,cpuacct:/") == 0);
+  REQUIRE(groups.cpus("4:memory:/job\n5:cpuset:/job") == 0);
   return true;
 }
 
@@ -201,33 +201,32 @@ bool senseless_groups() {
   const Groups groups;
   for (const char *text : {"", "0 0", "100000 0", "-5 100000", "a b", "100000"}) {
     groups.write("fs/cpu.max", text);
-    EXPECT(groups.cpus("0::/") == 0);
+    REQUIRE(groups.cpus("0::/") == 0);
   }
-  EXPECT(groups.cpus("") == 0 && groups.cpus("nonsense") == 0);
+  REQUIRE(groups.cpus("") == 0 && groups.cpus("nonsense") == 0);
   groups.write("fs/cpu.max", "1e300 1");
-  EXPECT(groups.cpus("0::/") == 1000000);
-  EXPECT(cgroup_cpus("/nowhere/at/all", "/nowhere") == 0);
-  EXPECT(mixedkv::usable_cpus() >= 1);
+  REQUIRE(groups.cpus("0::/") == 1000000);
+  REQUIRE(cgroup_cpus("/nowhere/at/all", "/nowhere") == 0);
+  REQUIRE(mixedkv::usable_cpus() >= 1);
   return true;
 }
 
 } // namespace
 
 int main() {
-  report("parallel_for runs every unit once", many_jobs(3000));
-  report("parallel_for without units", no_units());
-  report("parallel_for with more threads than units", more_threads_than_units());
-  report("parallel_for from several threads at once", several_callers());
-  report("parallel_for inside parallel_for", jobs_inside_jobs());
-  report("parallel_for wakes a worker", helpers_seen() == 1);
+  testing::report("parallel_for runs every unit once", many_jobs(3000));
+  testing::report("parallel_for without units", no_units());
+  testing::report("parallel_for with more threads than units", more_threads_than_units());
+  testing::report("parallel_for from several threads at once", several_callers());
+  testing::report("parallel_for inside parallel_for", jobs_inside_jobs());
+  testing::report("parallel_for wakes a worker", helpers_seen() == 1);
 #if defined(MIXEDKV_OWN_ALLOCATION)
-  report("parallel_for survives a lack of memory", survives_lack_of_memory());
+  testing::report("parallel_for survives a lack of memory", survives_lack_of_memory());
 #else
   std::printf("skip parallel_for survives a lack of memory: a sanitizer allocates\n");
 #endif
-  report("CPUs of a cgroup v2", quota_of_v2());
-  report("CPUs of a cgroup v1", quota_of_v1());
-  report("CPUs of cgroups that make no sense", senseless_groups());
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed != 0;
+  testing::report("CPUs of a cgroup v2", quota_of_v2());
+  testing::report("CPUs of a cgroup v1", quota_of_v1());
+  testing::report("CPUs of cgroups that make no sense", senseless_groups());
+  return testing::summary();
 }

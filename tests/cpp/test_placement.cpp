@@ -2,7 +2,7 @@
 // what it is for, that moves of several sequences leave no tile shared where there is room.
 #include "cache/books/placement.h"
 #include "cache/tier.h"
-#include "expect.h"
+#include "reporting.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -41,18 +41,18 @@ std::set<Owners> sets_in(const Cells &cells, std::int32_t tile) {
 
 /// The rule, as the declaration has it; mixed tells where there was nothing left but other's tiles.
 bool is_right(const Cells &cells, const Owners &owners, std::int32_t found, bool &mixed) {
-  EXPECT(found >= 0 && found < cells.size() && !cells.in_use(found));
+  REQUIRE(found >= 0 && found < cells.size() && !cells.in_use(found));
   mixed = false;
   for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
     const std::set<Owners> sets = sets_in(cells, tile);
     if (sets.size() == 1 && *sets.begin() == owners && cells.num_free_in(tile) > 0) {
-      EXPECT(found == cells.lowest_free_in(tile));
+      REQUIRE(found == cells.lowest_free_in(tile));
       return true;
     }
   }
   for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
     if (cells.num_used_in(tile) == 0) {
-      EXPECT(found == cells.first_of(tile));
+      REQUIRE(found == cells.first_of(tile));
       return true;
     }
   }
@@ -87,23 +87,23 @@ bool any_state(std::int64_t size, int tile_cells, int n_seq_max, unsigned seed) 
       }
       const std::int32_t cell = placement.find(cells, owners.data());
       if (tile_cells == 1) {
-        EXPECT(cell == cells.lowest_free());
+        REQUIRE(cell == cells.lowest_free());
       } else {
         bool mixed = false;
-        EXPECT(is_right(cells, owners, cell, mixed));
+        REQUIRE(is_right(cells, owners, cell, mixed));
         if (mixed) {
           // No tile becomes a mixed one while there is room in one that is.
           bool room = false;
           for (std::int32_t tile = 0; tile < cells.num_tiles(); ++tile) {
             room |= sets_in(cells, tile).size() > 1 && cells.num_free_in(tile) > 0;
           }
-          EXPECT(!room || sets_in(cells, cells.tile_of(cell)).size() > 1);
+          REQUIRE(!room || sets_in(cells, cells.tile_of(cell)).size() > 1);
         }
       }
       cells.put(cell, 0, 0, owners.data());
     }
   }
-  EXPECT(placement.bytes() == bytes);
+  REQUIRE(placement.bytes() == bytes);
   return true;
 }
 
@@ -140,7 +140,7 @@ bool same_state_same_choice() {
     if (attempt == 0) {
       first = chosen;
     }
-    EXPECT(chosen == first);
+    REQUIRE(chosen == first);
   }
   return true;
 }
@@ -164,8 +164,8 @@ bool sequences_are_kept_apart(std::int64_t cold_size, bool enough) {
     cold.take_copies(hot, from.data(), 24, to.data());
     for (int i = 0; i < 24; ++i) {
       const std::size_t at = static_cast<std::size_t>(i);
-      EXPECT(owners_of(cold.cells, to[at]) == owners_of(hot.cells, from[at]));
-      EXPECT(cold.cells.pos(to[at]) == hot.cells.pos(from[at]));
+      REQUIRE(owners_of(cold.cells, to[at]) == owners_of(hot.cells, from[at]));
+      REQUIRE(cold.cells.pos(to[at]) == hot.cells.pos(from[at]));
     }
     hot.release(from.data(), 24);
   }
@@ -173,9 +173,9 @@ bool sequences_are_kept_apart(std::int64_t cold_size, bool enough) {
     num_shared += sets_in(cold.cells, tile).size() > 1;
   }
   if (enough) {
-    EXPECT(cold.cells.num_used() == 192 && num_shared == 0);
+    REQUIRE(cold.cells.num_used() == 192 && num_shared == 0);
   } else {
-    EXPECT(cold.cells.num_free() < 24 && num_shared <= 4);
+    REQUIRE(cold.cells.num_free() < 24 && num_shared <= 4);
   }
   return true;
 }
@@ -187,16 +187,15 @@ int main() {
   for (const std::int64_t size : {1, 16, 40, 160}) {
     for (const int tile_cells : {1, 4, 16}) {
       for (const int n_seq_max : {1, 3, 70}) {
-        report("placement_any_state size=" + std::to_string(size) + " tile=" +
-                   std::to_string(tile_cells) + " n_seq_max=" + std::to_string(n_seq_max),
-               any_state(size, tile_cells, n_seq_max, ++seed));
+        testing::report("placement_any_state size=" + std::to_string(size) + " tile=" +
+                            std::to_string(tile_cells) + " n_seq_max=" + std::to_string(n_seq_max),
+                        any_state(size, tile_cells, n_seq_max, ++seed));
       }
     }
   }
-  report("placement_same_state_same_choice", same_state_same_choice());
-  report("placement_keeps_sequences_apart", sequences_are_kept_apart(256, true));
-  report("placement_keeps_sequences_apart_exactly", sequences_are_kept_apart(192, true));
-  report("placement_short_of_room", sequences_are_kept_apart(100, false));
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 ? 0 : 1;
+  testing::report("placement_same_state_same_choice", same_state_same_choice());
+  testing::report("placement_keeps_sequences_apart", sequences_are_kept_apart(256, true));
+  testing::report("placement_keeps_sequences_apart_exactly", sequences_are_kept_apart(192, true));
+  testing::report("placement_short_of_room", sequences_are_kept_apart(100, false));
+  return testing::summary();
 }

@@ -193,6 +193,5 @@ int main(int argc, char **argv) {
     name_filter = argv[1];
   test_flip();
   test_turn();
-  std::printf("%d passed, %d failed\n", num_passed, num_failed);
-  return num_failed == 0 ? 0 : 1;
+  return summary();
 }
