@@ -79,7 +79,7 @@ public:
     KeySegment segment;
     segment.k = k_.as<char>();
     segment.v = v_.as<char>();
-    segment.k_type = segment.v_type = type_;
+    segment.k_format = segment.v_format = type_;
     segment.k_row_stride = segment.v_row_stride =
         static_cast<std::ptrdiff_t>(row_bytes(type_, static_cast<std::size_t>(shape_.head_dim)));
     segment.k_head_stride = segment.v_head_stride = kv_ * segment.k_row_stride;
