@@ -1,6 +1,6 @@
 // Kernels of the table alone: one of attention's two products over all keys, in the chunks in which
 // attention calls it, and what works on one chunk.
-#include "attention/query_tile.h"
+#include "attention/sizes.h"
 #include "data.h"
 #include "formats/token_tile.h"
 #include "registry.h"

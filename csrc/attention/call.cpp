@@ -8,6 +8,7 @@
 #include "attention/query_tile.h"
 #include "attention/state.h"
 #include "kernels/dispatch.h"
+#include "runtime/buffer.h"
 #include "runtime/parallel.h"
 
 #include <algorithm>
@@ -125,7 +126,7 @@ private:
       const std::int64_t tiles = p.num_tiles * params_.num_kv_heads;
       if (count > 1) {
         p.num_pieces = count;
-        p.partial_stride = QueryTile::partial_floats(
+        p.partial_stride = TileStates::partial_floats(
             static_cast<int>(std::min<std::int64_t>(rows, kTileRows)), params_.head_dim_v);
         num_pieces += count;
         num_counters += tiles;
@@ -192,7 +193,7 @@ private:
     QueryTile tile(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
     if (plan->num_pieces == 1) {
       if (problem.state.ms != nullptr) {
-        tile.load_state(problem.state);
+        tile.states().load(problem.state);
       }
       std::int64_t first = 0;
       for (int s = 0; s < problem.num_segments; ++s) {
@@ -207,7 +208,7 @@ private:
                       static_cast<std::size_t>(index * plan->num_pieces) * plan->partial_stride;
     const Piece &p = pieces_[plan->piece_begin + piece];
     tile.attend(problem.segments[p.segment], p.begin, p.end, mask_begin(problem, p.segment));
-    tile.store_partial(partials + static_cast<std::size_t>(piece) * plan->partial_stride);
+    tile.states().store_partial(partials + static_cast<std::size_t>(piece) * plan->partial_stride);
     if (counters_[plan->counter_begin + index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       QueryTile whole(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
       merge_pieces(whole, problem, *plan, partials);
@@ -217,20 +218,20 @@ private:
   void merge_pieces(QueryTile &tile, const AttentionProblem &problem, const ProblemPlan &plan,
                     const float *partials) const {
     if (problem.state.ms != nullptr) {
-      tile.load_state(problem.state);
+      tile.states().load(problem.state);
     }
     for (std::int64_t i = 0; i < plan.num_pieces; ++i) {
-      tile.merge_partial(partials + static_cast<std::size_t>(i) * plan.partial_stride);
+      tile.states().merge_partial(partials + static_cast<std::size_t>(i) * plan.partial_stride);
     }
     finish(tile, problem);
   }
 
-  void finish(const QueryTile &tile, const AttentionProblem &problem) const {
+  void finish(QueryTile &tile, const AttentionProblem &problem) const {
     if (problem.state.ms != nullptr) {
-      tile.store_state(problem.state);
+      tile.states().store(problem.state);
     }
     if (problem.out.data != nullptr) {
-      tile.finalize(params_.sinks, problem.out);
+      tile.states().finalize(params_.sinks, params_.value_transform, problem.out);
     }
   }
 
