@@ -26,7 +26,7 @@ public:
   std::int64_t pos_min() const { return pos_min_; }
   std::int64_t pos_max() const { return pos_max_; }
 
-  /// The rows as f32 [count, head_dim], scaled.
+  /// The rows as f32 [count, head_dim], scaled; changed as keys were, where transform is not null.
   void load(const Kernels &kernels, std::size_t head_dim, float sm_scale,
             const RowTransform *transform, float *to) const;
 

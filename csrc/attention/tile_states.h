@@ -31,6 +31,7 @@ public:
   static std::size_t partial_floats(int num_rows, int head_dim_v) {
     return static_cast<std::size_t>(num_rows) * (2 + static_cast<std::size_t>(head_dim_v));
   }
+  /// transform: what values were changed by, or null.
   void finalize(const float *sinks, const RowTransform *transform, const OutputView &out) const;
 
 private:
