@@ -9,7 +9,7 @@ enum : int { kDimsOfMatrix = 8, kTokensAtOnce = 4, kTokenVectors = 2 };
 /// As tile_keys.inl's, but eight high bytes and the eight low bytes of the same dims in turns.
 void prepare_tile_query_i8mm(const float *q, size_t ld_q, int num_rows, int head_dim,
                              float *prepared) noexcept {
-  prepare_tile_query(q, ld_q, num_rows, head_dim, prepared);
+  prepare_tile_query<Q4_0Keys>(q, ld_q, num_rows, head_dim, prepared);
   for (int r = 0; r < num_rows; ++r) {
     i32 *row = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
     for (int b = 0; b < head_dim / QK4_0; ++b, row += kPreparedBlock) {
@@ -67,8 +67,8 @@ MIXEDKV_INLINE void scores_i8mm(const i32 *q, size_t ld_q, const uint8_t *tile, 
             acc[v][p] = vmmlaq_s32(acc[v][p], x[v][m][p], y);
       }
       float s;
-      memcpy(&s, row + 2 * kWordsOfBlock + 1, sizeof s);
-      const i32v offset = set1_i32(row[2 * kWordsOfBlock]);
+      memcpy(&s, row + kNumberWords + 1, sizeof s);
+      const i32v offset = set1_i32(row[kNumberWords]);
       for (int v = 0; v < kTokenVectors; ++v) {
         const i32v hi = vuzp1q_s32(acc[v][0], acc[v][1]);
         const i32v lo = vuzp2q_s32(acc[v][0], acc[v][1]);

@@ -1,11 +1,46 @@
-// Rows to packed Q4_0 (formats/nibble_tile.h), a tile at a time: what a move to the cold tier
-// spends its time on.
+// Q4_0 in token tiles: how its nibbles are opened (formats/nibble_tile.h), and rows to tiles, a tile
+// at a time: what a move to the cold tier spends its time on.
 //
 // Blocks are quantised one by one, as rows are, and meet in registers: for keys, four tokens' words
 // change places with four words' tokens; for values, the nibbles of eight tokens are laid side by
 // side in bytes, two by two, and the bytes zipped to words. Either is a fraction of what quantising
 // takes. Token by token, as tiles were packed before, every value was a read and a write of
 // a word for the sake of one nibble.
+
+struct Q4_0Keys {
+  static constexpr int kCodeBytes = kNibbleCodeBytes;
+  static constexpr int kOffset = 8;
+  using Products = ByteProducts<Q4_0Keys>;
+  MIXEDKV_INLINE static void open(const uint8_t *words, i32v (&codes)[kWordsOfBlock]) {
+    for (int w = 0; w < kWordsOfBlock / 2; ++w) {
+      const i32v x = load_i32(words + w * kTileTokens * 4);
+      codes[w] = low_nibbles(x);
+      codes[w + kWordsOfBlock / 2] = high_nibbles(x);
+    }
+  }
+};
+
+/// Nibbles are not brought to the bottom of their halves: of each byte the low one counts once, the
+/// high one 16 times, in sums of their own, and what makes them unsigned is taken off at the start.
+/// So four pairs of nibbles cost one shift beside the masks, which most processors do twice as
+/// often.
+struct Q4_0Values {
+  static constexpr int kCodeBytes = kNibbleCodeBytes;
+  static constexpr int kOffset = 8;
+  static constexpr int kWordTokens = 8;
+  static constexpr int kHighShift = 4;
+  MIXEDKV_INLINE static i32v open(i32v x) {
+    return xor_i32(x, set1_i32(static_cast<int32_t>(0x88888888u)));
+  }
+  template <int P> MIXEDKV_INLINE static i32v pair(i32v x) {
+    return and_i32(P < 2 ? x : high_bytes(x), set1_i32(P % 2 == 0 ? 0x000f000f : 0x00f000f0));
+  }
+  static int code(const uint8_t *tile, int num_blocks, int block, int i, int token) {
+    uint32_t word;
+    memcpy(&word, tile + (token / 8 * num_blocks * QK4_0 + block * QK4_0 + i) * 4, sizeof word);
+    return static_cast<int>((word >> nibble_shift(token) & 15u) ^ 8u) - 8;
+  }
+};
 
 /// Quantises block b of the rows that there are; the others become blocks of bytes that pack to
 /// zeros where they are values.
@@ -106,7 +141,7 @@ void pack_values(const void *const *rows, int head_dim_v, void *tile) noexcept {
   }
 }
 
-// --- as f32 ----------- ------------------------------------------------------------------------
+// --- as f32 ------------------------------------------------------------------------------------
 
 template <int K> MIXEDKV_INLINE f32v signed_nibble(i32v x) {
   return to_f32(shift_right_signed<28>(shift_left<28 - 4 * K>(x)));
@@ -210,14 +245,13 @@ void tile_value_panels(const void *tile, int head_dim_v, bf16_t *panels, size_t 
 }
 #endif
 
-// --- the table
-// ------------------------------------------------------------------------------------
+// --- the table -----------------------------------------------------------------------------------
 
 constexpr TileKernels make_tiles_q4_0() {
   TileKernels k{};
-  k.prepare_query = prepare_tile_query;
-  k.qk = qk_tiles;
-  k.pv = pv_tiles;
+  k.prepare_query = prepare_tile_query<Q4_0Keys>;
+  k.qk = qk_tiles<Q4_0Keys>;
+  k.pv = pv_tiles<Q4_0Values>;
   k.values_to_f32 = tile_values_to_f32;
   k.keys_to_f32 = tile_keys_to_f32;
   k.pack_keys_f32 = pack_keys<float>;

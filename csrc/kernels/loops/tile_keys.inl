@@ -1,20 +1,30 @@
-// Packed Q4_0 keys (formats/nibble_tile.h) against a group of query rows, in integers.
+// Keys in token tiles (formats/token_tile.h) against a group of query rows, in integers.
 //
-// Each block of a query row is rounded once to 15 bits, q = s * (128 * hi + lo), two signed
-// bytes a dim. Lanes are tokens: a vector of words, split into low and high nibbles, is multiplied
-// by four broadcast bytes of hi and of lo at a time. Sums of a block are exact; they are scaled by
-// s and the tokens' d. One byte a dim instead of two would leave an error of 5e-3, two leave 1e-4
-// and less; one s for the whole row would let a large query channel round the others away, which
-// large key channels then show.
+// Each block of a query row is rounded once to a sign and 14 bits of magnitude or more, q = s * n.
+// Lanes are tokens: codes of four dims to a 32-bit word are multiplied by the row's numbers of these
+// dims, all of them broadcast, and add up within their lane. Sums of a block are exact; they are
+// scaled by s and the tokens' d. Rounding to 8 bits would leave an error of 5e-3; one s for the whole
+// row would let a large query channel round the others away, which large key channels then show.
 //
 // Unpacking serves all rows of a group; what a group shares is held in registers.
+//
+// A format says how its codes are opened, in a struct K:
+//
+//   kCodeBytes            bytes of a block's codes
+//   kOffset               opened codes are the format's plus this
+//   Products              ByteProducts<K> or HalfProducts<K>: what its codes are multiplied by
+//   open(words, codes)    the codes of a vector of tokens, whose first words are at `words`, as bytes
+//                         that dot (ByteProducts) or halves_of_even_bytes (HalfProducts) takes:
+//                         codes[w] has dims 4 w to 4 w + 3 of its block
 
 using i32 = int32_t;
 
 enum : int {
-  kWordsOfBlock = QK4_0 / 4,
-  /// Prepared form of a block: hi bytes, lo bytes, -8 times the sum of the numbers, and s.
-  kPreparedBlock = 2 * kWordsOfBlock + 2,
+  kTileBlock = 32, ///< values of a block, in every format that has tiles
+  kWordsOfBlock = kTileBlock / 4,
+  /// Prepared form of a block: its numbers, what is added for -kOffset times their sum, and s.
+  kNumberWords = 2 * kWordsOfBlock,
+  kPreparedBlock = kNumberWords + 2,
   /// Asked for so far ahead: memory answers in time, and the second cache still has room.
   kTilesAsked = 8,
   kPackedRows = 4,
@@ -45,39 +55,70 @@ MIXEDKV_INLINE size_t prepared_row(int head_dim) {
   return tile_query_floats(static_cast<size_t>(head_dim));
 }
 
-MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
+/// Numbers of 15 bits, 128 * hi + lo: hi bytes, then lo bytes, each multiplied by bytes of codes.
+template <typename K> struct ByteProducts {
+  static constexpr int kLargest = 127 * 128;
+  MIXEDKV_INLINE static void put(i32 *out, int i, i32v number) {
+    // Straight to where they go: a wide read of narrow stores would wait for all of them.
+    int8_t *bytes = reinterpret_cast<int8_t *>(out);
+    const i32v hi = shift_right_signed<7>(add_i32(number, set1_i32(64)));
+    store_bytes(bytes + i, hi);
+    store_bytes(bytes + kTileBlock + i, sub_i32(number, shift_left<7>(hi)));
+  }
+  /// totals[v] = the sum of numbers times codes of a block.
+  template <int V>
+  MIXEDKV_INLINE static void add_up(const i32 *row, const i32v (&codes)[V][kWordsOfBlock],
+                                    i32v (&totals)[V]) {
+    const i32v offset = set1_i32(row[kNumberWords]);
+    const i32v none = zero_i32();
+    Dot hi[V], lo[V];
+    for (int v = 0; v < V; ++v) {
+      hi[v] = dot_from(none);
+      lo[v] = dot_from(offset);
+    }
+    for (int w = 0; w < kWordsOfBlock; ++w) {
+      const i32v x = set1_i32(row[w]);
+      const i32v y = set1_i32(row[kWordsOfBlock + w]);
+      for (int v = 0; v < V; ++v) {
+        hi[v] = dot(hi[v], codes[v][w], x);
+        lo[v] = dot(lo[v], codes[v][w], y);
+      }
+    }
+    for (int v = 0; v < V; ++v)
+      totals[v] = add_i32(dot_total(lo[v], offset), shift_left<7>(dot_total(hi[v], none)));
+  }
+};
+
+template <typename K> MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
   f32v largest_of = zero();
   bool odd = false;
-  for (int i = 0; i < QK4_0; i += kLanes) {
+  for (int i = 0; i < kTileBlock; i += kLanes) {
     odd |= any_not_finite(load(x + i));
     largest_of = max_or_second(abs_of(load(x + i)), largest_of);
   }
   const float largest = max_lanes(largest_of);
-  constexpr float kLargest = 127.0f * 128.0f;
+  constexpr float kLargest = K::Products::kLargest;
   // What is too small to be inverted contributes nothing that f32 scores could show.
   const bool useful = !odd && largest > 1e-30f;
   const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
-  // Straight to where they go: a wide read of narrow stores would wait for all of them.
-  int8_t *bytes = reinterpret_cast<int8_t *>(out);
   i32v total = zero_i32();
-  for (int i = 0; i < QK4_0; i += kLanes) {
+  for (int i = 0; i < kTileBlock; i += kLanes) {
     const i32v number = to_i32(useful ? mul(load(x + i), inverse) : zero());
-    const i32v hi = shift_right_signed<7>(add_i32(number, set1_i32(64)));
-    store_bytes(bytes + i, hi);
-    store_bytes(bytes + QK4_0 + i, sub_i32(number, shift_left<7>(hi)));
+    K::Products::put(out, i, number);
     total = add_i32(total, number);
   }
-  out[2 * kWordsOfBlock] = -8 * sum_lanes(total);
+  out[kNumberWords] = -K::kOffset * sum_lanes(total);
   const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
-  memcpy(out + 2 * kWordsOfBlock + 1, &scale, sizeof scale);
+  memcpy(out + kNumberWords + 1, &scale, sizeof scale);
 }
 
+template <typename K>
 void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
                         float *prepared) noexcept {
   for (int r = 0; r < num_rows; ++r) {
     i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
-    for (int b = 0; b < head_dim / QK4_0; ++b)
-      prepare_block(q + at(r, ld_q, b * QK4_0), out + b * kPreparedBlock);
+    for (int b = 0; b < head_dim / kTileBlock; ++b)
+      prepare_block<K>(q + at(r, ld_q, b * kTileBlock), out + b * kPreparedBlock);
   }
 }
 
@@ -85,49 +126,30 @@ void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
 
 /// Scores of R rows against V vectors of tokens; vector v's words are at words[v], kTileTokens
 /// apart, its scales at scales[v].
-template <int R, int V>
-MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *const (&words)[V],
-                                  const f16_t *const (&scales)[V], int num_blocks,
-                                  float *const (&scores)[V], size_t ld_scores) {
+template <typename K, int R, int V>
+MIXEDKV_INLINE void tile_scores(const i32 *q, size_t ld_q, const uint8_t *const (&words)[V],
+                                const f16_t *const (&scales)[V], int num_blocks,
+                                float *const (&scores)[V], size_t ld_scores) {
   f32v sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       sum[r][v] = zero();
   for (int b = 0; b < num_blocks; ++b) {
-    i32v nibbles[kWordsOfBlock][V];
+    i32v codes[V][kWordsOfBlock];
     f32v d[V];
     for (int v = 0; v < V; ++v) {
-      for (int w = 0; w < kWordsOfBlock / 2; ++w) {
-        const i32v x = load_i32(words[v] + b * kNibbleBlockBytes + w * kTileTokens * 4);
-        nibbles[w][v] = low_nibbles(x);
-        nibbles[w + kWordsOfBlock / 2][v] = high_nibbles(x);
-      }
+      K::open(words[v] + b * kTileTokens * K::kCodeBytes, codes[v]);
       d[v] = load(scales[v] + b * kTileTokens);
     }
     for (int r = 0; r < R; ++r) {
       const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
-      const i32v offset = set1_i32(row[2 * kWordsOfBlock]);
-      const i32v none = zero_i32();
-      Dot hi[V], lo[V];
-      for (int v = 0; v < V; ++v) {
-        hi[v] = dot_from(none);
-        lo[v] = dot_from(offset);
-      }
-      for (int w = 0; w < kWordsOfBlock; ++w) {
-        const i32v x = set1_i32(row[w]);
-        const i32v y = set1_i32(row[kWordsOfBlock + w]);
-        for (int v = 0; v < V; ++v) {
-          hi[v] = dot(hi[v], nibbles[w][v], x);
-          lo[v] = dot(lo[v], nibbles[w][v], y);
-        }
-      }
+      i32v totals[V];
+      K::Products::add_up(row, codes, totals);
       float s;
-      memcpy(&s, row + 2 * kWordsOfBlock + 1, sizeof s);
+      memcpy(&s, row + kNumberWords + 1, sizeof s);
       const f32v scale = set1(s);
-      for (int v = 0; v < V; ++v) {
-        const i32v total = add_i32(dot_total(lo[v], offset), shift_left<7>(dot_total(hi[v], none)));
-        sum[r][v] = fma(to_f32(total), mul(d[v], scale), sum[r][v]);
-      }
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = fma(to_f32(totals[v]), mul(d[v], scale), sum[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -135,11 +157,11 @@ MIXEDKV_INLINE void packed_scores(const i32 *q, size_t ld_q, const uint8_t *cons
       store(scores[v] + at(r, ld_scores, 0), sum[r][v]);
 }
 
-template <int R>
+template <typename K, int R>
 void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
                    float *scores, size_t ld_scores) noexcept {
   constexpr int V = kPackedVectors;
-  const ptrdiff_t tile_bytes = num_blocks * (kNibbleBlockBytes + kTileScaleBytes);
+  const ptrdiff_t tile_bytes = num_blocks * (kTileTokens * K::kCodeBytes + kTileScaleBytes);
   const int n = num_tiles * kTileVectors;
   for (int x = 0; x < n; x += V) {
     const int count = n - x < V ? n - x : V;
@@ -151,35 +173,35 @@ void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, 
       const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
       const int token = vector % kTileVectors * kLanes;
       words[v] = tile + token * 4;
-      scales[v] = nibble_scale(tile, num_blocks, 0, token);
+      scales[v] = tile_scale(tile, K::kCodeBytes, num_blocks, 0, token);
       out[v] = scores + vector * kLanes;
       if (token == 0)
         prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);
     }
-    packed_scores<R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
+    tile_scores<K, R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
   }
 }
 
-[[maybe_unused]] // an ISA may have its own
+template <typename K>
 void qk_tiles(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
-               float *scores, size_t ld_scores) noexcept {
+              float *scores, size_t ld_scores) noexcept {
   const size_t ld = prepared_row(head_dim);
-  const int num_blocks = head_dim / QK4_0;
+  const int num_blocks = head_dim / kTileBlock;
   for (int r = 0; r < num_rows; r += kPackedRows) {
     const i32 *q = reinterpret_cast<const i32 *>(prepared + static_cast<size_t>(r) * ld);
     float *out = scores + at(r, ld_scores, 0);
     switch (num_rows - r) {
     case 1:
-      qk_tiles_rows<1>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<K, 1>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     case 2:
-      qk_tiles_rows<2>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<K, 2>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     case 3:
-      qk_tiles_rows<3>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<K, 3>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
       break;
     default:
-      qk_tiles_rows<kPackedRows>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
+      qk_tiles_rows<K, kPackedRows>(q, ld, *tiles, num_tiles, num_blocks, out, ld_scores);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Packed Q4_0 values (formats/nibble_tile.h), weighted and added up for a group of query rows, in
+// Values in token tiles (formats/token_tile.h), weighted and added up for a group of query rows, in
 // integers.
 //
 // Lanes are dims. A row's weights p * d of a block's tokens are rounded to 16 bits relative to the
@@ -6,13 +6,20 @@
 // sums are exact and are scaled and added to acc once a run. Relative to the largest |d| alone
 // would not do: a token with large values that hardly counts would round the others away.
 //
-// Nibbles are not brought to the bottom of their halves: of each byte the low one counts once, the
-// high one 16 times, in sums of their own, and what makes them unsigned is taken off at the start.
-// So four pairs of nibbles cost one shift beside the masks, which most processors do twice as
-// often.
+// A 32-bit word holds one dim of several tokens: [token / kWordTokens][dim] of a tile. A format says
+// in a struct V how they are opened:
+//
+//   kCodeBytes     bytes of a block's codes
+//   kOffset        opened codes are the format's plus this, 255 at most
+//   kWordTokens    tokens of a word
+//   kHighShift     opened codes of odd pairs are shifted left by so many bits
+//   open(x)        a vector of words, changed in what all of its pairs share
+//   pair<K>(x)     the codes of tokens 2 K and 2 K + 1 as halves
+//   code(tile, num_blocks, block, i, token)   one code, by itself
 
 enum : int {
-  /// Tokens whose weights are held at a time. int32 sums can't overflow: 2^15 * 240 * 128.
+  /// Tokens whose weights are held at a time. int32 sums can't overflow: 2^15 * 255 * 128,
+  /// in those of even pairs and in those of odd ones.
   kPvTiles = 16,
   kPvTokens = kPvTiles * kTileTokens,
 };
@@ -21,19 +28,19 @@ enum : int {
 struct PvWeights {
   alignas(64) int16_t numbers[kPvTokens];
   float scale;
-  /// -8 times their sum: what nibbles from 0 to 15 add too much.
+  /// -kOffset times their sum: what opened codes add too much.
   i32 offset;
 };
 
 /// Weights of blocks b to b + B - 1. False where a product is not finite, which leaves them
 /// undefined. With Hide, tokens that a row does not see may hold anything; otherwise they count.
 /// Several blocks at a time, so that the largest of one is found while another is waited for.
-template <int R, int B, bool Hide>
+template <typename V, int R, int B, bool Hide>
 bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
                   int b, PvWeights (&weights)[B][R]) noexcept {
   alignas(64) float scales[B][kPvTokens];
   for (int i = 0; i < num_tiles; ++i) {
-    const f16_t *d = nibble_scale(tile_at(tiles, i), num_blocks, b, 0);
+    const f16_t *d = tile_scale(tile_at(tiles, i), V::kCodeBytes, num_blocks, b, 0);
     for (int j = 0; j < B * kTileTokens; j += kLanes)
       store(scales[j / kTileTokens] + i * kTileTokens + j % kTileTokens, load(d + j));
   }
@@ -86,78 +93,73 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
       }
     }
     for (int r = 0; r < R; ++r)
-      weights[block][r].offset = -8 * sum_lanes(sum[r]);
+      weights[block][r].offset = -V::kOffset * sum_lanes(sum[r]);
   }
   return true;
 }
 
-/// Adds the pairs of tokens of four bytes' low (High: high) nibbles: the K-th pair of eight tokens
-/// and the one two further.
-template <int K, int R, int N>
+/// Adds pairs P to the last one of N vectors of words, whose first token is `token`.
+template <typename V, int P, int R, int N>
 MIXEDKV_INLINE void add_pairs(const i32v (&x)[N], const PvWeights (&weights)[R], int token,
-                              i32v (&sum)[R][N]) {
-  const i32v mask = set1_i32(K % 2 == 0 ? 0x000f000f : 0x00f000f0);
+                              i32v (&even)[R][N], i32v (&odd)[R][N]) {
   i32v pairs[N];
   for (int n = 0; n < N; ++n)
-    pairs[n] = and_i32(x[n], mask);
+    pairs[n] = V::template pair<P>(x[n]);
   for (int r = 0; r < R; ++r) {
     i32 both;
-    memcpy(&both, weights[r].numbers + token + 2 * K, sizeof both);
+    memcpy(&both, weights[r].numbers + token + 2 * P, sizeof both);
     const i32v y = set1_i32(both);
+    i32v(&sum)[N] = P % 2 == 0 ? even[r] : odd[r];
     for (int n = 0; n < N; ++n)
-      sum[r][n] = madd16(sum[r][n], pairs[n], y);
+      sum[n] = madd16(sum[n], pairs[n], y);
   }
+  if constexpr (P + 1 < V::kWordTokens / 2)
+    add_pairs<V, P + 1>(x, weights, token, even, odd);
 }
 
 /// N vectors of dims of a block, from dim i of the head on.
-template <int R, int N>
+template <typename V, int R, int N>
 MIXEDKV_INLINE void pv_tiles_dims(const PvWeights (&weights)[R], const Rows &tiles, int num_tiles,
-                                  size_t group_bytes, int i, float *acc, size_t ld_acc) {
-  const i32v signs = set1_i32(static_cast<i32>(0x88888888u));
-  i32v low[R][N], high[R][N];
+                                  size_t word_bytes, int i, float *acc, size_t ld_acc) {
+  i32v even[R][N], odd[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) {
-      low[r][n] = set1_i32(weights[r].offset);
-      high[r][n] = zero_i32();
+      even[r][n] = set1_i32(weights[r].offset);
+      odd[r][n] = zero_i32();
     }
   for (int t = 0; t < num_tiles; ++t) {
     const uint8_t *words = tile_at(tiles, t) + i * 4;
-    for (int g = 0; g < 2; ++g, words += group_bytes) {
-      const int token = t * kTileTokens + g * 8;
+    for (int token = 0; token < kTileTokens; token += V::kWordTokens, words += word_bytes) {
       i32v x[N];
       for (int n = 0; n < N; ++n)
-        x[n] = xor_i32(load_i32(words + n * kLanes * 4), signs);
-      add_pairs<0>(x, weights, token, low);
-      add_pairs<1>(x, weights, token, high);
-      for (int n = 0; n < N; ++n)
-        x[n] = high_bytes(x[n]);
-      add_pairs<2>(x, weights, token, low);
-      add_pairs<3>(x, weights, token, high);
+        x[n] = V::open(load_i32(words + n * kLanes * 4));
+      add_pairs<V, 0>(x, weights, t * kTileTokens + token, even, odd);
     }
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) {
-      const i32v total = add_i32(low[r][n], shift_right_signed<4>(high[r][n]));
+      const i32v total = add_i32(even[r][n], shift_right_signed<V::kHighShift>(odd[r][n]));
       float *a = acc + at(r, ld_acc, i + n * kLanes);
       store(a, fma(to_f32(total), set1(weights[r].scale), load(a)));
     }
 }
 
 /// Block b of R rows.
-template <int R>
+template <typename V, int R>
 void pv_tiles_block(const PvWeights (&weights)[R], const Rows &tiles, int num_tiles, int num_blocks,
                     int b, float *acc, size_t ld_acc) noexcept {
   // The next run's tiles, a share with every block.
-  constexpr ptrdiff_t bytes = kNibbleBlockBytes + kTileScaleBytes;
+  constexpr ptrdiff_t bytes = kTileTokens * V::kCodeBytes + kTileScaleBytes;
   for (int t = 0; t < num_tiles; ++t)
     prefetch_tile(tiles, num_tiles, num_tiles + t, b * bytes, bytes);
   constexpr int N = kValueVectors;
-  const size_t group_bytes = static_cast<size_t>(num_blocks) * QK4_0 * 4;
-  for (int i = b * QK4_0; i < (b + 1) * QK4_0; i += N * kLanes)
-    pv_tiles_dims<R, N>(weights, tiles, num_tiles, group_bytes, i, acc, ld_acc);
+  const size_t word_bytes = static_cast<size_t>(num_blocks) * kTileBlock * 4;
+  for (int i = b * kTileBlock; i < (b + 1) * kTileBlock; i += N * kLanes)
+    pv_tiles_dims<V, R, N>(weights, tiles, num_tiles, word_bytes, i, acc, ld_acc);
 }
 
 /// One row and one block of values whose products are not all finite, value by value.
+template <typename V>
 void pv_tiles_odd(const float *p, const Rows &tiles, int num_tiles, int num_blocks, int block,
                   float *acc) noexcept {
   for (int t = 0; t < num_tiles * kTileTokens; ++t) {
@@ -166,54 +168,53 @@ void pv_tiles_odd(const float *p, const Rows &tiles, int num_tiles, int num_bloc
     const uint8_t *tile = tile_at(tiles, t / kTileTokens);
     const int token = t % kTileTokens;
     float d[1];
-    f16_to_f32(nibble_scale(tile, num_blocks, block, token), d, 1);
-    for (int i = 0; i < QK4_0; ++i) {
-      uint32_t word;
-      memcpy(&word, tile + (token / 8 * num_blocks * QK4_0 + block * QK4_0 + i) * 4, 4);
-      const int nibble = static_cast<int>((word >> nibble_shift(token) & 15u) ^ 8u) - 8;
-      acc[block * QK4_0 + i] += p[t] * (static_cast<float>(nibble) * d[0]);
+    f16_to_f32(tile_scale(tile, V::kCodeBytes, num_blocks, block, token), d, 1);
+    for (int i = 0; i < kTileBlock; ++i) {
+      const int code = V::code(tile, num_blocks, block, i, token);
+      acc[block * kTileBlock + i] += p[t] * (static_cast<float>(code) * d[0]);
     }
   }
 }
 
 /// Block b of R rows where a product is not finite. A row's result follows from what it sees
 /// itself, whatever the others see.
-template <int R>
+template <typename V, int R>
 void pv_tiles_careful(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
                       int b, float *acc, size_t ld_acc) noexcept {
   for (int r = 0; r < R; ++r) {
     PvWeights weights[1][1];
     const float *row = p + at(r, ld_p, 0);
     float *out = acc + at(r, ld_acc, 0);
-    if (make_weights<1, 1, true>(row, ld_p, tiles, num_tiles, num_blocks, b, weights))
-      pv_tiles_block<1>(weights[0], tiles, num_tiles, num_blocks, b, out, ld_acc);
+    if (make_weights<V, 1, 1, true>(row, ld_p, tiles, num_tiles, num_blocks, b, weights))
+      pv_tiles_block<V, 1>(weights[0], tiles, num_tiles, num_blocks, b, out, ld_acc);
     else
-      pv_tiles_odd(row, tiles, num_tiles, num_blocks, b, out);
+      pv_tiles_odd<V>(row, tiles, num_tiles, num_blocks, b, out);
   }
 }
 
 /// Blocks b to end - 1, B at a time, then half as many, down to one.
-template <int R, int B>
+template <typename V, int R, int B>
 void pv_tiles_blocks(const float *p, size_t ld_p, const Rows &tiles, int num_tiles, int num_blocks,
                      int b, int end, float *acc, size_t ld_acc) noexcept {
   for (; b + B <= end; b += B) {
     PvWeights weights[B][R];
-    if (make_weights<R, B, false>(p, ld_p, tiles, num_tiles, num_blocks, b, weights)) {
+    if (make_weights<V, R, B, false>(p, ld_p, tiles, num_tiles, num_blocks, b, weights)) {
       for (int block = 0; block < B; ++block)
-        pv_tiles_block<R>(weights[block], tiles, num_tiles, num_blocks, b + block, acc, ld_acc);
+        pv_tiles_block<V, R>(weights[block], tiles, num_tiles, num_blocks, b + block, acc, ld_acc);
     } else if constexpr (B > 1) {
-      pv_tiles_blocks<R, 1>(p, ld_p, tiles, num_tiles, num_blocks, b, b + B, acc, ld_acc);
+      pv_tiles_blocks<V, R, 1>(p, ld_p, tiles, num_tiles, num_blocks, b, b + B, acc, ld_acc);
     } else {
-      pv_tiles_careful<R>(p, ld_p, tiles, num_tiles, num_blocks, b, acc, ld_acc);
+      pv_tiles_careful<V, R>(p, ld_p, tiles, num_tiles, num_blocks, b, acc, ld_acc);
     }
   }
   if constexpr (B > 1)
-    pv_tiles_blocks<R, B / 2>(p, ld_p, tiles, num_tiles, num_blocks, b, end, acc, ld_acc);
+    pv_tiles_blocks<V, R, B / 2>(p, ld_p, tiles, num_tiles, num_blocks, b, end, acc, ld_acc);
 }
 
+template <typename V>
 void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,
               int head_dim_v, float *acc, size_t ld_acc) noexcept {
-  const int num_blocks = head_dim_v / QK4_0;
+  const int num_blocks = head_dim_v / kTileBlock;
   for (int t = 0; t < num_tiles; t += kPvTiles) {
     const int count = num_tiles - t < kPvTiles ? num_tiles - t : kPvTiles;
     Rows part = rows_from(*tiles, t);
@@ -223,19 +224,19 @@ void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int 
       float *out = acc + at(r, ld_acc, 0);
       switch (num_rows - r) {
       case 1:
-        pv_tiles_blocks<1, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
+        pv_tiles_blocks<V, 1, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
                                           out, ld_acc);
         break;
       case 2:
-        pv_tiles_blocks<2, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
+        pv_tiles_blocks<V, 2, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
                                           out, ld_acc);
         break;
       case 3:
-        pv_tiles_blocks<3, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
+        pv_tiles_blocks<V, 3, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
                                           out, ld_acc);
         break;
       default:
-        pv_tiles_blocks<kPackedRows, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0,
+        pv_tiles_blocks<V, kPackedRows, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0,
                                                     num_blocks, out, ld_acc);
       }
     }
