@@ -25,6 +25,12 @@ struct RowKernels {
   /// q8_0: ggml's quantize_row_q8_0_ref, byte for byte: d = largest magnitude / 127, q = x * id
   /// rounded to f32, then to the nearest integer, halves away from zero. Where 1 / d is not finite
   /// the block holds d rounded to f16 (a zero) and every q is 0. NaN and infinity as in q4_0.
+  /// iq4_nl: ggml's quantize_row_iq4_nl_ref, which is what a ggml cache converts with, byte for
+  /// byte: x * (1 / (max / -127)), max as in q4_0, takes the nearest level, the upper of two as
+  /// near; d is then sum(x * x * level * x) / sum(x * x * level * level), every product and sum
+  /// rounded, in the order of the values. A block whose largest magnitude is below 1e-15 gets d = 0
+  /// and every q = 8 (ggml leaves these q to what lay in memory). NaN and infinity as in q4_0, also
+  /// where x * x is so large that d is NaN.
   void (*from_f32)(const float *x, void *y, std::size_t n) noexcept;
   void (*from_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
   void (*to_f32)(const void *x, float *y, std::size_t n) noexcept;

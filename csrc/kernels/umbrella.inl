@@ -25,4 +25,6 @@
 
 #include "kernels/formats/q8_0.inl"
 
+#include "kernels/formats/iq4_nl.inl"
+
 #include "kernels/loops/table.inl"

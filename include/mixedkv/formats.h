@@ -17,8 +17,8 @@ struct bf16_t {
   std::uint16_t bits;
 };
 
-enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16 };
-enum : int { kNumFormats = 5 };
+enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16, iq4_nl };
+enum : int { kNumFormats = 6 };
 
 /// rows: one after the other, as ggml, numpy and torch have them. tiles: the same bits, of several
 /// tokens together, as attention reads them fastest (inside caches only; formats/token_tile.h).
@@ -38,10 +38,16 @@ struct FormatInfo {
 };
 
 /// By Format.
+// clang-format off
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", 1, 4, 0},    {"f16", 1, 2, 1},   {"q4_0", 32, 18, 2},
-    {"q8_0", 32, 34, 8}, {"bf16", 1, 2, 30},
+    {"f32", 1, 4, 0},
+    {"f16", 1, 2, 1},
+    {"q4_0", 32, 18, 2},
+    {"q8_0", 32, 34, 8},
+    {"bf16", 1, 2, 30},
+    {"iq4_nl", 32, 18, 20},
 };
+// clang-format on
 
 constexpr const FormatInfo &format_info(Format format) {
   return kFormats[static_cast<int>(format)];
@@ -78,5 +84,16 @@ struct block_q8_0 {
   std::int8_t qs[QK8_0];
 };
 static_assert(format_info(Format::q8_0).block_bytes == sizeof(block_q8_0), "one truth");
+
+/// Values in one IQ4_NL block.
+enum : int { QK4_NL = 32 };
+
+/// ggml's IQ4_NL block: nibbles as in Q4_0; a value is d times one of sixteen levels that lie
+/// closer around zero than far from it (kernels/formats/iq4_nl.inl).
+struct block_iq4_nl {
+  f16_t d;
+  std::uint8_t qs[QK4_NL / 2];
+};
+static_assert(format_info(Format::iq4_nl).block_bytes == sizeof(block_iq4_nl), "one truth");
 
 } // namespace mixedkv

@@ -146,6 +146,64 @@ block_q8_0 quantize_q8_0_by_definition(const float *x, const Kernels &scalar) {
   return block;
 }
 
+const int kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/// quantize_row_iq4_nl_ref as ggml has it, one step at a time.
+block_iq4_nl quantize_iq4_nl_by_definition(const float *x, const Kernels &scalar) {
+  const auto best_index = [](float value) { // best_index_int8
+    if (value <= static_cast<float>(kLevels[0]))
+      return 0;
+    if (value >= static_cast<float>(kLevels[15]))
+      return 15;
+    int low = 0, high = 15;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (value < static_cast<float>(kLevels[middle]) ? high : low) = middle;
+    }
+    return value - static_cast<float>(kLevels[high - 1]) < static_cast<float>(kLevels[high]) - value
+               ? high - 1
+               : high;
+  };
+  block_iq4_nl block;
+  std::memset(&block, 0, sizeof block);
+  block.d = 0x7e00;
+  float largest = 0.0f, max = 0.0f;
+  for (int i = 0; i < 32; ++i) {
+    if (!std::isfinite(x[i]))
+      return block;
+    if (std::fabs(x[i]) > largest) {
+      largest = std::fabs(x[i]);
+      max = x[i];
+    }
+  }
+  if (largest < 1e-15f) {
+    block.d = 0;
+    std::memset(block.qs, 0x88, sizeof block.qs);
+    return block;
+  }
+  float d = max / static_cast<float>(kLevels[0]);
+  const float id = 1 / d;
+  volatile float products = 0, squares = 0; // volatile: each step rounded to f32
+  int q[32];
+  for (int i = 0; i < 32; ++i) {
+    volatile float scaled = id * x[i];
+    q[i] = best_index(scaled);
+    const float level = static_cast<float>(kLevels[q[i]]);
+    volatile float weight = x[i] * x[i];
+    volatile float weighted = weight * level;
+    volatile float product = weighted * x[i], square = weighted * level;
+    products = products + product;
+    squares = squares + square;
+  }
+  d = products / squares;
+  if (std::isnan(d))
+    return block;
+  scalar.of(Format::f16).from_f32(&d, &block.d, 1);
+  for (int i = 0; i < 16; ++i)
+    block.qs[i] = static_cast<std::uint8_t>(q[i] | q[i + 16] << 4);
+  return block;
+}
+
 /// Rows of 32 that go wrong first.
 std::vector<std::vector<float>> adversarial_blocks() {
   std::vector<std::vector<float>> blocks;
@@ -192,6 +250,30 @@ std::vector<std::vector<float>> adversarial_blocks() {
       blocks.push_back(block);
     }
   }
+  // The same of Q8_0's halves and of what lies half way between IQ4_NL's levels
+  for (float max : {127.0f, -127.0f, 12.7f, -1e-3f, 3e30f, 3e14f, 1.0f})
+    for (int step = 0; step < 3; ++step)
+      for (bool levels : {false, true}) {
+        std::vector<float> block(32);
+        for (int i = 0; i < 32; ++i) {
+          const float middle =
+              levels ? 0.5f * static_cast<float>(kLevels[i % 15] + kLevels[i % 15 + 1])
+                     : static_cast<float>(i * 4) - 62.5f;
+          const float x = middle * (max / -127.0f);
+          block[static_cast<std::size_t>(i)] =
+              step == 0 ? x : std::nextafter(x, step == 1 ? kInf : -kInf);
+        }
+        block[static_cast<std::size_t>(step * 7)] = max;
+        blocks.push_back(block);
+      }
+  for (float scale : {1e-15f, 1e-14f, 1e12f, 1e13f, 1e18f, 3e18f, 1e19f, 2e19f})
+    for (int i = 0; i < 32; ++i) { // squares and cubes out of range
+      std::vector<float> block(32);
+      for (int j = 0; j < 32; ++j)
+        block[static_cast<std::size_t>(j)] =
+            scale * (static_cast<float>((i * 7 + j * 11) % 32) - 15.5f) / 16;
+      blocks.push_back(block);
+    }
   {
     std::vector<float> ramp(32);
     for (int i = 0; i < 32; ++i)
@@ -233,23 +315,21 @@ void test_scalar_quantize(const Kernels &scalar) {
     }
   });
   check("scalar quantize_row_q8_0 follows its definition", [&] {
-    std::vector<std::vector<float>> blocks = adversarial_blocks();
-    for (float max : {127.0f, -127.0f, 12.7f, 1e-3f, 3e30f}) // x * id at and around halves
-      for (int step = 0; step < 3; ++step) {
-        std::vector<float> block(32);
-        for (int i = 0; i < 32; ++i) {
-          const float x = (static_cast<float>(i * 4) - 62.5f) * (max / 127.0f);
-          block[static_cast<std::size_t>(i)] =
-              step == 0 ? x : std::nextafter(x, step == 1 ? kInf : -kInf);
-        }
-        block[static_cast<std::size_t>(step * 7)] = max;
-        blocks.push_back(block);
-      }
     int n = 0;
-    for (const std::vector<float> &block : blocks) {
+    for (const std::vector<float> &block : adversarial_blocks()) {
       block_q8_0 got;
       scalar.of(Format::q8_0).from_f32(block.data(), &got, 32);
       const block_q8_0 expected = quantize_q8_0_by_definition(block.data(), scalar);
+      EXPECT(std::memcmp(&got, &expected, sizeof got) == 0, "block %d", n);
+      ++n;
+    }
+  });
+  check("scalar quantize_row_iq4_nl follows its definition", [&] {
+    int n = 0;
+    for (const std::vector<float> &block : adversarial_blocks()) {
+      block_iq4_nl got;
+      scalar.of(Format::iq4_nl).from_f32(block.data(), &got, 32);
+      const block_iq4_nl expected = quantize_iq4_nl_by_definition(block.data(), scalar);
       EXPECT(std::memcmp(&got, &expected, sizeof got) == 0, "block %d", n);
       ++n;
     }
@@ -480,6 +560,11 @@ enum class Order { dense, strided, indexed };
 double value_in_blocks(Format type, const char *row, int i) {
   if (type == Format::q4_0)
     return value_of_q4(reinterpret_cast<const block_q4_0 *>(row)[i / 32], i % 32);
+  if (type == Format::iq4_nl) {
+    const block_iq4_nl &block = reinterpret_cast<const block_iq4_nl *>(row)[i / 32];
+    const int q = i % 32 < 16 ? block.qs[i % 32] & 15 : block.qs[i % 32 - 16] >> 4;
+    return kLevels[q] * value_of_half(block.d);
+  }
   const block_q8_0 &block = reinterpret_cast<const block_q8_0 *>(row)[i / 32];
   return block.qs[i % 32] * value_of_half(block.d);
 }
@@ -983,6 +1068,7 @@ int main(int argc, char **argv) {
       test_conversions(isa.name, kernels, scalar);
       test_blocks<block_q4_0>(isa.name, kernels, scalar, Format::q4_0);
       test_blocks<block_q8_0>(isa.name, kernels, scalar, Format::q8_0);
+      test_blocks<block_iq4_nl>(isa.name, kernels, scalar, Format::iq4_nl);
     }
     test_attention(isa.name, kernels, scalar);
     test_scores(isa.name, kernels);

@@ -27,6 +27,8 @@ namespace {
 
 #include "kernels/scalar/q8_0.inl"
 
+#include "kernels/scalar/iq4_nl.inl"
+
 constexpr TileKernels tiles_q4_0 = tiles_of<block_q4_0>();
 
 constexpr Kernels make_kernels() {
@@ -37,6 +39,7 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::q4_0, block_rows<block_q4_0>());
   set_rows(k, Format::q8_0, block_rows<block_q8_0>());
   set_rows(k, Format::bf16, rows_bf16());
+  set_rows(k, Format::iq4_nl, block_rows<block_iq4_nl>());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;

@@ -17,6 +17,7 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::q4_0, rows_q4_0());
   set_rows(k, Format::q8_0, rows_q8_0());
   set_rows(k, Format::bf16, rows_bf16());
+  set_rows(k, Format::iq4_nl, rows_iq4_nl());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
