@@ -1,8 +1,7 @@
 // Instruction sets and threads.
 #include "bindings/arrays.h"
 
-#include "kernels/dispatch.h"
-#include "runtime/parallel.h"
+#include "mixedkv/runtime.h"
 
 #include <pybind11/stl.h>
 
@@ -19,7 +18,7 @@ void register_machine(py::module_ &m) {
     }
     return isas;
   });
-  m.def("active_isa", [] { return std::string(active_kernels().name); });
+  m.def("active_isa", [] { return std::string(active_isa()); });
   m.def(
       "select_isa", [](const std::string &name) { select_isa(name); }, py::arg("name"));
   m.def("get_num_threads", &get_num_threads,

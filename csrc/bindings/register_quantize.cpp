@@ -3,7 +3,7 @@
 #include "bindings/threads.h"
 
 #include "mixedkv/convert.h"
-#include "runtime/parallel.h"
+#include "mixedkv/runtime.h"
 
 namespace mixedkv::bindings {
 namespace {

@@ -128,6 +128,8 @@ const Kernels &active_kernels() {
   return expected ? *expected : *chosen;
 }
 
+const char *active_isa() { return active_kernels().name; }
+
 void select_isa(const std::string &name) {
   active.store(&find(name, "ISA"), std::memory_order_release);
 }

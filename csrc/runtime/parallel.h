@@ -1,16 +1,13 @@
-// A pool of worker threads, and the one way in which work is handed to it.
+// A pool of worker threads, and the one way in which work is handed to it. How many threads there
+// are by default is public: mixedkv/runtime.h.
 #pragma once
+
+#include "mixedkv/runtime.h"
 
 #include <cstdint>
 #include <type_traits>
 
 namespace mixedkv {
-
-/// Threads that a call uses where it does not say: set_num_threads, else MIXEDKV_NUM_THREADS,
-/// else the CPUs that this process may use (affinity mask and cgroup quota).
-int get_num_threads();
-/// Throws std::invalid_argument unless 1 <= n <= 1024.
-void set_num_threads(int n);
 
 /// Calls fn(context, unit, worker) once for every unit in [0, num_units), on up to num_threads
 /// threads, the caller's among them. A thread begins with a run of units of its own, the same from

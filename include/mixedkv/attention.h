@@ -4,6 +4,7 @@
 // (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.)
 #pragma once
 
+#include "mixedkv/export.h"
 #include "mixedkv/formats.h"
 #include "mixedkv/row_transform.h"
 
@@ -119,23 +120,26 @@ struct AttentionParams {
 /// Attends all problems: continues each one's state over its segments in their order, and writes
 /// its normalised output where it wants one. How a long run of keys is cut and in which order
 /// partial states merge depends on the shapes alone. Sizes and pointers are the caller's to check.
-void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params);
+MIXEDKV_API void attend(const AttentionProblem *problems, int num_problems,
+                        const AttentionParams &params);
 
 /// out = acc / S, lse = M + ln S of [num_qo_heads, len] rows; rows that saw no key give zeros and
 /// -inf. sinks (or null) as above.
-void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int head_dim_v,
-              const float *sinks, const OutputView &out);
+MIXEDKV_API void finalize(const StateView &state, int num_qo_heads, std::int64_t len,
+                          int head_dim_v, const float *sinks, const OutputView &out);
 
 /// a becomes the state of the union of what a and b saw; rows of b whose M is -inf change nothing.
 /// No state has an M of +inf (a logit of +inf makes M NaN): a row that was given one becomes NaN
 /// with any row that has seen a key.
-void merge(const StateView &a, const StateView &b, std::int64_t num_rows, int head_dim_v);
+MIXEDKV_API void merge(const StateView &a, const StateView &b, std::int64_t num_rows,
+                       int head_dim_v);
 
 /// Merges num_states normalised results, out [num_states, num_rows, head_dim_v] and lse
 /// [num_states, num_rows], into out_merged [num_rows, head_dim_v] and lse_merged [num_rows].
 /// All contiguous; an lse of -inf or +inf (which is how FlashAttention 2 and vLLM write it) marks
 /// an empty one, whose result may hold anything.
-void merge_states(const float *outs, const float *lses, int num_states, std::int64_t num_rows,
-                  int head_dim_v, float *out_merged, float *lse_merged);
+MIXEDKV_API void merge_states(const float *outs, const float *lses, int num_states,
+                              std::int64_t num_rows, int head_dim_v, float *out_merged,
+                              float *lse_merged);
 
 } // namespace mixedkv

@@ -6,6 +6,7 @@
 
 #include "mixedkv/attention.h"
 #include "mixedkv/cache_config.h"
+#include "mixedkv/export.h"
 #include "mixedkv/formats.h"
 #include "mixedkv/row_transform.h"
 
@@ -79,7 +80,7 @@ struct AttendOptions {
 /// Not thread safe: one caller at a time (the bindings see to that). Every method either does
 /// what it says or throws and changes nothing: std::invalid_argument for bad arguments and for
 /// calls out of order, CacheFull where there is no room, std::bad_alloc.
-class MixedCache {
+class MIXEDKV_API MixedCache {
 public:
   /// Throws std::invalid_argument naming the field and its value.
   /// transforms: what rows are changed by (row_transform.h).
@@ -143,7 +144,7 @@ public:
   CacheStats stats() const;
 
 private:
-  struct Impl;
+  struct MIXEDKV_LOCAL Impl;
   std::unique_ptr<Impl> impl_;
 };
 

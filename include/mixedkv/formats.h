@@ -17,6 +17,7 @@ struct bf16_t {
   std::uint16_t bits;
 };
 
+/// Numbers are part of the C ABI (mixedkv/c.h): new ones go to the end.
 enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16, iq4_nl };
 enum : int { kNumFormats = 6 };
 

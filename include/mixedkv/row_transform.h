@@ -10,6 +10,8 @@
 // No transform: rows pass through untouched, at the cost of one comparison a call.
 #pragma once
 
+#include "mixedkv/export.h"
+
 #include <cstddef>
 #include <memory>
 
@@ -17,7 +19,7 @@ namespace mixedkv {
 
 /// A linear change of rows that keeps the products of two of them (an orthogonal matrix): a
 /// rotation, a change of signs, an order. May be used by several threads at once.
-class RowTransform {
+class MIXEDKV_API RowTransform {
 public:
   virtual ~RowTransform() = default;
   /// In place, on a row of n values.
