@@ -3,8 +3,9 @@
 // attended into a partial state of its own; whoever finishes a tile's last piece merges them, in
 // order. Cuts and order follow from the shapes alone, so the result has the same bits for any
 // number of threads.
-#include "mixedkv/attention.h"
+#include "attention/call.h"
 
+#include "attention/check_keys.h"
 #include "attention/query_tile.h"
 #include "attention/state.h"
 #include "kernels/dispatch.h"
@@ -98,12 +99,12 @@ private:
     return (problem.q.len * group_ + kTileRows - 1) / kTileRows;
   }
 
-  /// Most keys of a piece: so many that the call's tiles and their keys make about kUnits units.
+  /// Most keys of a piece: so many that the problems' tiles and their keys make about kUnits units.
   /// By keys, not by problems: one long sequence among short ones is cut all the same.
-  std::int64_t piece_keys() const {
+  std::int64_t piece_keys(const AttentionProblem *problems, int num_problems) const {
     std::int64_t visits = 0;
-    for (int i = 0; i < num_problems_; ++i) {
-      visits += tiles_of(problems_[i]) * params_.num_kv_heads * total_keys(problems_[i]);
+    for (int i = 0; i < num_problems; ++i) {
+      visits += tiles_of(problems[i]) * params_.num_kv_heads * total_keys(problems[i]);
     }
     const std::int64_t even = (visits + kUnits - 1) / kUnits;
     return std::max(kMinPieceKeys, (even + kChunkKeys - 1) / kChunkKeys * kChunkKeys);
@@ -112,7 +113,10 @@ private:
   /// Cuts all problems and returns the number of units.
   std::int64_t plan() {
     plans_ = ws_.plans.get(num_problems_);
-    const std::int64_t step = piece_keys();
+    const std::int64_t common_step = params_.cut_alone ? 0 : piece_keys(problems_, num_problems_);
+    const auto step_of = [&](const AttentionProblem &problem) {
+      return params_.cut_alone ? piece_keys(&problem, 1) : common_step;
+    };
     std::int64_t num_units = 0;
     std::int64_t num_pieces = 0;
     std::int64_t num_counters = 0;
@@ -120,7 +124,7 @@ private:
     for (int i = 0; i < num_problems_; ++i) {
       const AttentionProblem &problem = problems_[i];
       const std::int64_t rows = problem.q.len * group_;
-      const std::int64_t count = count_pieces(problem, step);
+      const std::int64_t count = count_pieces(problem, step_of(problem));
       ProblemPlan &p = plans_[i];
       p = {num_units, tiles_of(problem), 1, num_pieces, num_counters, num_floats, 0};
       const std::int64_t tiles = p.num_tiles * params_.num_kv_heads;
@@ -146,7 +150,7 @@ private:
     for (int i = 0; i < num_problems_; ++i) {
       const ProblemPlan &p = plans_[i];
       if (p.num_pieces > 1) {
-        list_pieces(problems_[i], step, pieces_ + p.piece_begin);
+        list_pieces(problems_[i], step_of(problems_[i]), pieces_ + p.piece_begin);
         for (std::int64_t t = 0; t < p.num_tiles * params_.num_kv_heads; ++t) {
           counters_[p.counter_begin + t].store(p.num_pieces, std::memory_order_relaxed);
         }
@@ -252,8 +256,18 @@ private:
 
 } // namespace
 
-void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params) {
+void attend_unchecked(const AttentionProblem *problems, int num_problems,
+                      const AttentionParams &params) {
   Call(problems, num_problems, params).run();
+}
+
+void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params) {
+  for (int i = 0; i < num_problems; ++i) {
+    for (int s = 0; s < problems[i].num_segments; ++s) {
+      check_keys(problems[i].segments[s]);
+    }
+  }
+  attend_unchecked(problems, num_problems, params);
 }
 
 void finalize(const StateView &state, int num_qo_heads, std::int64_t len, int head_dim_v,

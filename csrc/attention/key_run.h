@@ -23,6 +23,9 @@ inline Rows rows_from(const Rows &rows, int j) {
   return {static_cast<const char *>(rows.base) + rows.stride * j, rows.stride, nullptr};
 }
 
+/// What rows or tiles of pages are counted in, in bytes: both strides are multiples of it.
+std::ptrdiff_t page_unit(std::ptrdiff_t page_stride, std::ptrdiff_t row_stride);
+
 class KeyRun {
 public:
   /// Runs of at most most_keys <= kChunkKeys keys of a kv head.
@@ -63,11 +66,19 @@ private:
     kTilesAhead = kChunkKeys / kTileTokens,
   };
 
+  /// Where keys, or values, lie.
+  struct Place {
+    const char *data; ///< of the run's head
+    Layout layout;
+    std::ptrdiff_t row_stride;
+    std::ptrdiff_t page_stride;
+  };
+
   void find_tiles(std::int64_t end);
   void list_tiles(const std::int32_t *cells);
   int list_tiles_ahead(const std::int32_t *cell, const std::int32_t *end);
-  Rows find(const void *data, Layout layout, std::ptrdiff_t head_stride,
-            std::ptrdiff_t row_stride) const;
+  Rows find(const Place &place) const;
+  Rows find_in_pages(const Place &place, std::int32_t *list) const;
 
   int kv_head_;
   int most_keys_;
@@ -81,7 +92,9 @@ private:
   int lead_ = 0;
   bool listed_ = false; ///< tiles are those in tiles_, not one after the other
   bool scattered_ = false;
-  std::int32_t tiles_[kMaxTiles + kTilesAhead];
+  std::int32_t tiles_[kMaxTiles + kTilesAhead]; ///< by index: of keys and values alike
+  std::int32_t k_rows_[kChunkKeys];             ///< in pages: rows, or tiles, of keys ...
+  std::int32_t v_rows_[kChunkKeys];             ///< ... and of values
   std::uint16_t slots_[kChunkKeys];
 };
 

@@ -1,6 +1,7 @@
 // A ubatch, from find_slot to commit or restore, and the moves that it brings about.
 #include "mixedkv/cache.h"
 
+#include "attention/call.h"
 #include "cache/arguments.h"
 #include "cache/mixed_cache_impl.h"
 #include "kernels/dispatch.h"
@@ -214,7 +215,8 @@ void MixedCache::attend(int layer, const QueryView &q, int num_qo_heads,
   params.compute_type = options.compute_type;
   params.key_transform = m.transforms.keys.get();
   params.value_transform = m.transforms.values.get();
-  mixedkv::attend(problems.data(), static_cast<int>(problems.size()), params);
+  // Cells are listed in the order of their numbers.
+  attend_unchecked(problems.data(), static_cast<int>(problems.size()), params);
 }
 
 void MixedCache::commit() {

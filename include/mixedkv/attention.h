@@ -32,6 +32,13 @@ struct QueryView {
 /// k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
 /// Its position is pos ? pos[j] : pos_start + j. Where the layout is tiles, k (v) is that of the
 /// tile of cell 0, its stride is a tile's, and key j is in cell index ? index[j] : first_cell + j.
+/// The index ascends strictly.
+///
+/// Or keys lie in pages: key j is number i = j % page_size of page p = pages[j / page_size], at
+/// k + h * k_head_stride + p * k_page_stride + k_row_stride * i, likewise v; where the layout is
+/// tiles, in tile i / kTileTokens of the page, which holds whole tiles. Pages come in any order,
+/// and in several segments, as a page table lists them; what the last one holds beyond len is
+/// nobody's.
 struct KeySegment {
   const void *k = nullptr;
   const void *v = nullptr;
@@ -48,6 +55,10 @@ struct KeySegment {
   std::int64_t pos_start = 0;
   std::int64_t first_cell = 0;
   std::int64_t len = 0;
+  const std::int32_t *pages = nullptr;
+  std::int64_t page_size = 0; ///< keys
+  std::ptrdiff_t k_page_stride = 0;
+  std::ptrdiff_t v_page_stride = 0;
 };
 
 enum class MaskType : std::uint8_t { none, f32, f16, boolean };
@@ -115,11 +126,15 @@ struct AttentionParams {
   /// results back as values were (not states, which stay changed). Null: nothing.
   const RowTransform *key_transform = nullptr;
   const RowTransform *value_transform = nullptr;
+  /// How a problem's keys are cut depends on its own shapes, and not on what else is in the call.
+  bool cut_alone = false;
 };
 
 /// Attends all problems: continues each one's state over its segments in their order, and writes
 /// its normalised output where it wants one. How a long run of keys is cut and in which order
-/// partial states merge depends on the shapes alone. Sizes and pointers are the caller's to check.
+/// partial states merge depends on the shapes alone. Throws std::invalid_argument, before anything
+/// is computed, where an index does not ascend or pages can't be walked; sizes, pointers and
+/// whether rows and pages exist are the caller's to check.
 MIXEDKV_API void attend(const AttentionProblem *problems, int num_problems,
                         const AttentionParams &params);
 

@@ -62,7 +62,8 @@ struct Source {
   Pool k, v;
   std::vector<std::int32_t> index; ///< cells, ascending; empty: first_cell on
   std::vector<std::int32_t> pos;   ///< or empty: from pos_start on
-  std::int64_t first_cell = 0, pos_start = 0, len = 0;
+  std::vector<std::int32_t> pages; ///< or cells lie in pages of page_size
+  std::int64_t first_cell = 0, pos_start = 0, len = 0, page_size = 0;
 
   Source(Format k_type, Format v_type, int head_dim, int head_dim_v, int heads, std::int64_t cells)
       : k(RowPlane::Kind::keys, k_type, head_dim, heads, cells),
@@ -73,6 +74,8 @@ struct Source {
     }
   }
   std::int64_t cell(std::int64_t j) const {
+    if (!pages.empty())
+      return pages[size(j / page_size)] * page_size + j % page_size;
     return index.empty() ? first_cell + j : index[size(j)];
   }
   std::int64_t position(std::int64_t j) const { return pos.empty() ? pos_start + j : pos[size(j)]; }
@@ -105,6 +108,16 @@ struct Source {
     s.pos_start = pos_start;
     s.first_cell = first_cell;
     s.len = len;
+    if (!pages.empty()) {
+      const auto page_stride = [&](const Pool &pool) {
+        const bool tiles = pool.plane.layout() == Layout::tiles;
+        return pool.plane.stride() * (tiles ? page_size / kTileTokens : page_size);
+      };
+      s.pages = pages.data();
+      s.page_size = page_size;
+      s.k_page_stride = page_stride(k);
+      s.v_page_stride = page_stride(v);
+    }
     return s;
   }
 };
@@ -134,6 +147,33 @@ Source scattered_cells(Random &random, Format k_type, Format v_type, int dim, in
   source.index = cells;
   source.len = len;
   source.randomise(random);
+  return source;
+}
+
+/// The keys and values of a run of cells, in pages here and there.
+Source in_pages(Random &random, const Source &run, std::int64_t page_size) {
+  const std::int64_t num_pages = (run.len + page_size - 1) / page_size;
+  std::vector<std::int32_t> table;
+  for (std::int64_t p = 0; p < num_pages + 3; ++p)
+    table.push_back(static_cast<std::int32_t>(p));
+  std::shuffle(table.begin(), table.end(), random);
+  table.resize(size(num_pages));
+  const std::int64_t cells = ((num_pages + 3) * page_size + 15) / 16 * 16;
+  Source source(run.k.plane.type(), run.v.plane.type(), run.k.width, run.v.width, run.k.heads,
+                cells);
+  source.pages = table;
+  source.page_size = page_size;
+  source.pos = run.pos;
+  source.pos_start = run.pos_start;
+  source.len = run.len;
+  const auto copy = [&](const Pool &from, Pool &to) {
+    for (std::int64_t j = 0; j < run.len; ++j)
+      for (int h = 0; h < from.heads; ++h)
+        to.plane.copy(to.bytes.data(), h, source.cell(j), from.plane, from.bytes.data(),
+                      run.cell(j));
+  };
+  copy(run.k, source.k);
+  copy(run.v, source.v);
   return source;
 }
 
@@ -463,6 +503,37 @@ void test_attend(const std::string &isa, ComputeType compute_type) {
           check_call(biased, "f32 mask");
         }
       }
+    });
+    check(name + ": pages give the bits of keys that lie side by side", [&] {
+      Random random(88);
+      const bool packed = types.k == kPacked || types.v == kPacked;
+      for (int num_queries : {1, 3, 9, 40})
+        for (std::int64_t page_size : {1, 3, 16, 17, 64, 272}) {
+          if (packed && page_size % kTileTokens != 0)
+            continue;
+          const std::int64_t len = between(random, 1, 900);
+          Source run_of_keys = run_of_cells(random, types.k, types.v, 64, 96, 2, 0, len);
+          Source paged = in_pages(random, run_of_keys, page_size);
+          Call call = make_call(random, {&run_of_keys}, num_queries, 2);
+          const auto expect_same = [&](const char *what) {
+            call.sources = {&run_of_keys};
+            const Result want = run(call, 2);
+            call.sources = {&paged};
+            for (int threads : {1, 3})
+              EXPECT(run(call, threads) == want, "%s: %d keys in pages of %d, %d queries", what,
+                     static_cast<int>(len), static_cast<int>(page_size), num_queries);
+          };
+          expect_same("all");
+          call.causal = true;
+          expect_same("causal");
+          call.window_left = between(random, 0, static_cast<int>(len));
+          expect_same("window");
+          for (Source *source : {&run_of_keys, &paged}) {
+            for (std::int64_t j = len; j-- > 0;)
+              source->pos.push_back(static_cast<std::int32_t>(j));
+          }
+          expect_same("positions in disorder");
+        }
     });
     check(name + ": several segments", [&] {
       Random random(85);

@@ -3,8 +3,11 @@
 //
 // Usage: test_key_run [part of a check's name]
 
+#include "attention/check_keys.h"
 #include "attention/key_run.h"
 #include "checks.h"
+
+#include <stdexcept>
 
 using namespace mixedkv;
 using namespace testing;
@@ -40,8 +43,15 @@ struct Place {
 };
 
 Place place(const KeySegment &s, const void *data, Layout layout, std::ptrdiff_t head_stride,
-            std::ptrdiff_t row_stride, int head, std::int64_t j) {
+            std::ptrdiff_t row_stride, std::ptrdiff_t page_stride, int head, std::int64_t j) {
   const char *base = static_cast<const char *>(data) + head * head_stride;
+  if (s.pages != nullptr) {
+    base += s.pages[j / s.page_size] * page_stride;
+    j %= s.page_size;
+    return layout == Layout::tiles
+               ? Place{base + j / kTileTokens * row_stride, static_cast<int>(j % kTileTokens)}
+               : Place{base + j * row_stride, 0};
+  }
   if (layout == Layout::tiles) {
     const std::int64_t cell = s.index != nullptr ? s.index[j] : s.first_cell + j;
     return {base + cell / kTileTokens * row_stride, static_cast<int>(cell % kTileTokens)};
@@ -73,9 +83,10 @@ void expect_walk(const KeySegment &s, std::int64_t begin, std::int64_t end, int 
       const int token = run.scattered() ? run.slot(j) : run.lead() + j;
       for (const bool key : {true, false}) {
         const Layout layout = key ? s.k_layout : s.v_layout;
-        const Place want =
-            place(s, key ? s.k : s.v, layout, key ? s.k_head_stride : s.v_head_stride,
-                  key ? s.k_row_stride : s.v_row_stride, head, next + j);
+        const Place want = key ? place(s, s.k, s.k_layout, s.k_head_stride, s.k_row_stride,
+                                       s.k_page_stride, head, next + j)
+                               : place(s, s.v, s.v_layout, s.v_head_stride, s.v_row_stride,
+                                       s.v_page_stride, head, next + j);
         const Rows &rows = key ? run.keys() : run.values();
         const bool tile = layout == Layout::tiles;
         EXPECT(row_at(rows, tile ? token / kTileTokens : j) == want.address &&
@@ -168,6 +179,129 @@ void test_index() {
   });
 }
 
+/// Page numbers in any order, some of them more than once, some one after the other.
+std::vector<std::int32_t> page_table(Random &random, std::int64_t n) {
+  std::vector<std::int32_t> pages;
+  while (size(n) > pages.size())
+    pages.push_back(!pages.empty() && between(random, 0, 2) == 0 ? pages.back() + 1
+                                                                 : between(random, 0, 500));
+  return pages;
+}
+
+void test_pages() {
+  check("keys in pages", [] {
+    Random random(12);
+    for_all_layouts([&](Layout k, Layout v, int most) {
+      const bool packed = k == Layout::tiles || v == Layout::tiles;
+      for (const std::int64_t page_size : {1, 3, 16, 17, 64, 160, 4096})
+        for (const std::int64_t len : {1, 15, 64, 130, 256, 257, 700})
+          // Pages side by side; with gaps; of strides that share little; backwards; all the same.
+          for (const int step : {0, 1, 2, 3, 4}) {
+            if (packed && page_size % kTileTokens != 0)
+              continue;
+            const std::vector<std::int32_t> pages =
+                page_table(random, (len + page_size - 1) / page_size);
+            KeySegment s = segment_of(k, v, len);
+            s.pages = pages.data();
+            s.page_size = page_size;
+            const auto stride = [&](Layout layout, std::ptrdiff_t row) -> std::ptrdiff_t {
+              const std::ptrdiff_t page =
+                  row * (layout == Layout::tiles ? page_size / kTileTokens : page_size);
+              return step == 0   ? page
+                     : step == 1 ? page + 3 * row
+                     : step == 2 ? page + 10
+                     : step == 3 ? -page
+                                 : 0;
+            };
+            s.k_page_stride = stride(k, s.k_row_stride);
+            s.v_page_stride = stride(v, s.v_row_stride);
+            expect_walk(s, 0, len, most, "all");
+            expect_walk(s, len / 3, len - len / 4, most, "a part");
+          }
+    });
+  });
+  check("pages one after the other in memory are rows one after the other", [] {
+    const std::vector<std::int32_t> pages{4, 5, 6, 2};
+    KeySegment s = segment_of(Layout::rows, Layout::rows, 40);
+    s.pages = pages.data();
+    s.page_size = 10;
+    s.k_page_stride = 10 * s.k_row_stride;
+    s.v_page_stride = 11 * s.v_row_stride;
+    KeyRun run(0, kChunkKeys);
+    run.take(s, 5, 30);
+    EXPECT(run.keys().index == nullptr && run.values().index != nullptr, "pages 4 to 6");
+    run.take(s, 12, 18);
+    EXPECT(run.keys().index == nullptr && run.values().index == nullptr, "page 5");
+    run.take(s, 25, 35);
+    EXPECT(run.keys().index != nullptr && run.values().index != nullptr, "pages 6 and 2");
+  });
+  check("tiles of pages that come next are listed for kernels to ask for", [] {
+    const std::vector<std::int32_t> pages{9, 3, 5, 0, 7};
+    KeySegment s = segment_of(Layout::tiles, Layout::tiles, 5 * 128);
+    s.pages = pages.data();
+    s.page_size = 128;
+    s.k_page_stride = s.v_page_stride = 1 << 20;
+    KeyRun run(0, kChunkKeys);
+    run.take(s, 0, 300);
+    EXPECT(run.num_tiles() == 16 && run.keys().num_ahead == 3, "%d", run.keys().num_ahead);
+    for (int t = 0; t < 19; ++t)
+      EXPECT(row_at(run.keys(), t) ==
+                 kKeys + pages[size(t / 8)] * s.k_page_stride + t % 8 * s.k_row_stride,
+             "tile %d", t);
+  });
+}
+
+void expect_refused(const KeySegment &s, const char *part, const char *what) {
+  try {
+    check_keys(s);
+    EXPECT(false, "%s is taken", what);
+  } catch (const std::invalid_argument &error) {
+    EXPECT(std::strstr(error.what(), part) != nullptr, "%s: %s", what, error.what());
+  }
+}
+
+void test_checks() {
+  check("lists that can't be walked are refused, with name and value", [] {
+    KeySegment s = segment_of(Layout::rows, Layout::rows, 3);
+    std::vector<std::int32_t> list{4, 7, 6};
+    s.index = list.data();
+    expect_refused(s, "index[1] = 7 and index[2] = 6", "a step back");
+    list = {4, 4, 6};
+    expect_refused(s, "index[0] = 4 and index[1] = 4", "a key twice");
+    list = {-1, 4, 6};
+    expect_refused(s, "index[0] = -1", "a negative row");
+    list = {4, 5, 9};
+    check_keys(s);
+    s.len = 0;
+    list = {4, 3, 2};
+    check_keys(s); // nothing of it is looked at
+    s.len = -1;
+    expect_refused(s, "-1", "a negative length");
+
+    s.len = 3;
+    s.pages = list.data();
+    expect_refused(s, "both", "an index and pages");
+    s.index = nullptr;
+    expect_refused(s, "page_size must be 1 or more, got 0", "no page size");
+    s.page_size = 1;
+    s.k_page_stride = s.v_page_stride = 576;
+    check_keys(s);
+    list = {4, -3, 2};
+    expect_refused(s, "pages[1] = -3", "a negative page");
+    s.page_size = 3; // the first page alone holds all keys
+    check_keys(s);
+    list = {1 << 30};
+    s.page_size = 4;
+    s.k_page_stride = 4 * s.k_row_stride;
+    expect_refused(s, "too far apart", "4 * 2^30 rows");
+    list = {4};
+    s.k_layout = Layout::tiles;
+    expect_refused(s, "page_size must be a multiple of 16, got 4", "a part of a tile");
+    s.page_size = 32;
+    check_keys(s);
+  });
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -175,5 +309,7 @@ int main(int argc, char **argv) {
     name_filter = argv[1];
   test_unbroken();
   test_index();
+  test_pages();
+  test_checks();
   return summary();
 }
