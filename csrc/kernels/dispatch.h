@@ -1,5 +1,5 @@
-// The kernels in use. Which instruction sets this build carries, which of them this machine can run,
-// and which one is taken: mixedkv/runtime.h. One ordered list, best first.
+// The kernels in use. Which instruction sets this build carries, which of them this machine can
+// run, and which one is taken: mixedkv/runtime.h. One ordered list, best first.
 #pragma once
 
 #include "kernels/kernels.h"
