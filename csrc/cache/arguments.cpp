@@ -1,12 +1,61 @@
 #include "cache/arguments.h"
 
 #include "cache/checks.h"
+#include "kernels/dispatch.h"
+#include "rows/parallel_rows.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <string>
 
 namespace mixedkv {
+namespace {
+
+/// Tokens of one head that a worker looks at in one go.
+constexpr std::int64_t kLookTokens = 64;
+
+const float *row_at(const RowsView &rows, std::int64_t head, std::int64_t token) {
+  return reinterpret_cast<const float *>(static_cast<const char *>(rows.data) +
+                                         head * rows.head_stride + token * rows.row_stride);
+}
+
+/// Whether all values are below limit in magnitude, NaN aside.
+bool all_below(const RowsView &rows, const StoredAs &as, double limit) {
+  const Kernels &kernels = active_kernels();
+  const std::size_t width = static_cast<std::size_t>(as.width);
+  const bool side_by_side = rows.row_stride == static_cast<std::ptrdiff_t>(width * sizeof(float));
+  const std::int64_t blocks = (as.num_tokens + kLookTokens - 1) / kLookTokens;
+  std::atomic<bool> below{true};
+  parallel_rows(blocks * as.num_heads, as.num_heads * as.num_tokens * as.width,
+                [&](std::int64_t unit) {
+                  const std::int64_t head = unit / blocks;
+                  const std::int64_t begin = unit % blocks * kLookTokens;
+                  const std::int64_t end = std::min(begin + kLookTokens, as.num_tokens);
+                  const std::int64_t step = side_by_side ? end - begin : 1;
+                  for (std::int64_t token = begin; token < end; token += step) {
+                    const std::size_t n = width * static_cast<std::size_t>(step);
+                    if (!(kernels.largest_magnitude(row_at(rows, head, token), n) < limit)) {
+                      below.store(false, std::memory_order_relaxed);
+                    }
+                  }
+                });
+  return below.load();
+}
+
+/// Plain formats that hold a value, for a message.
+std::string formats_for(double magnitude) {
+  std::string names;
+  for (const FormatInfo &info : kFormats) {
+    if (info.plain() && info.keeps_finite(magnitude)) {
+      names += (names.empty() ? "'" : " or '") + std::string(info.name) + "'";
+    }
+  }
+  return names;
+}
+
+} // namespace
 
 void check_tokens(const std::int64_t *pos, const TokenOwners &owners, std::int64_t n,
                   int n_seq_max) {
@@ -38,6 +87,44 @@ void check_rows(const char *name, const RowsView &rows) {
   check(rows.data != nullptr, name, "not be null", "null");
   check(rows.type == Format::f32 || rows.type == Format::f16, name, "be rows of f32 or f16",
         format_name(rows.type));
+}
+
+void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as) {
+  if (rows.type != Format::f32) {
+    return; // no other type that comes in reaches further than all that it may become
+  }
+  Format narrowest = as.hot;
+  bool in_hot = true;
+  const auto limit_of = [](Format format) {
+    const double limit = format_info(format).overflow;
+    return limit == 0.0 ? std::numeric_limits<double>::infinity() : limit;
+  };
+  if (as.cold && limit_of(*as.cold) < limit_of(narrowest)) {
+    narrowest = *as.cold;
+    in_hot = false;
+  }
+  const double limit = limit_of(narrowest);
+  if (std::isinf(limit) || all_below(rows, as, limit)) {
+    return;
+  }
+  for (std::int64_t head = 0; head < as.num_heads; ++head) {
+    for (std::int64_t token = 0; token < as.num_tokens; ++token) {
+      const float *row = row_at(rows, head, token);
+      const float *end = row + as.width;
+      const float *found = std::find_if(
+          row, end, [limit](float x) { return std::isfinite(x) && std::fabs(x) >= limit; });
+      if (found != end) {
+        std::ostringstream message;
+        message.precision(9);
+        message << name << " of layer " << as.layer << " holds " << *found << " (head " << head
+                << ", token " << token << "), which would be infinite in rows of '"
+                << format_name(narrowest) << "', the type of its " << (in_hot ? "hot" : "cold")
+                << " tier: magnitudes must be below " << limit
+                << "; types that hold it: " << formats_for(std::fabs(*found));
+        throw std::invalid_argument(message.str());
+      }
+    }
+  }
 }
 
 void check_queries(const QueryView &q, int num_qo_heads, const OutputView &out,

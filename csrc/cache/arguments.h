@@ -4,6 +4,7 @@
 #include "mixedkv/cache.h"
 
 #include <cstdint>
+#include <optional>
 
 namespace mixedkv {
 
@@ -13,6 +14,20 @@ void check_tokens(const std::int64_t *pos, const TokenOwners &owners, std::int64
 
 /// Of store.
 void check_rows(const char *name, const RowsView &rows);
+
+/// What the rows of a layer become.
+struct StoredAs {
+  int layer = 0;
+  int num_heads = 0;
+  std::int64_t num_tokens = 0;
+  int width = 0;
+  Format hot = Format::f16;
+  std::optional<Format> cold; ///< where there is a cold tier
+};
+
+/// Refuses rows with a finite value that would not stay finite in the type of either tier. What is
+/// infinite or NaN already stays what it is.
+void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as);
 
 /// Of attend, for a slot of num_tokens; options as they are, but with the window that holds.
 void check_queries(const QueryView &q, int num_qo_heads, const OutputView &out,

@@ -157,6 +157,17 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
                                        num_tokens, shape.head_dim);
   const RowsView v = m.changed_v.apply(m.transforms.values.get(), new_v, shape.num_kv_heads,
                                        num_tokens, shape.head_dim_v);
+  StoredAs as{layer, shape.num_kv_heads, num_tokens, shape.head_dim, shape.k_type, {}};
+  if (m.config.quantize) {
+    as.cold = m.config.cold_k_type;
+  }
+  check_magnitudes("k", k, as);
+  as.width = shape.head_dim_v;
+  as.hot = shape.v_type;
+  if (m.config.quantize) {
+    as.cold = m.config.cold_v_type;
+  }
+  check_magnitudes("v", v, as);
   const auto store_tokens = [&](RowStorage &rows, int to_layer,
                                 const std::vector<std::int32_t> &tokens,
                                 const std::vector<std::int32_t> &cells) {

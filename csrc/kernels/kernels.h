@@ -120,6 +120,8 @@ struct Kernels {
   /// Whether none of n values is NaN or infinite.
   bool (*all_finite_f32)(const float *x, std::size_t n) noexcept;
   bool (*all_finite_f16)(const f16_t *x, std::size_t n) noexcept;
+  /// The largest |x_j|, NaN aside; 0 where there is none.
+  float (*largest_magnitude)(const float *x, std::size_t n) noexcept;
 
   // --- keys side by side, for many query rows ---------------------------------------------------
 

@@ -98,7 +98,9 @@ public:
   std::optional<Slot> find_slot(const std::int64_t *pos, const TokenOwners &owners, std::int64_t n);
   bool has_slot() const;
   std::int64_t slot_tokens() const; ///< tokens of the pending slot, 0 without one
-  /// K and V rows of the slot's tokens, in the order that find_slot got them.
+  /// K and V rows of the slot's tokens, in the order that find_slot got them. A finite value that
+  /// would not stay finite in the types of both tiers (FormatInfo::overflow) is refused; infinities
+  /// and NaN are stored as what they are.
   void store(int layer, const RowsView &k, const RowsView &v);
   /// Queries [num_qo_heads, slot tokens, head_dim], same order, against everything that their
   /// sequences own up to their positions. The layer's rows are stored already; of a slot with

@@ -31,22 +31,34 @@ struct FormatInfo {
   int block_values; ///< values that share a block; 1 where each stands alone
   int block_bytes;
   int ggml_type; ///< ggml's number of the same bytes, -1 where it has none
+  /// Finite values of this magnitude and more don't stay finite in a row (they round to infinity,
+  /// or their block's scale does); 0: all do.
+  double overflow;
 
   /// Whether values are stored as they are, each on its own, in a type of numpy's or torch's.
   constexpr bool plain() const { return block_values == 1; }
   /// Whether a row may hold n values: whole blocks.
   constexpr bool holds(std::int64_t n) const { return n % block_values == 0; }
+  /// Whether a finite value of that magnitude stays finite in a row.
+  constexpr bool keeps_finite(double magnitude) const {
+    return overflow == 0.0 || magnitude < overflow;
+  }
 };
+
+/// From here on an f16 rounds to infinity: half a step above the largest, 65504.
+constexpr double kF16Overflow = 65520.0;
+/// Likewise a bf16: half a step above its largest, 0x7f7f.
+constexpr double kBf16Overflow = 3.3961775292304957e38;
 
 /// By Format.
 // clang-format off
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", 1, 4, 0},
-    {"f16", 1, 2, 1},
-    {"q4_0", 32, 18, 2},
-    {"q8_0", 32, 34, 8},
-    {"bf16", 1, 2, 30},
-    {"iq4_nl", 32, 18, 20},
+    {"f32", 1, 4, 0, 0.0},
+    {"f16", 1, 2, 1, kF16Overflow},
+    {"q4_0", 32, 18, 2, 8 * kF16Overflow},
+    {"q8_0", 32, 34, 8, 127 * kF16Overflow},
+    {"bf16", 1, 2, 30, kBf16Overflow},
+    {"iq4_nl", 32, 18, 20, 113 * kF16Overflow},
 };
 // clang-format on
 

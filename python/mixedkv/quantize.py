@@ -36,6 +36,8 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
 
     A block's scale is ``d = max / -8``, where max is the value of largest magnitude with its sign
     (the first one on a tie); a value becomes ``min(15, trunc(x / d + 8.5))``; d is stored as f16.
+    As ggml does, this makes an infinity of the d of a block with a magnitude of 524,160 or more,
+    which then reads back as infinities and NaN.
 
     Parameters
     ----------

@@ -478,6 +478,31 @@ void test_conversions(const std::string &isa, const Kernels &kernels, const Kern
       }
     EXPECT(kernels.all_finite_f32(nullptr, 0) && kernels.all_finite_f16(nullptr, 0), "empty");
   });
+  check(isa + " largest_magnitude finds it anywhere, NaN aside", [&] {
+    Random random(3);
+    for (std::size_t n : lengths())
+      for (std::size_t misalignment : {0, 1, 3}) {
+        Input<float> x(n, misalignment);
+        for (std::size_t i = 0; i < n; ++i)
+          x[i] = i % 3 == 2 ? kNan : normal(random);
+        float want = 0.0f;
+        for (std::size_t i = 0; i < n; ++i)
+          want = std::fabs(x[i]) > want ? std::fabs(x[i]) : want;
+        EXPECT(kernels.largest_magnitude(x.data(), n) == want, "n %zu", n);
+        for (std::size_t i = 0; i < n; ++i) {
+          const float kept = x[i];
+          for (float large : {65520.0f, -65520.0f, FLT_MAX, -FLT_MAX, kInf, -kInf}) {
+            x[i] = large;
+            EXPECT(kernels.largest_magnitude(x.data(), n) == std::fabs(large), "n %zu, at %zu", n,
+                   i);
+          }
+          x[i] = kept;
+        }
+        std::fill(x.data(), x.data() + n, kNan);
+        EXPECT(kernels.largest_magnitude(x.data(), n) == 0.0f, "n %zu of NaN", n);
+      }
+    EXPECT(kernels.largest_magnitude(nullptr, 0) == 0.0f, "empty");
+  });
 }
 
 /// Blocks of one format, from values and to values.

@@ -347,6 +347,28 @@ def test_compute_type(llama: Any) -> None:
         mkt.MixedCache(llama.config, compute_type="f16")
 
 
+def test_values_that_the_cache_cannot_hold_are_refused(llama: Any) -> None:
+    """Finite values beyond f16 in layer 1: an error that names it, and the cache as it was."""
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight *= 1e6
+        model.model.layers[1].self_attn.o_proj.weight *= 1e-6
+    first, more = tokens(1, 8), tokens(1, 4)
+    cache = mkt.MixedCache(model.config, **ALL_HOT)
+    with pytest.raises(
+        ValueError, match=r"the model's layer 1: v of layer 1 holds .* \(head .*f16"
+    ):
+        model(first, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    wide = mkt.MixedCache(
+        model.config, **ALL_HOT, hot_v_type="f32", cold_v_type="f32", cold_k_type="f16"
+    )
+    got = model(first, past_key_values=wide).logits
+    exact = eager_logits(model, first)
+    assert (got - exact).norm() < 1e-3 * exact.norm()
+    assert model(more, past_key_values=wide).logits.isfinite().all()
+
+
 # --- the cache's verbs -------------------------------------------------------------------------
 
 

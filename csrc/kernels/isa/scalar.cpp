@@ -43,6 +43,7 @@ constexpr Kernels make_kernels() {
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
+  k.largest_magnitude = largest_magnitude;
   k.qk_transposed = qk_transposed;
   k.row_max = row_max;
   k.exp_sum = exp_sum;

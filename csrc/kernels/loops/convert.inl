@@ -65,3 +65,19 @@ bool all_finite_f16(const f16_t *x, size_t n) noexcept {
       return false;
   return true;
 }
+
+float largest_magnitude(const float *x, size_t n) noexcept {
+  f32v largest[4];
+  for (int c = 0; c < 4; ++c)
+    largest[c] = zero();
+  size_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int c = 0; c < 4; ++c)
+      largest[c] = max_or_second(abs_of(load(x + i + static_cast<size_t>(c * kLanes))), largest[c]);
+  for (; i + kLanes <= n; i += kLanes)
+    largest[0] = max_or_second(abs_of(load(x + i)), largest[0]);
+  if (i < n)
+    largest[1] = max_or_second(abs_of(load_n(x + i, static_cast<int>(n - i))), largest[1]);
+  return max_lanes(
+      max_or_second(max_or_second(largest[0], largest[1]), max_or_second(largest[2], largest[3])));
+}

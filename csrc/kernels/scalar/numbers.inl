@@ -78,3 +78,11 @@ bool all_finite_f16(const f16_t *x, size_t n) noexcept {
       return false;
   return true;
 }
+
+float largest_magnitude(const float *x, size_t n) noexcept {
+  float largest = 0.0f;
+  for (size_t i = 0; i < n; ++i)
+    if (fabsf(x[i]) > largest)
+      largest = fabsf(x[i]);
+  return largest;
+}

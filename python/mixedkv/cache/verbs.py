@@ -85,7 +85,10 @@ class KVCache:
         Raises
         ------
         ValueError
-            Without a slot, for a layer that the cache does not hold, for shapes that don't fit.
+            Without a slot, for a layer that the cache does not hold, for shapes that don't fit;
+            for a finite value that the types of the tiers can't hold (f16 from a magnitude of
+            65,520 on, q4_0 from 524,160 on), naming layer, head and value: it would turn into an
+            infinity or NaN. Nothing is stored then. Infinities and NaN are stored as they are.
         """
         self._core.store(
             integer(layer, "layer"), to_numpy(k, "k", FLOATS), to_numpy(v, "v", FLOATS)

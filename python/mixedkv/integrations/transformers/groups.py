@@ -109,7 +109,10 @@ class Group:
         placement = step.placement
         assert placement is not None
         if placement.num_tokens:
-            native.store(self.place[layer], placement.cut(k), placement.cut(v))
+            try:
+                native.store(self.place[layer], placement.cut(k), placement.cut(v))
+            except ValueError as error:
+                raise ValueError(f"the model's layer {layer}: {error}") from None
         handle.k = handle.v = None
         self.in_scratch = layer
         step.attended.add(layer)
