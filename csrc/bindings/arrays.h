@@ -223,6 +223,7 @@ inline const float *per_head(const OptionalArray &array, const char *name,
 void register_machine(py::module_ &m);
 void register_quantize(py::module_ &m);
 void register_attention(py::module_ &m);
+void register_paged(py::module_ &m);
 void register_cache(py::module_ &m);
 
 } // namespace mixedkv::bindings

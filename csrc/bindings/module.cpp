@@ -11,5 +11,6 @@ PYBIND11_MODULE(_core, m) {
   mixedkv::bindings::register_machine(m);
   mixedkv::bindings::register_quantize(m);
   mixedkv::bindings::register_attention(m);
+  mixedkv::bindings::register_paged(m);
   mixedkv::bindings::register_cache(m);
 }

@@ -19,6 +19,7 @@ from .cache import (
     StoredRows,
     UnifiedKVCache,
 )
+from .paged import attention_paged
 from .quantize import dequantize_q4_0, quantize_q4_0
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "UnifiedKVCache",
     "__version__",
     "attention",
+    "attention_paged",
     "dequantize_q4_0",
     "get_num_threads",
     "isa",

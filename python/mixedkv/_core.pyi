@@ -35,6 +35,27 @@ def attend(
     threads: int,
     allow_bf16: bool,
 ) -> None: ...
+def attend_paged(
+    q: NDArray[Any],
+    k_pages: NDArray[Any],
+    v_pages: NDArray[Any],
+    k_format: str,
+    v_format: str,
+    qo_indptr: NDArray[np.int64],
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    last_page_len: NDArray[np.int64],
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32] | None,
+    alibi_slopes: NDArray[np.float32] | None,
+    sinks: NDArray[np.float32] | None,
+    sm_scale: float,
+    logits_soft_cap: float,
+    causal: bool,
+    window_left: int,
+    threads: int,
+    allow_bf16: bool,
+) -> None: ...
 def finalize(
     ms: NDArray[np.float32],
     acc: NDArray[np.float32],

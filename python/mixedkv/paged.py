@@ -1,0 +1,265 @@
+"""Attention over keys and values in pages, as FlashInfer and vLLM keep them.
+
+Pages of all sequences lie in one pool; a sequence is a list of page numbers. A batch of sequences
+comes as such lists one after the other (``indices``), where each begins (``indptr``), and how many
+keys each one's last page holds (``last_page_len``).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from ._arrays import FLOATS, Array, Result, check_target, check_threads, is_tensor, to_numpy
+from .attention import (
+    _MAX_HEAD_DIM,
+    ComputeType,
+    _lse_kind,
+    _per_head,
+    allows_bf16,
+    finite,
+    window,
+)
+
+__all__ = ["attention_paged"]
+
+_F32 = np.dtype(np.float32)
+_I64 = np.dtype(np.int64)
+_INTEGERS = (np.dtype(np.int32), _I64)
+
+
+def attention_paged(
+    q: Array,
+    kv_pages: Any,
+    indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    *,
+    qo_indptr: Array | None = None,
+    sm_scale: float | None = None,
+    causal: bool = False,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    layout: Literal["HND", "NHD"] = "HND",
+    return_lse: bool = False,
+    out: Array | None = None,
+    threads: int | None = None,
+    compute_type: ComputeType = "f32",
+) -> Any:
+    """Return the attention of a batch of sequences, each over the keys in its own pages.
+
+    The bits are those of :func:`mixedkv.attention` over the same keys side by side, whatever the
+    pages' size and order, and whatever else is in the batch. Pages are read where they are.
+
+    Parameters
+    ----------
+    q
+        Queries [B, Hq, D], one a sequence; or, with qo_indptr, [total, Hq, D], those of one
+        sequence after those of another. float32 or float16 (torch also bfloat16).
+    kv_pages
+        (k_pages, v_pages), each [num_pages, Hkv, page_size, D] (NHD: [num_pages, page_size, Hkv,
+        D]; Dv for D in v_pages), or one array [num_pages, 2, ...] of both. float32, float16 (torch
+        also bfloat16), or Q4_0 rows (uint8). In any strides, but a row's values side by side.
+    indptr
+        [B + 1] from 0 on: sequence b has the pages ``indices[indptr[b]:indptr[b + 1]]``. None at
+        all is no mistake: zeros, and an lse of -inf.
+    indices
+        Page numbers [indptr[-1]] or more, in the order of the sequences' keys; a page may serve
+        several.
+    last_page_len
+        [B]: keys in each sequence's last page, from 1 to page_size; of a sequence without pages,
+        anything.
+    qo_indptr
+        [B + 1] from 0 on: sequence b has the queries ``q[qo_indptr[b]:qo_indptr[b + 1]]``.
+    causal
+        Show a query the keys up to its own position only; a sequence's last query stands at its
+        last key.
+    sm_scale, window_left, logits_soft_cap, alibi_slopes, sinks, threads, compute_type
+        As in :func:`mixedkv.attention`.
+    layout
+        Of the pages: "HND" or "NHD".
+    return_lse
+        Return (out, lse) with lse float32 [total, Hq], natural log; -inf where no key was seen.
+    out
+        Preallocated result [total, Hq, Dv].
+
+    Indices are int32 or int64, numpy or torch, or lists of ints.
+
+    Returns
+    -------
+    The result [total, Hq, Dv], torch in q's dtype or numpy in float32; zeros in rows that see no
+    key.
+
+    Raises
+    ------
+    ValueError
+        Where shapes, page numbers or options don't fit; the message names the argument and its
+        value.
+    TypeError
+        Where a dtype or a type does not fit.
+    """
+    if layout not in ("HND", "NHD"):
+        raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    q_array = to_numpy(q, "q", FLOATS)
+    if q_array.ndim != 3:
+        raise ValueError(f"q must be [queries, Hq, D], got shape {q_array.shape}")
+    num_queries, num_qo_heads, head_dim = q_array.shape
+    k_pages, v_pages = (_Pages(x, name, layout) for x, name in _keys_and_values(kv_pages))
+    _check_pages(k_pages, v_pages, num_qo_heads, head_dim)
+
+    last = _integers(last_page_len, "last_page_len")
+    batch = len(last)
+    starts = _integers(indptr, "indptr", batch + 1)
+    numbers = _integers(indices, "indices")
+    if qo_indptr is None:
+        if num_queries != batch:
+            raise ValueError(
+                f"q must have one query for each of {batch} sequences where there is no qo_indptr, "
+                f"got shape {q_array.shape}"
+            )
+        queries = np.arange(batch + 1, dtype=_I64)
+    else:
+        queries = _integers(qo_indptr, "qo_indptr", batch + 1)
+
+    shape = (num_queries, num_qo_heads, v_pages.width)
+    result = Result(q, shape, out)
+    if out is not None:
+        check_target(result.array, {}, "out")
+    lse = Result(_lse_kind(q), shape[:2], None) if return_lse else None
+    _core.attend_paged(
+        q_array,
+        k_pages.array,
+        v_pages.array,
+        k_pages.format,
+        v_pages.format,
+        queries,
+        starts,
+        numbers,
+        last,
+        result.array,
+        None if lse is None else lse.array,
+        _per_head(alibi_slopes, "alibi_slopes", num_qo_heads),
+        _per_head(sinks, "sinks", num_qo_heads),
+        1.0 / math.sqrt(head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
+        finite(logits_soft_cap, "logits_soft_cap", 0.0),
+        bool(causal),
+        window(window_left),
+        check_threads(threads),
+        allows_bf16(compute_type),
+    )
+    return result.get() if lse is None else (result.get(), lse.get())
+
+
+def _keys_and_values(kv_pages: Any) -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """Return k_pages and v_pages and how messages name them."""
+    if isinstance(kv_pages, (tuple, list)):
+        if len(kv_pages) != 2:
+            raise ValueError(
+                f"kv_pages must be (k_pages, v_pages) or one array, got {len(kv_pages)} of them"
+            )
+        return (kv_pages[0], "k_pages"), (kv_pages[1], "v_pages")
+    shape = getattr(kv_pages, "shape", None)
+    if shape is None:
+        raise TypeError(
+            "kv_pages must be (k_pages, v_pages) or one array [num_pages, 2, ...], got "
+            f"{type(kv_pages).__name__}"
+        )
+    if len(shape) != 5 or shape[1] != 2:
+        raise ValueError(
+            f"kv_pages as one array must be [num_pages, 2, ...] of 5 axes, got shape {tuple(shape)}"
+        )
+    return (kv_pages[:, 0], "kv_pages[:, 0]"), (kv_pages[:, 1], "kv_pages[:, 1]")
+
+
+class _Pages:
+    """Pages of keys or of values: a view [num_pages, Hkv, page_size, row], its format and width."""
+
+    def __init__(self, x: Any, name: str, layout: str) -> None:
+        array, self.format = _rows(x, name)
+        if array.ndim != 4:
+            order = "Hkv, page_size" if layout == "HND" else "page_size, Hkv"
+            raise ValueError(f"{name} must be [num_pages, {order}, D], got shape {array.shape}")
+        self.name = name
+        self.shape = array.shape
+        self.array = array if layout == "HND" else array.swapaxes(1, 2)
+        self.width = _width(array, self.format, name)
+
+
+def _rows(x: Any, name: str) -> tuple[NDArray[Any], str]:
+    """Return rows as the core takes them, and the name of their format; never a copy."""
+    data, format = x, ""
+    if is_tensor(x) and x.dtype == sys.modules["torch"].bfloat16:
+        format = "bf16"
+        if x.ndim == 0 or x.stride(-1) == 1:
+            data = x.view(sys.modules["torch"].uint8)
+    array = to_numpy(data, name, (*FLOATS, np.dtype(np.uint8)))
+    if array.size and array.__array_interface__["data"][0] != _address(data):
+        raise ValueError(
+            f"{name} must be aligned and contiguous in its last axis, since pages are not copied"
+        )
+    return array, format or {"float32": "f32", "float16": "f16", "uint8": "q4_0"}[array.dtype.name]
+
+
+def _address(x: Array) -> int:
+    return int(x.data_ptr() if is_tensor(x) else x.__array_interface__["data"][0])
+
+
+def _width(array: NDArray[Any], format: str, name: str) -> int:
+    """Return how many values a row has."""
+    width = int(array.shape[-1])
+    block_values, block_bytes = {"q4_0": (32, 18), "bf16": (1, 2)}.get(format, (1, 1))
+    if width % block_bytes:
+        raise ValueError(
+            f"the last axis of {format.upper()} rows in {name} must be a multiple of {block_bytes} "
+            f"bytes, got shape {array.shape}"
+        )
+    return width // block_bytes * block_values
+
+
+def _check_pages(k: _Pages, v: _Pages, num_qo_heads: int, head_dim: int) -> None:
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"{v.name} must have the pages, heads and page size of {k.name}, {k.shape[:3]}, got "
+            f"{v.shape[:3]}"
+        )
+    _, num_kv_heads, page_size, _ = k.array.shape
+    if not num_kv_heads or not num_qo_heads or num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of {k.name}, got {num_qo_heads} and "
+            f"{num_kv_heads}"
+        )
+    if not page_size:
+        raise ValueError(f"pages must hold one key at least, got {k.name} of shape {k.shape}")
+    if k.width != head_dim:
+        raise ValueError(
+            f"{k.name} must have q's head_dim {head_dim}, got {k.width} (shape {k.shape})"
+        )
+    for name, width in (("q", head_dim), (v.name, v.width)):
+        if not 1 <= width <= _MAX_HEAD_DIM:
+            raise ValueError(
+                f"the head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {width}"
+            )
+
+
+def _integers(x: Array, name: str, size: int | None = None) -> NDArray[np.int64]:
+    """Return a list of integers as a contiguous int64 array of `size`."""
+    if isinstance(x, (list, tuple)):
+        x = np.array(x, _I64) if len(x) == 0 else np.array(x)
+    array = to_numpy(x, name, _INTEGERS)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one axis, got shape {array.shape}")
+    if size is not None and len(array) != size:
+        raise ValueError(
+            f"{name} must have an entry more than there are sequences in last_page_len, "
+            f"{size}, got {len(array)}"
+        )
+    return np.ascontiguousarray(array, _I64)
