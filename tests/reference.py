@@ -1,7 +1,7 @@
 """What mixedkv should compute, written to be read: numpy in float64 and plain Python, no more.
 
-Nothing here imports the package, so that each can judge the other. Three parts: Q4_0 by its
-formula, attention with carried state, and ``MixedCacheModel``, the mixed cache as plain lists.
+Nothing here imports the package, so that each can judge the other. Three parts: formats by their
+formulas, attention with carried state, and ``MixedCacheModel``, the mixed cache as plain lists.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def quantize_q4_0(x: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         # argmax gives the first of equal magnitudes; the value keeps its sign.
         first = np.argmax(np.abs(blocks), axis=-1)
-        largest = blocks[np.arange(len(blocks)), first]
+        largest = blocks[np.arange(len(blocks)), first] + np.float32(0)  # -0 counts as 0
         d = largest / np.float32(-8)
         inverse = np.float32(1) / d
         usable = np.isfinite(inverse)
@@ -56,17 +56,134 @@ def dequantize_q4_0(b: np.ndarray) -> np.ndarray:
     return x.reshape(*b.shape[:-1], b.shape[-1] // BLOCK_BYTES * QK4_0)
 
 
+# --- Q8_0, IQ4_NL, bf16 ---------------------------------------------------------------------------
+
+QK8_0 = 32
+Q8_0_BYTES = 34
+
+
+def quantize_q8_0(x: np.ndarray) -> np.ndarray:
+    """float [..., n] -> uint8 [..., n / 32 * 34]: d = largest magnitude / 127, q = round(x / d).
+
+    Halves go away from zero. A block without a usable d gets q = 0, one that holds a non-finite
+    value d = NaN as well.
+    """
+    x = np.asarray(x, np.float32)
+    blocks = x.reshape(-1, QK8_0)
+    out = np.empty((len(blocks), Q8_0_BYTES), np.uint8)
+    with np.errstate(all="ignore"):
+        d = np.abs(blocks).max(axis=-1) / np.float32(127)
+        inverse = np.float32(1) / d
+        scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))[:, None]
+        # In float64 adding a half is exact.
+        q = np.copysign(np.floor(np.abs(scaled.astype(np.float64)) + 0.5), scaled)
+        stored = d.astype(np.float16)
+        bad = ~np.isfinite(blocks).all(axis=-1)
+        q[bad] = 0
+        stored[bad] = np.float16(np.nan)
+        out[:, :2] = stored.view(np.uint8).reshape(-1, 2)
+        out[:, 2:] = q.astype(np.int8).view(np.uint8)
+    return out.reshape(*x.shape[:-1], x.shape[-1] // QK8_0 * Q8_0_BYTES)
+
+
+def dequantize_q8_0(b: np.ndarray) -> np.ndarray:
+    """uint8 [..., m * 34] -> float32 [..., m * 32]: q * d."""
+    blocks = np.ascontiguousarray(b).reshape(-1, Q8_0_BYTES)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    q = np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+    with np.errstate(invalid="ignore"):
+        x = q.astype(np.float32) * d
+    return x.reshape(*b.shape[:-1], b.shape[-1] // Q8_0_BYTES * QK8_0)
+
+
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _nearest_level(x: np.float32) -> int:
+    """Number of the level nearest to x, the upper one of two as near."""
+    best = 0
+    for i, level in enumerate(IQ4_NL_LEVELS):
+        if abs(float(x) - level) <= abs(float(x) - IQ4_NL_LEVELS[best]):
+            best = i
+    return best
+
+
+def _quantize_block_iq4_nl(x: np.ndarray) -> tuple[np.float16, list[int]]:
+    """d and the 32 level numbers of a block, one float32 operation after the other."""
+    bad = np.float16(np.nan), [0] * 32
+    if not np.isfinite(x).all():
+        return bad
+    largest = x[np.argmax(np.abs(x))]
+    if abs(largest) < np.float32(1e-15):
+        return np.float16(0), [8] * 32
+    inverse = np.float32(1) / (largest / np.float32(IQ4_NL_LEVELS[0]))
+    numbers = [_nearest_level(inverse * value) for value in x]
+    of_products = of_squares = np.float32(0)
+    for number, value in zip(numbers, x, strict=True):
+        level = np.float32(IQ4_NL_LEVELS[number])
+        weighted = value * value * level
+        of_products = of_products + weighted * value
+        of_squares = of_squares + weighted * level
+    d = of_products / of_squares
+    return bad if np.isnan(d) else (np.float16(d), numbers)
+
+
+def quantize_iq4_nl(x: np.ndarray) -> np.ndarray:
+    """float [..., n] -> uint8 [..., n / 32 * 18], in plain Python: slow."""
+    x = np.asarray(x, np.float32)
+    blocks = x.reshape(-1, 32)
+    out = np.empty((len(blocks), 18), np.uint8)
+    with np.errstate(all="ignore"):
+        for row, block in zip(out, blocks, strict=True):
+            d, numbers = _quantize_block_iq4_nl(block)
+            row[:2] = np.array([d]).view(np.uint8)
+            row[2:] = np.array(numbers[:16]) | np.array(numbers[16:]) << 4
+    return out.reshape(*x.shape[:-1], x.shape[-1] // 32 * 18)
+
+
+def dequantize_iq4_nl(b: np.ndarray) -> np.ndarray:
+    """uint8 [..., m * 18] -> float32 [..., m * 32]: level * d."""
+    blocks = np.ascontiguousarray(b).reshape(-1, 18)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    numbers = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=-1)
+    with np.errstate(invalid="ignore"):
+        x = np.array(IQ4_NL_LEVELS, np.float32)[numbers] * d
+    return x.reshape(*b.shape[:-1], b.shape[-1] // 18 * 32)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """float [..., n] -> uint8 [..., 2 n]: the upper half, to nearest even; NaN stays one."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, bits >> 16 | 0x40, rounded).astype(np.uint16).view(np.uint8)
+
+
+def from_bf16(b: np.ndarray) -> np.ndarray:
+    """uint8 [..., 2 n] -> float32 [..., n]."""
+    halves = np.ascontiguousarray(b).view(np.uint16).astype(np.uint32)
+    return (halves << 16).view(np.float32)
+
+
+#: Of each format of bytes: from values, to values.
+PACKED = {
+    "q4_0": (quantize_q4_0, dequantize_q4_0),
+    "q8_0": (quantize_q8_0, dequantize_q8_0),
+    "iq4_nl": (quantize_iq4_nl, dequantize_iq4_nl),
+    "bf16": (to_bf16, from_bf16),
+}
+
+
 def stored_as(x: np.ndarray, kind: str) -> np.ndarray:
-    """float32 values of x after a trip through rows of the kind "f32", "f16" or "q4_0"."""
+    """float32 values of x after a trip through rows of the kind, f32, f16 or one of PACKED."""
     x = np.asarray(x, np.float32)
     if kind == "f32":
         return x.copy()
     if kind == "f16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).astype(np.float32)
-    if kind == "q4_0":
-        return dequantize_q4_0(quantize_q4_0(x))
-    raise ValueError(kind)
+    pack, unpack = PACKED[kind]
+    return unpack(pack(x))
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -137,23 +137,58 @@ inline void check_shape(const ArrayView &view, const char *name,
   }
 }
 
-/// Rows of float32, float16, or Q4_0 blocks as uint8.
-inline Format kv_type(DType dtype) {
-  return dtype == DType::f32 ? Format::f32 : dtype == DType::f16 ? Format::f16 : Format::q4_0;
+/// The format of a type that numpy has.
+inline Format plain_format(DType dtype) { return dtype == DType::f16 ? Format::f16 : Format::f32; }
+
+inline Format parse_format(const std::string &text, const char *name) {
+  std::string known;
+  for (int i = 0; i < kNumFormats; ++i) {
+    const Format format = static_cast<Format>(i);
+    if (text == format_name(format)) {
+      return format;
+    }
+    known += i == 0 ? "'" : i + 1 < kNumFormats ? "', '" : "' or '";
+    known += format_name(format);
+  }
+  throw std::invalid_argument(std::string(name) + " must be " + known + "', got '" + text + "'");
 }
 
-/// Values in a row of the last axis.
-inline std::int64_t row_width(const ArrayView &view, const char *name) {
-  const std::int64_t n = view.shape[view.ndim - 1];
-  if (view.dtype != DType::u8) {
-    return n;
+/// An array of rows, its last axis the row: float32 and float16 as they are, rows of any other
+/// format as their bytes.
+struct RowsArray : ArrayView {
+  Format format = Format::f32;
+  std::int64_t width = 0; ///< values in a row
+};
+
+inline RowsArray view_rows(const py::array &array, const char *name, int ndim, Format format,
+                           Access access = Access::read) {
+  const DType dtype = format == Format::f32   ? DType::f32
+                      : format == Format::f16 ? DType::f16
+                                              : DType::u8;
+  RowsArray rows;
+  static_cast<ArrayView &>(rows) = view_array(array, name, ndim, {dtype}, access);
+  rows.format = format;
+  rows.width = rows.shape[ndim - 1];
+  if (dtype != DType::u8) {
+    return rows;
   }
-  constexpr auto block = static_cast<std::int64_t>(sizeof(block_q4_0));
-  if (n % block != 0) {
-    throw std::invalid_argument("the last axis of Q4_0 rows in " + std::string(name) +
-                                " must be a multiple of 18 bytes, got " + view.shape_text());
+  const FormatInfo &info = format_info(format);
+  if (rows.width % info.block_bytes != 0) {
+    throw std::invalid_argument("the last axis of " + std::string(info.name) + " rows in " + name +
+                                " must be a multiple of " + std::to_string(info.block_bytes) +
+                                " bytes, got " + rows.shape_text());
   }
-  return n / block * QK4_0;
+  rows.width = rows.width / info.block_bytes * info.block_values;
+  if (info.plain() && array.size() > 0) { // numbers, which are read as such
+    bool aligned = reinterpret_cast<std::uintptr_t>(rows.data) % info.block_bytes == 0;
+    for (int i = 0; i + 1 < ndim; ++i) {
+      aligned = aligned && rows.strides[i] % info.block_bytes == 0;
+    }
+    if (!aligned) {
+      throw std::invalid_argument(std::string(name) + " must be aligned");
+    }
+  }
+  return rows;
 }
 
 /// A number that fits an int.

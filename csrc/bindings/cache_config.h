@@ -14,19 +14,6 @@
 
 namespace mixedkv::bindings {
 
-inline Format parse_format(const std::string &text, const char *name) {
-  std::string known;
-  for (int i = 0; i < kNumFormats; ++i) {
-    const Format format = static_cast<Format>(i);
-    if (text == format_name(format)) {
-      return format;
-    }
-    known += i == 0 ? "'" : i + 1 < kNumFormats ? "', '" : "' or '";
-    known += format_name(format);
-  }
-  throw std::invalid_argument(std::string(name) + " must be " + known + "', got '" + text + "'");
-}
-
 /// value as a T; py::type_error naming the option where it is none.
 template <typename T> T option_value(const py::handle &value, const char *name, const char *what) {
   try {

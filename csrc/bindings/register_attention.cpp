@@ -11,10 +11,11 @@
 namespace mixedkv::bindings {
 namespace {
 
-/// q [B, Hq, Lq, D], k [B, Hkv, Lkv, row], v likewise; ms [B, Hq * Lq, 2] and acc
+/// q [B, Hq, Lq, D], k [B, Hkv, Lkv, row] of k_format, v likewise; ms [B, Hq * Lq, 2] and acc
 /// [B, Hq * Lq, Dv] continue and are continued, out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] receive;
 /// mask [B, Hq, Lq, Lkv].
 void attend_arrays(const py::array &q_array, const py::array &k_array, const py::array &v_array,
+                   const std::string &k_format, const std::string &v_format,
                    const OptionalArray &ms_array, const OptionalArray &acc_array,
                    const OptionalArray &out_array, const OptionalArray &lse_array,
                    const OptionalArray &mask_array, const OptionalArray &alibi_slopes,
@@ -32,18 +33,18 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
                          {"sinks", sinks}});
   }
   const ArrayView q = view_array(q_array, "q", 4, {DType::f32, DType::f16});
-  const ArrayView k = view_array(k_array, "k", 4, {DType::f32, DType::f16, DType::u8});
-  const ArrayView v = view_array(v_array, "v", 4, {DType::f32, DType::f16, DType::u8});
+  const RowsArray k = view_rows(k_array, "k", 4, parse_format(k_format, "k_format"));
+  const RowsArray v = view_rows(v_array, "v", 4, parse_format(v_format, "v_format"));
   const std::int64_t batch = q.shape[0];
   const std::int64_t num_qo_heads = q.shape[1];
   const std::int64_t qo_len = q.shape[2];
   const std::int64_t num_kv_heads = k.shape[1];
   const std::int64_t kv_len = k.shape[2];
   const std::int64_t head_dim = q.shape[3];
-  const std::int64_t head_dim_v = row_width(v, "v");
+  const std::int64_t head_dim_v = v.width;
   check_shape(k, "k", {batch, num_kv_heads, kv_len, k.shape[3]});
   check_shape(v, "v", {batch, num_kv_heads, kv_len, v.shape[3]});
-  if (row_width(k, "k") != head_dim || head_dim < 1 || head_dim_v < 1 || num_kv_heads < 1 ||
+  if (k.width != head_dim || head_dim < 1 || head_dim_v < 1 || num_kv_heads < 1 ||
       num_qo_heads % num_kv_heads != 0) {
     throw std::invalid_argument("q, k and v don't fit each other: " + q.shape_text() + ", " +
                                 k.shape_text() + ", " + v.shape_text());
@@ -98,8 +99,8 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
     KeySegment &segment = segments[b];
     segment.k = k.data + b * k.strides[0];
     segment.v = v.data + b * v.strides[0];
-    segment.k_format = kv_type(k.dtype);
-    segment.v_format = kv_type(v.dtype);
+    segment.k_format = k.format;
+    segment.v_format = v.format;
     segment.k_head_stride = k.strides[1];
     segment.k_row_stride = k.strides[2];
     segment.v_head_stride = v.strides[1];
@@ -109,7 +110,7 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
 
     AttentionProblem &problem = problems[b];
     problem.q.data = q.data + b * q.strides[0];
-    problem.q.type = kv_type(q.dtype);
+    problem.q.type = plain_format(q.dtype);
     problem.q.head_stride = q.strides[1];
     problem.q.row_stride = q.strides[2];
     problem.q.pos_start = q_start;
@@ -224,11 +225,11 @@ void merge_states_arrays(const py::array &outs_array, const py::array &lses_arra
 } // namespace
 
 void register_attention(py::module_ &m) {
-  m.def("attend", &attend_arrays, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("ms"),
-        py::arg("acc"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("alibi_slopes"),
-        py::arg("sinks"), py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("causal"),
-        py::arg("window_left"), py::arg("q_start"), py::arg("kv_start"), py::arg("threads"),
-        py::arg("allow_bf16"));
+  m.def("attend", &attend_arrays, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_format"),
+        py::arg("v_format"), py::arg("ms"), py::arg("acc"), py::arg("out"), py::arg("lse"),
+        py::arg("mask"), py::arg("alibi_slopes"), py::arg("sinks"), py::arg("sm_scale"),
+        py::arg("logits_soft_cap"), py::arg("causal"), py::arg("window_left"), py::arg("q_start"),
+        py::arg("kv_start"), py::arg("threads"), py::arg("allow_bf16"));
   m.def("finalize", &finalize_arrays, py::arg("ms"), py::arg("acc"), py::arg("sinks"),
         py::arg("out"), py::arg("lse"));
   m.def("merge", &merge_arrays, py::arg("ms_a"), py::arg("acc_a"), py::arg("ms_b"),

@@ -90,7 +90,7 @@ RowsView rows_view(const py::array &array, const char *name, std::int64_t heads,
                    std::int64_t tokens, std::int64_t width) {
   const ArrayView view = view_array(array, name, 3, {DType::f32, DType::f16});
   check_shape(view, name, {heads, tokens, width});
-  return {view.data, kv_type(view.dtype), view.strides[0], view.strides[1]};
+  return {view.data, plain_format(view.dtype), view.strides[0], view.strides[1]};
 }
 
 void store(Handle &handle, std::int64_t layer, const py::array &k, const py::array &v) {
@@ -146,7 +146,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
 
   QueryView queries;
   queries.data = q.data;
-  queries.type = kv_type(q.dtype);
+  queries.type = plain_format(q.dtype);
   queries.head_stride = q.strides[0];
   queries.row_stride = q.strides[1];
   queries.len = n;
@@ -203,8 +203,6 @@ py::array rows_array(Format type, std::int64_t heads, std::int64_t n, std::int64
     return py::array(py::dtype::of<float>(), std::vector<py::ssize_t>{heads, n, width});
   case Format::f16:
     return py::array(py::dtype("float16"), std::vector<py::ssize_t>{heads, n, width});
-  case Format::bf16:
-    return py::array(py::dtype::of<std::uint16_t>(), std::vector<py::ssize_t>{heads, n, width});
   default:
     const auto bytes = static_cast<py::ssize_t>(row_bytes(type, static_cast<std::size_t>(width)));
     return py::array(py::dtype::of<std::uint8_t>(), std::vector<py::ssize_t>{heads, n, bytes});

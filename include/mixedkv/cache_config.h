@@ -13,7 +13,7 @@ namespace mixedkv {
 #define MIXEDKV_CACHE_FIELDS(FIELD) \
   FIELD(int, num_layers, 1, "Layers of the model.") \
   FIELD(int, num_kv_heads, 1, "Heads of K and of V.") \
-  FIELD(int, head_dim, 0, "Values in a row of K, a multiple of 32 in q4_0.") \
+  FIELD(int, head_dim, 0, "Values in a row of K, whole blocks of its types.") \
   FIELD(int, head_dim_v, 0, "Values in a row of V, likewise.") \
   FIELD(std::int64_t, hot_size, 1024, "Hot cells (tokens), all sequences together.") \
   FIELD(std::int64_t, cold_size, 4096, "Cold cells, likewise; none without quantize.") \

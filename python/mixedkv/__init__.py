@@ -6,7 +6,7 @@ one flash attention, which carries its state from segment to segment, reads both
 
 from __future__ import annotations
 
-from . import isa
+from . import formats, isa
 from ._core import __version__, get_num_threads, set_num_threads
 from .attention import AttentionState, attention, merge, merge_state, merge_states
 from .cache import (
@@ -21,6 +21,7 @@ from .cache import (
 )
 from .paged import attention_paged
 from .quantize import dequantize_q4_0, quantize_q4_0
+from .quantized import QuantizedArray, quantize
 
 __all__ = [
     "AttentionState",
@@ -28,6 +29,7 @@ __all__ = [
     "CacheFull",
     "CacheStats",
     "MixedKVCache",
+    "QuantizedArray",
     "Slot",
     "StateFileError",
     "StoredRows",
@@ -36,11 +38,13 @@ __all__ = [
     "attention",
     "attention_paged",
     "dequantize_q4_0",
+    "formats",
     "get_num_threads",
     "isa",
     "merge",
     "merge_state",
     "merge_states",
+    "quantize",
     "quantize_q4_0",
     "set_num_threads",
 ]

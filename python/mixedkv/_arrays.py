@@ -18,7 +18,6 @@ _BOOL = np.dtype(np.bool_)
 
 #: dtypes that each argument takes, by what it is.
 FLOATS = (_F32, _F16)
-FLOATS_OR_Q4_0 = (_F32, _F16, _U8)
 MASKS = (_F32, _F16, _BOOL)
 
 
@@ -33,6 +32,20 @@ def _dtype_names(dtypes: tuple[np.dtype[Any], ...]) -> str:
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
 
 
+def cpu_tensor(x: Array, name: str) -> Array:
+    """Return a torch tensor as values alone: on the CPU, outside autograd."""
+    torch = sys.modules["torch"]
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} must be a CPU tensor, got one on {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and mixedkv computes no gradients: "
+            "call it under torch.no_grad(), or detach it"
+        )
+    x = x.detach()
+    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
+
+
 def to_numpy(x: Array, name: str, dtypes: tuple[np.dtype[Any], ...]) -> NDArray[Any]:
     """View x as a numpy array of one of dtypes whose last axis is contiguous.
 
@@ -41,18 +54,9 @@ def to_numpy(x: Array, name: str, dtypes: tuple[np.dtype[Any], ...]) -> NDArray[
     """
     if is_tensor(x):
         torch = sys.modules["torch"]
-        if x.device.type != "cpu":
-            raise ValueError(f"{name} must be a CPU tensor, got one on {x.device}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires grad, and mixedkv computes no gradients: "
-                "call it under torch.no_grad(), or detach it"
-            )
-        x = x.detach()
+        x = cpu_tensor(x, name)
         if x.dtype == torch.bfloat16 and _F32 in dtypes:
             x = x.float()
-        if x.is_conj() or x.is_neg():
-            x = x.resolve_conj().resolve_neg()
         try:
             array: NDArray[Any] = x.numpy()
         except (TypeError, RuntimeError) as error:

@@ -5,8 +5,8 @@ For a query row, and logits ``x`` of the keys seen so far, the state is ``M = ma
 ``lse = M + ln S`` (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
 arXiv:2205.14135). The accumulator is reset only while M is -inf.
 
-Arrays are numpy arrays or torch CPU tensors. Keys and values may be float32, float16 (torch also
-bfloat16) or Q4_0 rows (uint8, see :mod:`mixedkv.quantize`), each on its own.
+Arrays are numpy arrays or torch CPU tensors. Keys and values may be float32, float16, bfloat16
+(torch), or a :class:`mixedkv.QuantizedArray` of any format, each on its own; bare uint8 is Q4_0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from . import _core
 from ._arrays import (
     FLOATS,
-    FLOATS_OR_Q4_0,
     MASKS,
     Array,
     Result,
@@ -30,7 +29,7 @@ from ._arrays import (
     check_threads,
     to_numpy,
 )
-from .quantize import BLOCK_BYTES, BLOCK_VALUES
+from .quantized import row_width, rows_of
 
 __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"]
 
@@ -67,8 +66,9 @@ def attention(
         Queries [B, Hq, Lq, D], float32 or float16 (torch also bfloat16). A leading B may be left
         out, in q, k and v alike.
     k, v
-        Keys [B, Hkv, Lkv, D] and values [B, Hkv, Lkv, Dv], or Q4_0 rows (uint8, last axis
-        ``D // 32 * 18``). Query head h reads kv head ``h // (Hq // Hkv)``. A batch of 1, in k, v or
+        Keys [B, Hkv, Lkv, D] and values [B, Hkv, Lkv, Dv], plain, a
+        :class:`mixedkv.QuantizedArray`, or bare Q4_0 rows (uint8, last axis ``D // 32 * 18``), read
+        as they are. Query head h reads kv head ``h // (Hq // Hkv)``. A batch of 1, in k, v or
         both, serves every row of q's batch, without a copy.
     sm_scale
         Factor of the logits; None: ``1 / sqrt(D)``.
@@ -508,19 +508,6 @@ def allows_bf16(compute_type: ComputeType) -> bool:
     return compute_type == "bf16"
 
 
-def row_width(array: NDArray[Any], name: str) -> int:
-    """Return how many values a row has: the last axis, or what its Q4_0 blocks hold."""
-    width = int(array.shape[-1])
-    if array.dtype != np.uint8:
-        return width
-    if width % BLOCK_BYTES:
-        raise ValueError(
-            f"the last axis of Q4_0 rows in {name} must be a multiple of {BLOCK_BYTES} bytes, "
-            f"got shape {array.shape}"
-        )
-    return width // BLOCK_BYTES * BLOCK_VALUES
-
-
 @dataclass(init=False)
 class _Inputs:
     """q, k and v as [B, H, L, row] numpy views, and their sizes."""
@@ -531,11 +518,9 @@ class _Inputs:
     batched: bool
 
     def __init__(self, q: Array, k: Array, v: Array, *, nhd: bool = False) -> None:
-        arrays = {
-            "q": to_numpy(q, "q", FLOATS),
-            "k": to_numpy(k, "k", FLOATS_OR_Q4_0),
-            "v": to_numpy(v, "v", FLOATS_OR_Q4_0),
-        }
+        arrays = {"q": to_numpy(q, "q", FLOATS)}
+        arrays["k"], self.k_format = rows_of(k, "k")
+        arrays["v"], self.v_format = rows_of(v, "v")
         order = "[B, L, H, D]" if nhd else "[B, H, L, D]"
         ndim = arrays["q"].ndim
         for name, array in arrays.items():
@@ -565,12 +550,12 @@ class _Inputs:
                 f"the heads of q must be a multiple of those of k, got {q.shape[1]} and "
                 f"{k.shape[1]}"
             )
-        self.head_dim = row_width(q, "q")
-        self.head_dim_v = row_width(v, "v")
-        if row_width(k, "k") != self.head_dim:
+        self.head_dim = int(q.shape[-1])
+        self.head_dim_v = row_width(v, self.v_format, "v")
+        if row_width(k, self.k_format, "k") != self.head_dim:
             raise ValueError(
-                f"k must have q's head_dim {self.head_dim}, got {row_width(k, 'k')} "
-                f"(shape {k.shape}, {k.dtype})"
+                f"k must have q's head_dim {self.head_dim}, got "
+                f"{row_width(k, self.k_format, 'k')} (shape {k.shape}, {k.dtype})"
             )
         for name, width in (("q", self.head_dim), ("v", self.head_dim_v)):
             if not 1 <= width <= _MAX_HEAD_DIM:
@@ -662,6 +647,8 @@ class _Options:
             shapes.q,
             shapes.k,
             shapes.v,
+            shapes.k_format.name,
+            shapes.v_format.name,
             ms,
             acc,
             out,

@@ -7,7 +7,6 @@ is ``n // 32 * 18`` bytes, byte for byte what ggml writes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,9 +68,9 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
             f"the last axis of x must be a multiple of {BLOCK_VALUES}, got shape {array.shape}"
         )
     shape = (*array.shape[:-1], row_bytes_q4_0(n))
-    target, result = _target(x, shape, out, np.dtype(np.uint8))
+    target, result = target_of(x, shape, out, np.dtype(np.uint8))
     check_target(target, {"x": array}, "out")
-    _convert(_core.quantize_q4_0, array, target, check_threads(threads))
+    convert(array, plain_format(array), target, "q4_0", check_threads(threads), finite=True)
     return result
 
 
@@ -110,19 +109,27 @@ def dequantize_q4_0(
         raise ValueError(
             f"the last axis of b must be a multiple of {BLOCK_BYTES}, got shape {array.shape}"
         )
-    wanted = _float_dtype(dtype)
+    wanted = float_dtype(dtype)
     shape = (*array.shape[:-1], m // BLOCK_BYTES * BLOCK_VALUES)
-    target, result = _target(b, shape, out, wanted)
+    target, result = target_of(b, shape, out, wanted)
     check_target(target, {"b": array}, "out")
-    _convert(_core.dequantize_q4_0, array, target, check_threads(threads))
+    convert(array, "q4_0", target, plain_format(target), check_threads(threads))
     return result
 
 
-def _convert(
-    function: Callable[[NDArray[Any], NDArray[Any], int], None],
+def plain_format(array: NDArray[Any]) -> str:
+    """Return the format of an array of float32 or float16."""
+    return "f16" if array.dtype == np.float16 else "f32"
+
+
+def convert(
     source: NDArray[Any],
+    source_format: str,
     target: NDArray[Any],
+    target_format: str,
     threads: int,
+    *,
+    finite: bool = False,
 ) -> None:
     """Convert rows of any leading shape; in place where the target's rows have one stride."""
     if not source.size:
@@ -131,12 +138,14 @@ def _convert(
     in_place = np.may_share_memory(rows, target) and rows.strides[-1] == rows.itemsize
     if not in_place:
         rows = np.empty(rows.shape, rows.dtype)
-    function(source.reshape(-1, source.shape[-1]), rows, threads)
+    flat = source.reshape(-1, source.shape[-1])
+    _core.convert(flat, source_format, rows, target_format, finite, threads)
     if not in_place:
         target[...] = rows.reshape(target.shape)
 
 
-def _float_dtype(dtype: Any) -> np.dtype[Any]:
+def float_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return numpy's float32 or float16 for what may be torch's."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, torch.dtype):
         dtype = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, dtype)
@@ -149,7 +158,7 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
     raise TypeError(f"dtype must be float32 or float16, got {dtype}")
 
 
-def _target(
+def target_of(
     like: Array, shape: tuple[int, ...], out: Array | None, dtype: np.dtype[Any]
 ) -> tuple[NDArray[Any], Array]:
     """Return the numpy array to fill and the object to hand back."""

@@ -175,7 +175,7 @@ BAD_CONFIG: dict[str, dict[str, Any]] = {
     "threshold_nan": {"threshold": float("nan")},
     "n_pad": {"n_pad": 0},
     "n_seq_max": {"n_seq_max": 0},
-    "hot_k_type": {"hot_k_type": "q8_0"},
+    "hot_k_type": {"hot_k_type": "q5_0"},
     "hot_v_type": {"hot_v_type": "F16"},
     "cold_k_type": {"cold_k_type": ""},
     "cold_v_type": {"cold_v_type": "int4"},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import formats
 from .._arrays import Array
 
 
@@ -41,12 +42,8 @@ def boolean(value: bool, name: str) -> bool:
 
 
 def kv_type(value: str, name: str) -> str:
-    """Return the name of a type of keys or values; TypeError and ValueError name it."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-    if value not in ("f32", "f16", "q4_0"):
-        raise ValueError(f"{name} must be 'f32', 'f16' or 'q4_0', got {value!r}")
-    return value
+    """Return the name of a format of keys or values; TypeError and ValueError name it."""
+    return formats.find(value, name, formats.available()).name
 
 
 def layers(

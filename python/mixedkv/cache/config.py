@@ -54,7 +54,7 @@ Switch = Annotated[bool, boolean]
 class CacheConfig:
     """What a cache is made from; immutable.
 
-    Types of keys and values are "f32", "f16" or "q4_0". Tokens move when more than
+    Types of keys and values are those of :mod:`mixedkv.formats`. Tokens move when more than
     ``floor(threshold * hot_size)`` hot cells are in use: ``min(used // 4, group_size)`` of them,
     oldest first, until that is so no longer. `layer_filter` may also be a callable on a layer's
     index; it is asked once, and the indices that it lets through are kept.
@@ -66,7 +66,7 @@ class CacheConfig:
 
     num_layers: Annotated[Count, "Layers of the model."]
     num_kv_heads: Annotated[Count, "Heads of K and of V."]
-    head_dim: Annotated[Count, "Values in a row of K, a multiple of 32 in q4_0."]
+    head_dim: Annotated[Count, "Values in a row of K, whole blocks of its types."]
     head_dim_v: Annotated[Size, "Values in a row of V, likewise; None: head_dim."] = None
     hot_size: Annotated[Count, "Hot cells (tokens), all sequences together."] = 1024
     cold_size: Annotated[Count, "Cold cells, likewise; none without quantize."] = 4096

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _core
+from .. import _core, formats
+from ..quantized import QuantizedArray
 
 CacheFull = _core.CacheFull
 
@@ -37,10 +38,22 @@ class StoredRows:
 
     #: int64 [n].
     positions: NDArray[np.int64]
-    #: [Hkv, n, D] in the tier's type: float32, float16, or Q4_0 rows (uint8, ggml's block order).
-    k: NDArray[Any]
+    #: [Hkv, n, D] in the tier's type: float32, float16, or a QuantizedArray (ggml's block order).
+    k: NDArray[Any] | QuantizedArray
     #: [Hkv, n, Dv] likewise.
-    v: NDArray[Any]
+    v: NDArray[Any] | QuantizedArray
+
+
+def stored_rows(
+    rows: tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]], k_type: str, v_type: str
+) -> StoredRows:
+    """Return what the core exports of a tier whose keys and values are of these types."""
+    positions, *arrays = rows
+    k, v = (
+        QuantizedArray(array, kind) if formats.info(kind).packed else array
+        for array, kind in zip(arrays, (k_type, v_type), strict=True)
+    )
+    return StoredRows(positions, k, v)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class UnifiedKVCache(KVCache):
     size
         Cells (tokens) of all sequences together, a multiple of n_pad.
     k_type, v_type
-        "f32", "f16" or "q4_0"; with q4_0 a token's rows are quantised as they are stored.
+        Any of :mod:`mixedkv.formats`; a token's rows are converted as they are stored.
     options
         num_layers, num_kv_heads, head_dim, head_dim_v, n_pad, n_seq_max, window_left, rope and
         layer_filter, as in :class:`CacheConfig`.

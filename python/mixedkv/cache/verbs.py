@@ -18,7 +18,7 @@ from ..attention import ComputeType, _lse_kind, _per_head, allows_bf16, finite, 
 from .arguments import int_array, integer, owners
 from .config import CacheConfig, core_options
 from .log import logger
-from .records import CacheFull, CacheStats, Slot, StoredRows
+from .records import CacheFull, CacheStats, Slot, StoredRows, stored_rows
 
 
 class KVCache:
@@ -309,7 +309,11 @@ class KVCache:
             Where layer or seq does not fit.
         """
         hot, cold = self._core.export_rows(integer(layer, "layer"), integer(seq, "seq"))
-        return StoredRows(*hot), StoredRows(*cold)
+        config = self._config
+        return (
+            stored_rows(hot, config.hot_k_type, config.hot_v_type),
+            stored_rows(cold, config.cold_k_type, config.cold_v_type),
+        )
 
     def stats(self) -> CacheStats:
         """Return the counters."""

@@ -205,6 +205,7 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
     if seen.rows != 1 or seen.kept is not None:
         raise ValueError("a trace is of one sequence without padding")
     hot, cold = seen.native.export_rows(seen.place, 0)
+    hot_k, hot_v, cold_k, cold_v = map(_stored, (hot.k, hot.v, cold.k, cold.v))
     queries = seen.query.shape[2]
     q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
     q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
@@ -216,14 +217,14 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
     tensors = {
         "kqv_out": out,
         "q": q,
-        "k": watched("K [kv head, key, dim], hot", hot.k),
-        "v": watched("V [kv head, key, dim], hot", hot.v),
+        "k": watched("K [kv head, key, dim], hot", hot_k),
+        "v": watched("V [kv head, key, dim], hot", hot_v),
     }
     masks = [_mask(int(at[0]), len(at), hot.positions, window)]
     if settings.mixed:
         # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
         # is masked stands in.
-        positions, k, v = cold.positions, cold.k, cold.v
+        positions, k, v = cold.positions, cold_k, cold_v
         if not len(positions):
             positions = np.array([-1])
             k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
@@ -249,6 +250,12 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
         window_left=-1 if window is None else int(window),
     )
     recorder.add(seen.layer, info, tensors)
+
+
+def _stored(rows: NDArray[Any] | mkv.QuantizedArray) -> NDArray[Any]:
+    """Give rows as a trace holds them: Q4_0 as its bytes."""
+    stored: NDArray[Any] = rows.data if isinstance(rows, mkv.QuantizedArray) else rows
+    return stored
 
 
 def _mask(

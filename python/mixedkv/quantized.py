@@ -1,0 +1,390 @@
+"""Rows of a format that numpy and torch have no type for: their bytes, and what these mean."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import formats
+from ._arrays import FLOATS, Array, check_target, check_threads, cpu_tensor, is_tensor, to_numpy
+from .quantize import convert, float_dtype, plain_format, target_of
+
+__all__ = ["QuantizedArray", "quantize"]
+
+_U8 = np.dtype(np.uint8)
+_HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
+
+
+class QuantizedArray:
+    """Rows of a format, as a view of their bytes.
+
+    Every op and every cache takes one for keys and for values. It is indexed, reshaped and
+    transposed like an array of values [..., n], all but the last axis: that one holds whole blocks.
+
+    ``np.asarray(a)`` gives the values as float32, a copy. ``a == b`` of two of them is one bool:
+    the same format, shape and bytes.
+
+    Parameters
+    ----------
+    data
+        uint8 numpy array or torch CPU tensor [..., bytes of a row], viewed, not copied, where the
+        bytes of a row lie side by side. For "bf16" also uint16 or int16 [..., n], or a bfloat16
+        tensor.
+    format
+        One of :func:`mixedkv.formats.packed`.
+
+    Raises
+    ------
+    ValueError
+        Where the last axis is not whole blocks, or the format is no such format.
+    TypeError
+        Where data has another dtype, or is no array.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+    __slots__ = ("_data", "_format")
+
+    def __init__(self, data: Array, format: str) -> None:
+        self._format = find_packed(format, "format")
+        self._data = _bytes_of(data, self._format.name, "data")
+        if self._data.ndim == 0:
+            raise ValueError("data must have one axis at least, got a scalar")
+        if self._data.shape[-1] % self._format.block_bytes:
+            raise ValueError(
+                f"the last axis of data must be a multiple of {self._format.block_bytes} bytes, "
+                f"whole blocks of {self._format.name}, got shape {tuple(self._data.shape)}"
+            )
+
+    # --- what it is --------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Array:
+        """The bytes: uint8 [..., bytes of a row], numpy or torch."""
+        return self._data
+
+    @property
+    def format(self) -> str:
+        """The format's name."""
+        return self._format.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in values."""
+        *leading, width = self._data.shape
+        return (*leading, self._format.row_values(width))
+
+    @property
+    def ndim(self) -> int:
+        """Axes."""
+        return int(self._data.ndim)
+
+    @property
+    def size(self) -> int:
+        """Values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return math.prod(self._data.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        kind = "torch" if is_tensor(self._data) else "numpy"
+        return f"QuantizedArray({self.format}, shape={self.shape}, {kind}, {self.nbytes} bytes)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantizedArray):
+            return NotImplemented
+        return (
+            self.format == other.format
+            and self.shape == other.shape
+            and np.array_equal(_numpy(self._data), _numpy(other._data))
+        )
+
+    def __reduce__(self) -> tuple[type[QuantizedArray], tuple[Array, str]]:
+        return QuantizedArray, (self._data, self.format)
+
+    # --- its values ----------------------------------------------------------------------------
+
+    def dequantize(
+        self, dtype: Any = np.float32, *, out: Array | None = None, threads: int | None = None
+    ) -> Array:
+        """Return the values [..., n], rounded once where dtype is float16.
+
+        Parameters
+        ----------
+        dtype
+            numpy.float32 or numpy.float16, or torch's.
+        out
+            [..., n] of that dtype, of any kind; filled and returned.
+        threads
+            Threads to use; None: :func:`mixedkv.get_num_threads`.
+
+        Returns
+        -------
+        [..., n] of dtype, torch where data is torch.
+        """
+        wanted = float_dtype(dtype)
+        target, result = target_of(self._data, self.shape, out, wanted)
+        source = self.rows()
+        check_target(target, {"data": source}, "out")
+        convert(source, self.format, target, plain_format(target), check_threads(threads))
+        return result
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("the values of a QuantizedArray can't be had without a copy")
+        values: NDArray[Any] = self.numpy().dequantize()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    # --- views ---------------------------------------------------------------------------------
+
+    def rows(self) -> NDArray[np.uint8]:
+        """Return the bytes as numpy, a row's side by side, aligned as the format needs."""
+        array = to_numpy(self._data, "data", (_U8,))
+        if self._format.block_values == 1 and array.size:
+            where = (array.__array_interface__["data"][0], *array.strides[:-1])
+            if any(place % self._format.block_bytes for place in where):
+                array = np.array(array, order="C")
+        return array
+
+    def numpy(self) -> QuantizedArray:
+        """Return the same rows as numpy, sharing memory."""
+        return QuantizedArray(_numpy(self._data), self.format)
+
+    def torch(self) -> QuantizedArray:
+        """Return the same rows as a torch tensor, sharing memory where that may be written to."""
+        if is_tensor(self._data):
+            return self
+        import torch
+
+        data = self._data if self._data.flags.writeable else self._data.copy()
+        return QuantizedArray(torch.from_numpy(data), self.format)
+
+    def copy(self) -> QuantizedArray:
+        """Return the same rows in memory of their own."""
+        data = self._data.clone() if is_tensor(self._data) else self._data.copy()
+        return QuantizedArray(data, self.format)
+
+    def __getitem__(self, index: Any) -> QuantizedArray:
+        return QuantizedArray(self._data[_whole_rows(index, self.shape)], self.format)
+
+    def __iter__(self) -> Iterator[QuantizedArray]:
+        if self.ndim == 1:
+            raise TypeError("a QuantizedArray of one axis has no rows to iterate over")
+        return (self[i] for i in range(len(self)))
+
+    def reshape(self, *shape: Any) -> QuantizedArray:
+        """Return the rows in another shape with the same last axis; one axis may be -1."""
+        wanted = list(shape[0]) if len(shape) == 1 and hasattr(shape[0], "__iter__") else [*shape]
+        width = self.shape[-1]
+        if not wanted or wanted[-1] not in (width, -1):
+            raise ValueError(
+                f"the last axis must stay {width}: it holds whole blocks; got {tuple(wanted)}"
+            )
+        if wanted[-1] == -1 and math.prod(wanted[:-1]) * width != self.size:
+            raise ValueError(f"a shape {tuple(wanted)} would change the last axis, {width}")
+        return QuantizedArray(self._data.reshape((*wanted[:-1], self._data.shape[-1])), self.format)
+
+    def swapaxes(self, axis1: int, axis2: int) -> QuantizedArray:
+        """Return the rows with two axes, neither of them the last, in each other's place."""
+        axes = list(range(self.ndim))
+        a, b = (_axis(axis, self.ndim) for axis in (axis1, axis2))
+        axes[a], axes[b] = axes[b], axes[a]
+        return self.transpose(*axes)
+
+    def transpose(self, *axes: Any) -> QuantizedArray:
+        """Return the rows with their axes in another order, the last one last (as numpy's)."""
+        order = list(axes[0]) if len(axes) == 1 and hasattr(axes[0], "__iter__") else [*axes]
+        places = [_axis(axis, self.ndim) for axis in order]
+        if sorted(places) != list(range(self.ndim)) or places[-1] != self.ndim - 1:
+            raise ValueError(
+                f"axes must be all of 0 to {self.ndim - 1}, the last one last, which holds whole "
+                f"blocks; got {tuple(order)}"
+            )
+        moved = (
+            self._data.permute(places) if is_tensor(self._data) else self._data.transpose(places)
+        )
+        return QuantizedArray(moved, self.format)
+
+
+def quantize(
+    x: Array,
+    format: str,
+    *,
+    out: QuantizedArray | Array | None = None,
+    threads: int | None = None,
+) -> QuantizedArray:
+    """Convert rows of values to a format, byte for byte as ggml does where it has the format.
+
+    "q4_0" as by :func:`quantize_q4_0`; "q8_0": 8 bits a value, ``d = largest magnitude / 127``;
+    "iq4_nl": 4 bits, of sixteen levels that lie closer around zero, d by least weighted squares (as
+    ggml's caches convert); "bf16": the upper half of a float32, rounded to nearest even.
+
+    Parameters
+    ----------
+    x
+        float32 or float16 array or tensor [..., n] (torch also bfloat16), n a multiple of the
+        format's block.
+    format
+        One of :func:`mixedkv.formats.packed`.
+    out
+        A QuantizedArray of x's shape and this format, or uint8 [..., bytes of a row], contiguous in
+        its last axis; filled.
+    threads
+        Threads to use; None: :func:`mixedkv.get_num_threads`.
+
+    Returns
+    -------
+    The rows, torch where x is torch; out, where that is a QuantizedArray, or a view of it.
+
+    Raises
+    ------
+    ValueError
+        Where n is not a multiple of the block, x holds a NaN or an infinity (bf16 keeps these;
+        nothing is written), or out has another shape or format.
+    TypeError
+        Where x or out has another dtype.
+    """
+    kind = find_packed(format, "format")
+    array = to_numpy(x, "x", FLOATS)
+    if array.ndim == 0:
+        raise ValueError("x must have one axis at least, got a scalar")
+    if array.shape[-1] % kind.block_values:
+        raise ValueError(
+            f"the last axis of x must be a multiple of {kind.block_values} for {format}, got shape "
+            f"{array.shape}"
+        )
+    if isinstance(out, QuantizedArray):
+        if out.format != format:
+            raise ValueError(f"out must be of format {format}, got {out.format}")
+        if out.shape != array.shape:
+            raise ValueError(f"out must have shape {array.shape}, got {out.shape}")
+    shape = (*array.shape[:-1], kind.row_bytes(array.shape[-1]))
+    data = out.data if isinstance(out, QuantizedArray) else out
+    target, result = target_of(x, shape, data, _U8)
+    check_target(target, {"x": array}, "out")
+    finite = kind.block_values > 1
+    convert(array, plain_format(array), target, format, check_threads(threads), finite=finite)
+    return out if isinstance(out, QuantizedArray) else QuantizedArray(result, format)
+
+
+def find_packed(value: str, name: str) -> formats.Format:
+    """Return the format that an argument names, which must be one of bytes."""
+    if value in ("f32", "f16"):
+        raise ValueError(f"{name} must not be {value!r}: such rows are plain arrays")
+    return formats.find(value, name, formats.packed())
+
+
+def rows_of(x: Any, name: str) -> tuple[NDArray[Any], formats.Format]:
+    """Return keys or values as the core takes them, and their format.
+
+    Values that numpy has a type for, a QuantizedArray, a bfloat16 tensor, or, for short, the bytes
+    of Q4_0 rows; copied only where rows are strided or not aligned.
+    """
+    if isinstance(x, QuantizedArray):
+        return x.rows(), formats.info(x.format)
+    if is_tensor(x) and x.dtype == sys.modules["torch"].bfloat16:
+        return QuantizedArray(_bytes_of(x, "bf16", name), "bf16").rows(), formats.info("bf16")
+    array = to_numpy(x, name, (*FLOATS, _U8))
+    names = {"float32": "f32", "float16": "f16", "uint8": "q4_0"}
+    return array, formats.info(names[array.dtype.name])
+
+
+def row_width(array: NDArray[Any], kind: formats.Format, name: str) -> int:
+    """Return how many values a row of rows_of has."""
+    width = int(array.shape[-1])
+    if not kind.packed:
+        return width
+    if width % kind.block_bytes:
+        raise ValueError(
+            f"the last axis of {kind.name.upper()} rows in {name} must be a multiple of "
+            f"{kind.block_bytes} bytes, got shape {array.shape}"
+        )
+    return kind.row_values(width)
+
+
+def _numpy(data: Array) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = data.numpy() if is_tensor(data) else data
+    return array
+
+
+def _bytes_of(data: Any, format: str, name: str) -> Array:
+    """Return an argument as uint8 whose rows' bytes lie side by side."""
+    if is_tensor(data):
+        torch = sys.modules["torch"]
+        data = cpu_tensor(data, name)
+        if data.ndim and data.shape[-1] > 1 and data.stride(-1) != 1:
+            data = data.contiguous()
+        if format == "bf16" and data.dtype in (torch.bfloat16, torch.int16, torch.uint16):
+            data = _as_bytes(data, torch.uint8, name)
+        if data.dtype != torch.uint8:
+            raise TypeError(f"{name} must be {_byte_types(format)}, got a tensor of {data.dtype}")
+        return data
+    if not isinstance(data, np.ndarray):
+        raise TypeError(
+            f"{name} must be a numpy array or a torch CPU tensor, got {type(data).__name__}"
+        )
+    if data.ndim and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
+        data = np.ascontiguousarray(data)
+    if format == "bf16" and data.dtype in _HALVES:
+        data = _as_bytes(data, _U8, name)
+    if data.dtype != _U8:
+        raise TypeError(f"{name} must be {_byte_types(format)}, got {data.dtype}")
+    return data
+
+
+def _as_bytes(data: Array, dtype: Any, name: str) -> Array:
+    if data.ndim == 0:
+        raise ValueError(f"{name} must have one axis at least, got a scalar")
+    return data.view(dtype)
+
+
+def _byte_types(format: str) -> str:
+    return "uint8, uint16, int16 or bfloat16" if format == "bf16" else "uint8"
+
+
+def _axis(axis: int, ndim: int) -> int:
+    place = axis + ndim if axis < 0 else axis
+    if not 0 <= place < ndim:
+        raise ValueError(f"axis {axis} is out of range for {ndim} axes")
+    return place
+
+
+def _whole_rows(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return an index over all axes that takes the last one whole, or raise IndexError."""
+    parts = index if isinstance(index, tuple) else (index,)
+    taken = sum(_axes_of(part) for part in parts)
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+    if len(dots) > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    if taken > len(shape):
+        raise IndexError(f"too many indices: {taken} for {len(shape)} axes")
+    at = dots[0] if dots else len(parts)
+    full = (*parts[:at], *[slice(None)] * (len(shape) - taken), *parts[at + len(dots) :])
+    last = full[-1] if full else None
+    whole = isinstance(last, slice) and last.indices(shape[-1]) == (0, shape[-1], 1)
+    if not whole:
+        raise IndexError(
+            "the last axis of a QuantizedArray holds whole blocks and can't be indexed: index the "
+            f"others, or dequantize() first; got {index!r} for shape {shape}"
+        )
+    return (*full[:-1], slice(None))
+
+
+def _axes_of(part: Any) -> int:
+    """Return how many axes a part of an index takes."""
+    if part is None or part is Ellipsis:
+        return 0
+    if isinstance(part, (bool, np.bool_)):
+        raise IndexError("a bool is no index of a QuantizedArray; use an array of bools")
+    is_mask = str(getattr(part, "dtype", "")) in ("bool", "torch.bool")
+    return int(part.ndim) if is_mask else 1
