@@ -12,40 +12,6 @@
 namespace mixedkv::bindings {
 namespace {
 
-/// Pages of keys or of values [num_pages, Hkv, page_size, row], in any strides.
-struct Pages {
-  ArrayView view;
-  Format format = Format::f32;
-  std::int64_t width = 0; ///< values in a row
-};
-
-Pages view_pages(const py::array &array, const char *name, const std::string &format) {
-  Pages pages;
-  int number = 0;
-  while (number < kNumFormats && format != kFormats[number].name) {
-    ++number;
-  }
-  if (number == kNumFormats) {
-    throw std::invalid_argument(std::string(name) + " has no known format, got '" + format + "'");
-  }
-  pages.format = static_cast<Format>(number);
-  const FormatInfo &info = kFormats[number];
-  const DType dtype = pages.format == Format::f32   ? DType::f32
-                      : pages.format == Format::f16 ? DType::f16
-                                                    : DType::u8;
-  pages.view = view_array(array, name, 4, {dtype});
-  pages.width = pages.view.shape[3];
-  if (dtype == DType::u8) {
-    if (pages.width % info.block_bytes != 0) {
-      throw std::invalid_argument("the last axis of " + std::string(name) +
-                                  " must be a multiple of " + std::to_string(info.block_bytes) +
-                                  " bytes, got " + pages.view.shape_text());
-    }
-    pages.width = pages.width / info.block_bytes * info.block_values;
-  }
-  return pages;
-}
-
 /// Offsets of a batch: [batch + 1] from 0 on, not descending, the last at most (or just) `total`.
 void check_indptr(const ArrayView &view, const char *name, std::int64_t total, bool exactly,
                   const char *of) {
@@ -104,22 +70,22 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
                          {"sinks", sinks}});
   }
   const ArrayView q = view_array(q_array, "q", 3, {DType::f32, DType::f16});
-  const Pages k = view_pages(k_array, "k_pages", k_format);
-  const Pages v = view_pages(v_array, "v_pages", v_format);
+  const RowsArray k = view_rows(k_array, "k_pages", 4, parse_format(k_format, "k_format"));
+  const RowsArray v = view_rows(v_array, "v_pages", 4, parse_format(v_format, "v_format"));
   const std::int64_t num_queries = q.shape[0];
   const std::int64_t num_qo_heads = q.shape[1];
   const std::int64_t head_dim = q.shape[2];
-  const std::int64_t num_pages = k.view.shape[0];
-  const std::int64_t num_kv_heads = k.view.shape[1];
-  const std::int64_t page_size = k.view.shape[2];
-  check_shape(v.view, "v_pages", {num_pages, num_kv_heads, page_size, v.view.shape[3]});
+  const std::int64_t num_pages = k.shape[0];
+  const std::int64_t num_kv_heads = k.shape[1];
+  const std::int64_t page_size = k.shape[2];
+  check_shape(v, "v_pages", {num_pages, num_kv_heads, page_size, v.shape[3]});
   if (k.width != head_dim || head_dim < 1 || v.width < 1 || num_kv_heads < 1 || num_qo_heads < 1 ||
       num_qo_heads % num_kv_heads != 0) {
     throw std::invalid_argument("q and pages don't fit each other: " + q.shape_text() + ", " +
-                                k.view.shape_text() + ", " + v.view.shape_text());
+                                k.shape_text() + ", " + v.shape_text());
   }
   if (page_size < 1) {
-    throw std::invalid_argument("pages must hold a key or more, got shape " + k.view.shape_text());
+    throw std::invalid_argument("pages must hold a key or more, got shape " + k.shape_text());
   }
   const ArrayView indptr = view_contiguous(indptr_array, "indptr", 1, {DType::i64});
   const ArrayView indices = view_contiguous(indices_array, "indices", 1, {DType::i64});
@@ -169,16 +135,16 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
                                   std::to_string(b) + "] = " + std::to_string(last_len[b]));
     }
     KeySegment &segment = segments[static_cast<std::size_t>(b)];
-    segment.k = k.view.data;
-    segment.v = v.view.data;
+    segment.k = k.data;
+    segment.v = v.data;
     segment.k_format = k.format;
     segment.v_format = v.format;
-    segment.k_page_stride = k.view.strides[0];
-    segment.v_page_stride = v.view.strides[0];
-    segment.k_head_stride = k.view.strides[1];
-    segment.v_head_stride = v.view.strides[1];
-    segment.k_row_stride = k.view.strides[2];
-    segment.v_row_stride = v.view.strides[2];
+    segment.k_page_stride = k.strides[0];
+    segment.v_page_stride = v.strides[0];
+    segment.k_head_stride = k.strides[1];
+    segment.v_head_stride = v.strides[1];
+    segment.k_row_stride = k.strides[2];
+    segment.v_row_stride = v.strides[2];
     segment.pages = numbers.data() + first_page[b];
     segment.page_size = page_size;
     segment.len = pages > 0 ? (pages - 1) * page_size + last_len[b] : 0;

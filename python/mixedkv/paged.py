@@ -8,7 +8,6 @@ keys each one's last page holds (``last_page_len``).
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +24,8 @@ from .attention import (
     finite,
     window,
 )
+from .formats import Format
+from .quantized import QuantizedArray, row_width, rows_of
 
 __all__ = ["attention_paged"]
 
@@ -66,7 +67,8 @@ def attention_paged(
     kv_pages
         (k_pages, v_pages), each [num_pages, Hkv, page_size, D] (NHD: [num_pages, page_size, Hkv,
         D]; Dv for D in v_pages), or one array [num_pages, 2, ...] of both. float32, float16 (torch
-        also bfloat16), or Q4_0 rows (uint8). In any strides, but a row's values side by side.
+        also bfloat16), a :class:`mixedkv.QuantizedArray`, or bare Q4_0 rows (uint8). In any
+        strides, but a row's values side by side.
     indptr
         [B + 1] from 0 on: sequence b has the pages ``indices[indptr[b]:indptr[b + 1]]``. None at
         all is no mistake: zeros, and an lse of -inf.
@@ -139,8 +141,8 @@ def attention_paged(
         q_array,
         k_pages.array,
         v_pages.array,
-        k_pages.format,
-        v_pages.format,
+        k_pages.format.name,
+        v_pages.format.name,
         queries,
         starts,
         numbers,
@@ -191,38 +193,22 @@ class _Pages:
         self.name = name
         self.shape = array.shape
         self.array = array if layout == "HND" else array.swapaxes(1, 2)
-        self.width = _width(array, self.format, name)
+        self.width = row_width(array, self.format, name)
 
 
-def _rows(x: Any, name: str) -> tuple[NDArray[Any], str]:
-    """Return rows as the core takes them, and the name of their format; never a copy."""
-    data, format = x, ""
-    if is_tensor(x) and x.dtype == sys.modules["torch"].bfloat16:
-        format = "bf16"
-        if x.ndim == 0 or x.stride(-1) == 1:
-            data = x.view(sys.modules["torch"].uint8)
-    array = to_numpy(data, name, (*FLOATS, np.dtype(np.uint8)))
+def _rows(x: Any, name: str) -> tuple[NDArray[Any], Format]:
+    """Return rows as the core takes them, and their format; never a copy."""
+    data = x.data if isinstance(x, QuantizedArray) else x
+    array, kind = rows_of(x, name)
     if array.size and array.__array_interface__["data"][0] != _address(data):
         raise ValueError(
             f"{name} must be aligned and contiguous in its last axis, since pages are not copied"
         )
-    return array, format or {"float32": "f32", "float16": "f16", "uint8": "q4_0"}[array.dtype.name]
+    return array, kind
 
 
 def _address(x: Array) -> int:
     return int(x.data_ptr() if is_tensor(x) else x.__array_interface__["data"][0])
-
-
-def _width(array: NDArray[Any], format: str, name: str) -> int:
-    """Return how many values a row has."""
-    width = int(array.shape[-1])
-    block_values, block_bytes = {"q4_0": (32, 18), "bf16": (1, 2)}.get(format, (1, 1))
-    if width % block_bytes:
-        raise ValueError(
-            f"the last axis of {format.upper()} rows in {name} must be a multiple of {block_bytes} "
-            f"bytes, got shape {array.shape}"
-        )
-    return width // block_bytes * block_values
 
 
 def _check_pages(k: _Pages, v: _Pages, num_qo_heads: int, head_dim: int) -> None:
