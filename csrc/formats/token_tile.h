@@ -27,7 +27,7 @@ static constexpr size_t tile_bytes(Format format, size_t n) {
 }
 
 /// Floats that a prepared query row takes (kernels.h); what they hold is an ISA's own affair.
-static constexpr size_t tile_query_floats(size_t n) { return n + 16; }
+static constexpr size_t tile_query_floats(size_t n) { return 2 * n; }
 
 /// Where the scale of a token's block is; code_bytes: of a block, without its scale.
 static inline f16_t *tile_scale(unsigned char *tile, int code_bytes, int num_blocks, int block,

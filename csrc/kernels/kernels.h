@@ -73,15 +73,18 @@ struct TileKernels {
   void (*prepare_query)(const float *q, std::size_t ld_q, int num_rows, int head_dim,
                         float *prepared) noexcept;
   /// As RowKernels::qk, over all tokens of num_tiles tiles. Query values are rounded to 1 / 16256
-  /// of the largest of their block of 32: |error| is below 1e-4 |q| |k| for rows like those of
-  /// models, and at most half such a step times |k_i|, summed over i. A NaN or infinity in a query
-  /// row makes its scores not finite.
+  /// of the largest of their block of 32, and what that leaves is added where it may show: |error|
+  /// is at most half such a step times |k_i|, summed over i, and about 5e-4 at most where roundings
+  /// and codes know nothing of each other (below 1e-4 |q| |k| for rows like those of models). What
+  /// a score gets depends on its row and its token alone. A NaN or infinity in a query row makes its
+  /// scores not finite.
   void (*qk)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
              float *scores, std::size_t ld_scores) noexcept;
   /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row
   /// does not see, whose values never show. For each token that a row sees, |error| is at
-  /// most 1.3e-4 of the largest |p * d| that it sees in a run of 16 tiles; products below 1e-30 may
-  /// count as nothing.
+  /// most 1.3e-4 of the largest |p * d| that it sees in a run of 16 tiles, and all of them together
+  /// at most 8e-4 of the run's |p * d|, added up but for the largest, or 1e-4 of all of them (each
+  /// times the largest code); products below 1e-30 may count as nothing.
   RowKernels::PvFn *pv;
 
   /// A tile's values as f32 rows [kTileTokens, head_dim_v].

@@ -13,6 +13,8 @@
 #include "kernels/loops/bf16.inl"
 #endif
 
+#include "kernels/loops/tile_products.inl"
+
 #include "kernels/loops/tile_keys.inl"
 
 #include "kernels/loops/tile_values.inl"

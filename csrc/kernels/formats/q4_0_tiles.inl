@@ -1,5 +1,5 @@
-// Q4_0 in token tiles: how its nibbles are opened (formats/nibble_tile.h), and rows to tiles, a tile
-// at a time: what a move to the cold tier spends its time on.
+// Q4_0 in token tiles: how its nibbles are opened (formats/nibble_tile.h), and rows to tiles, a
+// tile at a time: what a move to the cold tier spends its time on.
 //
 // Blocks are quantised one by one, as rows are, and meet in registers: for keys, four tokens' words
 // change places with four words' tokens; for values, the nibbles of eight tokens are laid side by
@@ -10,12 +10,12 @@
 struct Q4_0Keys {
   static constexpr int kCodeBytes = kNibbleCodeBytes;
   static constexpr int kOffset = 8;
-  using Products = ByteProducts<Q4_0Keys>;
-  MIXEDKV_INLINE static void open(const uint8_t *words, i32v (&codes)[kWordsOfBlock]) {
-    for (int w = 0; w < kWordsOfBlock / 2; ++w) {
-      const i32v x = load_i32(words + w * kTileTokens * 4);
-      codes[w] = low_nibbles(x);
-      codes[w + kWordsOfBlock / 2] = high_nibbles(x);
+  static constexpr int kLargestCode = 8;
+  using Products = ByteProducts;
+  MIXEDKV_INLINE static void open(const i32v (&x)[4], i32v (&codes)[kWordsOfBlock]) {
+    for (int w = 0; w < 4; ++w) {
+      codes[w] = low_nibbles(x[w]);
+      codes[w + 4] = high_nibbles(x[w]);
     }
   }
 };

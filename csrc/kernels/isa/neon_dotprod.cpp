@@ -9,8 +9,7 @@
 // 17 at one, where neon.cpp takes 25 and 55. Counted, not timed. Rejected: f16 arithmetic
 // (FEAT_FP16), whose 11 bits are not enough for sums over head_dim; one integer sum over several
 // blocks, since each has a scale of its own. FEAT_I8MM's smmla halves the dot products over packed
-// keys (formats/q4_0_tile_keys_i8mm.inl); over rows in ggml's order they would have to be taken in
-// pairs.
+// keys (loops/tile_products.inl); over rows in ggml's order they would have to be taken in pairs.
 #define MIXEDKV_DOTPROD 1
 #if !defined(MIXEDKV_ISA)
 #define MIXEDKV_ISA neon_dotprod
@@ -36,16 +35,9 @@ namespace {
 
 #include "kernels/formats/q4_0_rows_dotprod.inl"
 
-#if defined(MIXEDKV_I8MM)
-#include "kernels/formats/q4_0_tile_keys_i8mm.inl"
-#endif
-
 constexpr Kernels make_dotprod_kernels() {
   Kernels k = make_kernels();
   k.rows[static_cast<int>(Format::q4_0)].qk = qk_q4_0_split;
-#if defined(MIXEDKV_I8MM)
-  set_tiles(k, Format::q4_0, &tiles_q4_0_i8mm);
-#endif
   return k;
 }
 

@@ -1,10 +1,18 @@
 // Keys in token tiles (formats/token_tile.h) against a group of query rows, in integers.
 //
 // Each block of a query row is rounded once to a sign and 14 bits of magnitude or more, q = s * n.
-// Lanes are tokens: codes of four dims to a 32-bit word are multiplied by the row's numbers of these
-// dims, all of them broadcast, and add up within their lane. Sums of a block are exact; they are
-// scaled by s and the tokens' d. Rounding to 8 bits would leave an error of 5e-3; one s for the whole
-// row would let a large query channel round the others away, which large key channels then show.
+// Lanes are tokens: codes of four dims to a 32-bit word are multiplied by the row's numbers of
+// these dims, all of them broadcast, and add up within their lane. Sums of a block are exact; they
+// are scaled by s and the tokens' d. Rounding to 8 bits would leave an error of 5e-3; one s for the
+// whole row would let a large query channel round the others away, which large key channels then
+// show.
+//
+// Rounding q leaves e, which adds e . c * d of every block to a score. Where codes and errors know
+// nothing of each other that is about |e| times the largest |c| times |d|, whose root mean square
+// over the blocks is what is watched, for every token: the queries and keys of models stay far
+// below kErrorLimit, an outlier channel of a query beside another one of keys does not. There e is
+// rounded and multiplied like q. What a row's score gets depends on that row and that token alone:
+// the watch over a group of rows only says where to look closer.
 //
 // Unpacking serves all rows of a group; what a group shares is held in registers.
 //
@@ -12,19 +20,16 @@
 //
 //   kCodeBytes            bytes of a block's codes
 //   kOffset               opened codes are the format's plus this
-//   Products              ByteProducts<K> or HalfProducts<K>: what its codes are multiplied by
-//   open(words, codes)    the codes of a vector of tokens, whose first words are at `words`, as bytes
-//                         that dot (ByteProducts) or halves_of_even_bytes (HalfProducts) takes:
-//                         codes[w] has dims 4 w to 4 w + 3 of its block
-
-using i32 = int32_t;
+//   kLargestCode          largest magnitude of the format's codes
+//   Products              how they are multiplied (loops/tile_products.inl)
+//   open(x, codes)        the codes of a vector of tokens as bytes, dims 4 w to 4 w + 3 of their
+//   block
+//                         in codes[w], from the words x of that vector, as they lie in a tile
 
 enum : int {
-  kTileBlock = 32, ///< values of a block, in every format that has tiles
-  kWordsOfBlock = kTileBlock / 4,
-  /// Prepared form of a block: its numbers, what is added for -kOffset times their sum, and s.
-  kNumberWords = 2 * kWordsOfBlock,
-  kPreparedBlock = kNumberWords + 2,
+  /// Prepared form of a block: its numbers, what is added for -kOffset times their sum, s, and the
+  /// square of what the block may add to a score's error where d is 1, in units of kErrorLimit.
+  kPreparedBlock = kNumberWords + 3,
   /// Asked for so far ahead: memory answers in time, and the second cache still has room.
   kTilesAsked = 8,
   kPackedRows = 4,
@@ -50,66 +55,55 @@ MIXEDKV_INLINE void prefetch_tile(const Rows &tiles, int n, int t, ptrdiff_t off
 
 // --- queries -----------------------------------------------------------------------------------
 
-/// A row: num_blocks * kPreparedBlock words.
+/// What is left of a score's error, estimated as above, where nothing more is done about it. A
+/// score's error is that of its weight, relative.
+constexpr float kErrorLimit = 5e-4f;
+
+/// A row: num_blocks * kPreparedBlock words, then the query as it was.
 MIXEDKV_INLINE size_t prepared_row(int head_dim) {
   return tile_query_floats(static_cast<size_t>(head_dim));
 }
 
-/// Numbers of 15 bits, 128 * hi + lo: hi bytes, then lo bytes, each multiplied by bytes of codes.
-template <typename K> struct ByteProducts {
-  static constexpr int kLargest = 127 * 128;
-  MIXEDKV_INLINE static void put(i32 *out, int i, i32v number) {
-    // Straight to where they go: a wide read of narrow stores would wait for all of them.
-    int8_t *bytes = reinterpret_cast<int8_t *>(out);
-    const i32v hi = shift_right_signed<7>(add_i32(number, set1_i32(64)));
-    store_bytes(bytes + i, hi);
-    store_bytes(bytes + kTileBlock + i, sub_i32(number, shift_left<7>(hi)));
+/// How a block of a query row is rounded.
+template <typename K> struct BlockSteps {
+  float inverse = 0.0f, scale = 0.0f;
+  MIXEDKV_INLINE explicit BlockSteps(const float *x) {
+    f32v largest_of = zero();
+    bool odd = false;
+    for (int i = 0; i < kTileBlock; i += kLanes) {
+      odd |= any_not_finite(load(x + i));
+      largest_of = max_or_second(abs_of(load(x + i)), largest_of);
+    }
+    constexpr float kLargest = K::Products::kLargest;
+    const float largest = max_lanes(largest_of);
+    if (odd) {
+      scale = NAN;
+    } else if (largest > 1e-30f) { // what can't be inverted adds nothing that f32 scores could show
+      inverse = kLargest / largest;
+      scale = largest / kLargest;
+    }
   }
-  /// totals[v] = the sum of numbers times codes of a block.
-  template <int V>
-  MIXEDKV_INLINE static void add_up(const i32 *row, const i32v (&codes)[V][kWordsOfBlock],
-                                    i32v (&totals)[V]) {
-    const i32v offset = set1_i32(row[kNumberWords]);
-    const i32v none = zero_i32();
-    Dot hi[V], lo[V];
-    for (int v = 0; v < V; ++v) {
-      hi[v] = dot_from(none);
-      lo[v] = dot_from(offset);
-    }
-    for (int w = 0; w < kWordsOfBlock; ++w) {
-      const i32v x = set1_i32(row[w]);
-      const i32v y = set1_i32(row[kWordsOfBlock + w]);
-      for (int v = 0; v < V; ++v) {
-        hi[v] = dot(hi[v], codes[v][w], x);
-        lo[v] = dot(lo[v], codes[v][w], y);
-      }
-    }
-    for (int v = 0; v < V; ++v)
-      totals[v] = add_i32(dot_total(lo[v], offset), shift_left<7>(dot_total(hi[v], none)));
+  bool useful() const { return inverse > 0.0f; }
+  MIXEDKV_INLINE i32v number(const float *x) const {
+    return to_i32(useful() ? mul(load(x), set1(inverse)) : zero());
   }
 };
 
 template <typename K> MIXEDKV_INLINE void prepare_block(const float *x, i32 *out) {
-  f32v largest_of = zero();
-  bool odd = false;
-  for (int i = 0; i < kTileBlock; i += kLanes) {
-    odd |= any_not_finite(load(x + i));
-    largest_of = max_or_second(abs_of(load(x + i)), largest_of);
-  }
-  const float largest = max_lanes(largest_of);
-  constexpr float kLargest = K::Products::kLargest;
-  // What is too small to be inverted contributes nothing that f32 scores could show.
-  const bool useful = !odd && largest > 1e-30f;
-  const f32v inverse = set1(useful ? kLargest / largest : 0.0f);
+  const BlockSteps<K> steps(x);
   i32v total = zero_i32();
   for (int i = 0; i < kTileBlock; i += kLanes) {
-    const i32v number = to_i32(useful ? mul(load(x + i), inverse) : zero());
+    const i32v number = steps.number(x + i);
     K::Products::put(out, i, number);
     total = add_i32(total, number);
   }
   out[kNumberWords] = -K::kOffset * sum_lanes(total);
-  const float scale = odd ? NAN : useful ? largest / kLargest : 0.0f;
-  memcpy(out + kNumberWords + 1, &scale, sizeof scale);
+  memcpy(out + kNumberWords + 1, &steps.scale, sizeof steps.scale);
+  // Errors anywhere up to half a step: each number's square is a twelfth of the step's.
+  const float step = steps.useful() ? steps.scale * (K::kLargestCode / kErrorLimit) : 0.0f;
+  const float sum = step * step * (kTileBlock / 12.0f), most = 1e30f; // which d = 0 still hides
+  const float square = sum < most ? sum : most;
+  memcpy(out + kNumberWords + 2, &square, sizeof square);
 }
 
 template <typename K>
@@ -117,19 +111,71 @@ void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
                         float *prepared) noexcept {
   for (int r = 0; r < num_rows; ++r) {
     i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
-    for (int b = 0; b < head_dim / kTileBlock; ++b)
-      prepare_block<K>(q + at(r, ld_q, b * kTileBlock), out + b * kPreparedBlock);
+    for (int b = 0; b < head_dim / kTileBlock; ++b, out += kPreparedBlock)
+      prepare_block<K>(q + at(r, ld_q, b * kTileBlock), out);
+    memcpy(out, q + at(r, ld_q, 0), static_cast<size_t>(head_dim) * sizeof(float));
   }
+}
+
+/// What rounding left of one row's blocks from `first` on, prepared in turn. Where all have room
+/// they are prepared once.
+template <typename K> struct QueryRest {
+  enum : int { kBlocks = 32 };
+  i32 words[kBlocks * kPreparedBlock];
+  bool ready = false;
+  void prepare(const i32 *row, int num_blocks, int first, int count) {
+    if (ready)
+      return;
+    ready = count == num_blocks;
+    for (int b = 0; b < count; ++b) {
+      alignas(64) float x[kTileBlock];
+      memcpy(x, row + num_blocks * kPreparedBlock + (first + b) * kTileBlock, sizeof x);
+      const BlockSteps<K> steps(x);
+      for (int i = 0; i < kTileBlock; i += kLanes)
+        store(x + i, steps.useful()
+                         ? fma(to_f32(steps.number(x + i)), set1(-steps.scale), load(x + i))
+                         : zero());
+      prepare_block<K>(x, words + b * kPreparedBlock);
+    }
+  }
+};
+
+MIXEDKV_INLINE float square_error(const i32 *block) {
+  float square;
+  memcpy(&square, block + kNumberWords + 2, sizeof square);
+  return square;
 }
 
 // --- qk ----------------------------------------------------------------------------------------
 
-/// Scores of R rows against V vectors of tokens; vector v's words are at words[v], kTileTokens
-/// apart, its scales at scales[v].
+/// V vectors of tokens; vector v's words are at words[v], kTileTokens apart, its scales at
+/// scales[v], and its scores go to scores[v].
+template <int V> struct TokenVectors {
+  const uint8_t *words[V];
+  const f16_t *scales[V];
+  float *scores[V];
+};
+
+/// What no row of a group's square error is above where all d are 1: of blocks, added up.
+MIXEDKV_INLINE float largest_error(const i32 *q, size_t ld_q, int num_rows, int num_blocks) {
+  float largest = 0.0f;
+  for (int r = 0; r < num_rows; ++r, q += ld_q) {
+    float sum = 0.0f;
+    for (int b = 0; b < num_blocks; ++b)
+      sum += square_error(q + b * kPreparedBlock);
+    largest = sum > largest ? sum : largest;
+  }
+  return largest * 1.001f; // whatever was rounded
+}
+
+/// Scores of R rows, and whether any error may be above the limit: with the largest d of a token's
+/// blocks for all of them, which takes integer units that products leave free.
 template <typename K, int R, int V>
-MIXEDKV_INLINE void tile_scores(const i32 *q, size_t ld_q, const uint8_t *const (&words)[V],
-                                const f16_t *const (&scales)[V], int num_blocks,
-                                float *const (&scores)[V], size_t ld_scores) {
+MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
+                                const TokenVectors<V> &tokens, int num_blocks, size_t ld_scores) {
+  f32v largest[V];
+  for (int v = 0; v < V; ++v)
+    largest[v] = zero();
   f32v sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
@@ -138,13 +184,18 @@ MIXEDKV_INLINE void tile_scores(const i32 *q, size_t ld_q, const uint8_t *const 
     i32v codes[V][kWordsOfBlock];
     f32v d[V];
     for (int v = 0; v < V; ++v) {
-      K::open(words[v] + b * kTileTokens * K::kCodeBytes, codes[v]);
-      d[v] = load(scales[v] + b * kTileTokens);
+      i32v x[K::kCodeBytes / 4];
+      for (int w = 0; w < K::kCodeBytes / 4; ++w)
+        x[w] = load_i32(tokens.words[v] + (b * K::kCodeBytes + w * 4) * kTileTokens);
+      K::Products::arrange(x);
+      K::open(x, codes[v]);
+      d[v] = load(tokens.scales[v] + b * kTileTokens);
+      largest[v] = max_bits(abs_of(d[v]), largest[v]);
     }
     for (int r = 0; r < R; ++r) {
       const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
       i32v totals[V];
-      K::Products::add_up(row, codes, totals);
+      K::Products::add_up(row, row[kNumberWords], codes, totals);
       float s;
       memcpy(&s, row + kNumberWords + 1, sizeof s);
       const f32v scale = set1(s);
@@ -154,7 +205,58 @@ MIXEDKV_INLINE void tile_scores(const i32 *q, size_t ld_q, const uint8_t *const 
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
-      store(scores[v] + at(r, ld_scores, 0), sum[r][v]);
+      store(tokens.scores[v] + at(r, ld_scores, 0), sum[r][v]);
+  bool above = false;
+  for (int v = 0; v < V; ++v)
+    above |= any_below(set1(1.0f), mul(mul(largest[v], largest[v]), set1(error)));
+  return above;
+}
+
+/// Whether the errors of one row's scores may be above the limit, token by token: where square[v]
+/// is above 1.
+template <int V>
+MIXEDKV_INLINE bool row_errors(const i32 *row, const TokenVectors<V> &tokens, int num_blocks,
+                               f32v (&square)[V]) {
+  bool any = false;
+  for (int v = 0; v < V; ++v) {
+    square[v] = zero();
+    for (int b = 0; b < num_blocks; ++b) {
+      const f32v d = load(tokens.scales[v] + b * kTileTokens);
+      square[v] = fma(mul(d, d), set1(square_error(row + b * kPreparedBlock)), square[v]);
+    }
+    any |= any_below(set1(1.0f), square[v]);
+  }
+  return any;
+}
+
+/// Adds what rounding left of the queries to the scores whose errors may be above the limit.
+template <typename K, int R, int V>
+void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens, int num_blocks,
+                   QueryRest<K> (&rests)[R], size_t ld_scores) noexcept {
+  for (int r = 0; r < R; ++r, q += ld_q) {
+    f32v square[V], sum[V];
+    if (!row_errors(q, tokens, num_blocks, square))
+      continue;
+    for (int v = 0; v < V; ++v)
+      sum[v] = load(tokens.scores[v] + at(r, ld_scores, 0));
+    for (int b = 0; b < num_blocks; b += QueryRest<K>::kBlocks) {
+      const int left = num_blocks - b;
+      const int count = left < QueryRest<K>::kBlocks ? left : +QueryRest<K>::kBlocks;
+      rests[r].prepare(q, num_blocks, b, count);
+      float scores[V][kLanes];
+      TokenVectors<V> part = tokens;
+      for (int v = 0; v < V; ++v) {
+        part.words[v] += b * K::kCodeBytes * kTileTokens;
+        part.scales[v] += b * kTileTokens;
+        part.scores[v] = scores[v];
+      }
+      tile_scores<K, 1>(rests[r].words, 0, 0.0f, part, count, 0);
+      for (int v = 0; v < V; ++v)
+        sum[v] = select_below(set1(1.0f), square[v], add(sum[v], load(scores[v])), sum[v]);
+    }
+    for (int v = 0; v < V; ++v)
+      store(tokens.scores[v] + at(r, ld_scores, 0), sum[v]);
+  }
 }
 
 template <typename K, int R>
@@ -163,22 +265,26 @@ void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, 
   constexpr int V = kPackedVectors;
   const ptrdiff_t tile_bytes = num_blocks * (kTileTokens * K::kCodeBytes + kTileScaleBytes);
   const int n = num_tiles * kTileVectors;
+  const float error = largest_error(q, ld_q, R, num_blocks);
+  QueryRest<K> rests[R];
   for (int x = 0; x < n; x += V) {
     const int count = n - x < V ? n - x : V;
-    const uint8_t *words[V];
-    const f16_t *scales[V];
-    float *out[V];
+    TokenVectors<V> tokens;
     for (int v = 0; v < V; ++v) { // a short last step computes its last vector twice
       const int vector = x + (v < count ? v : count - 1);
       const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
       const int token = vector % kTileVectors * kLanes;
-      words[v] = tile + token * 4;
-      scales[v] = tile_scale(tile, K::kCodeBytes, num_blocks, 0, token);
-      out[v] = scores + vector * kLanes;
+      tokens.words[v] = tile + token * 4;
+      tokens.scales[v] = tile_scale(tile, K::kCodeBytes, num_blocks, 0, token);
+      tokens.scores[v] = scores + vector * kLanes;
       if (token == 0)
         prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);
     }
-    tile_scores<K, R, V>(q, ld_q, words, scales, num_blocks, out, ld_scores);
+    if (tile_scores<K, R>(q, ld_q, error, tokens, num_blocks, ld_scores)) {
+      const TokenVectors<V> same =
+          tokens; // whose address may be known, so that registers hold those
+      refine_scores<K, R>(q, ld_q, same, num_blocks, rests, ld_scores);
+    }
   }
 }
 

@@ -6,8 +6,13 @@
 // sums are exact and are scaled and added to acc once a run. Relative to the largest |d| alone
 // would not do: a token with large values that hardly counts would round the others away.
 //
-// A 32-bit word holds one dim of several tokens: [token / kWordTokens][dim] of a tile. A format says
-// in a struct V how they are opened:
+// Rounding may cost half a step a token, and many equal weights are all rounded the same way. Where
+// the weights of a run add up to so much that this can't be more than kWeightErrorLimit of it, that
+// is all. Where they may not, since few tokens have nearly all the weight, what rounding left of
+// a row's weights is added up as well, unless it is seen to be little.
+//
+// A 32-bit word holds one dim of several tokens: [token / kWordTokens][dim] of a tile. A format
+// says in a struct V how they are opened:
 //
 //   kCodeBytes     bytes of a block's codes
 //   kOffset        opened codes are the format's plus this, 255 at most
@@ -24,10 +29,16 @@ enum : int {
   kPvTokens = kPvTiles * kTileTokens,
 };
 
+/// Most of what rounding may change of a row's weights of a run, added up, relative to their sum.
+constexpr float kWeightErrorLimit = 8e-4f;
+/// The same, of what rounding did change.
+constexpr float kRestLimit = 1e-4f;
+
 /// A row's weights of a run's tokens for one block of values, times scale.
 struct PvWeights {
   alignas(64) int16_t numbers[kPvTokens];
-  float scale;
+  float scale, inverse;
+  bool closer; ///< whether rounding may be above the limit
   /// -kOffset times their sum: what opened codes add too much.
   i32 offset;
 };
@@ -54,29 +65,38 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
     }
   };
   const int num_tokens = num_tiles * kTileTokens;
-  f32v largest[B][R];
-  for (int block = 0; block < B; ++block)
+  f32v largest[B][R], total[B][R];
+  for (int block = 0; block < B; ++block) {
     for (int r = 0; r < R; ++r)
-      largest[block][r] = zero();
-  for (int t = 0; t < num_tokens; t += kLanes)
-    for (int block = 0; block < B; ++block) {
+      largest[block][r] = total[block][r] = zero();
+    for (int t = 0; t < num_tokens; t += kLanes) {
       f32v x[R];
       products(t, block, x);
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
         largest[block][r] = max_bits(abs_of(x[r]), largest[block][r]);
+        total[block][r] = add(abs_of(x[r]), total[block][r]);
+      }
     }
-  float inverse[B][R];
+  }
   bool odd = false;
-  for (int block = 0; block < B; ++block)
+  for (int block = 0; block < B; ++block) {
+    const f32v(&of_row)[R] = total[block];
+    float totals[4];
+    sum4(totals, of_row[0], of_row[R > 1 ? 1 : 0], of_row[R > 2 ? 2 : 0], of_row[R > 3 ? 3 : 0]);
     for (int r = 0; r < R; ++r) {
       constexpr float kLargest = 32767.0f;
       odd |= any_not_finite(largest[block][r]);
       const float top = max_lanes(largest[block][r]);
       // What is too small to be inverted contributes nothing that f32 sums could show.
       const bool useful = top > 1e-30f;
-      inverse[block][r] = useful ? kLargest / top : 0.0f;
-      weights[block][r].scale = useful ? top * (1.0f / kLargest) : 0.0f;
+      const float scale = useful ? top * (1.0f / kLargest) : 0.0f;
+      PvWeights &of = weights[block][r];
+      of.inverse = useful ? kLargest / top : 0.0f;
+      of.scale = scale;
+      of.closer =
+          (totals[r] - top) * kWeightErrorLimit < static_cast<float>(num_tokens) * 0.5f * scale;
     }
+  }
   if (odd)
     return false;
   for (int block = 0; block < B; ++block) {
@@ -87,7 +107,7 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
       f32v x[R];
       products(t, block, x);
       for (int r = 0; r < R; ++r) {
-        const i32v rounded = to_i32(mul(x[r], set1(inverse[block][r])));
+        const i32v rounded = to_i32(mul(x[r], set1(weights[block][r].inverse)));
         sum[r] = add_i32(sum[r], rounded);
         store_halves(weights[block][r].numbers + t, rounded);
       }
@@ -144,7 +164,7 @@ MIXEDKV_INLINE void pv_tiles_dims(const PvWeights (&weights)[R], const Rows &til
     }
 }
 
-/// Block b of R rows.
+/// Adds R rows' block b by these weights.
 template <typename V, int R>
 void pv_tiles_block(const PvWeights (&weights)[R], const Rows &tiles, int num_tiles, int num_blocks,
                     int b, float *acc, size_t ld_acc) noexcept {
@@ -176,6 +196,46 @@ void pv_tiles_odd(const float *p, const Rows &tiles, int num_tiles, int num_bloc
   }
 }
 
+/// Adds what rounding left of one row's weights of block b, where they need it.
+template <typename V>
+void pv_tiles_rest(const PvWeights &rounded, const float *p, const Rows &tiles, int num_tiles,
+                   int num_blocks, int b, float *acc) noexcept {
+  constexpr float kPart = 65534.0f; // of a step; what is left is half a step at most
+  PvWeights rest[1];
+  f32v left_over = zero(), total = zero();
+  i32v sum = zero_i32();
+  for (int t = 0; t < num_tiles * kTileTokens; t += kLanes) {
+    const int token = t % kTileTokens;
+    const f16_t *d =
+        tile_scale(tile_at(tiles, t / kTileTokens), V::kCodeBytes, num_blocks, b, token);
+    const f32v weight = load(p + t);
+    const f32v x = mul(mul(weight, load(d)), set1(rounded.inverse));
+    const f32v seen = select_below(zero(), weight, x, zero());
+    const f32v left = sub(seen, to_f32(to_i32(seen)));
+    const i32v number = to_i32(mul(left, set1(kPart)));
+    left_over = add(left_over, abs_of(left));
+    total = add(total, abs_of(seen));
+    sum = add_i32(sum, number);
+    store_halves(rest[0].numbers + t, number);
+  }
+  if (sum_lanes(left_over) <= kRestLimit * sum_lanes(total))
+    return;
+  rest[0].scale = rounded.scale * (1.0f / kPart);
+  rest[0].offset = -V::kOffset * sum_lanes(sum);
+  pv_tiles_block<V, 1>(rest, tiles, num_tiles, num_blocks, b, acc, 0);
+}
+
+/// Block b of R rows.
+template <typename V, int R>
+void pv_tiles_rounded(const PvWeights (&weights)[R], const float *p, size_t ld_p, const Rows &tiles,
+                      int num_tiles, int num_blocks, int b, float *acc, size_t ld_acc) noexcept {
+  pv_tiles_block<V, R>(weights, tiles, num_tiles, num_blocks, b, acc, ld_acc);
+  for (int r = 0; r < R; ++r)
+    if (weights[r].closer)
+      pv_tiles_rest<V>(weights[r], p + at(r, ld_p, 0), tiles, num_tiles, num_blocks, b,
+                       acc + at(r, ld_acc, 0));
+}
+
 /// Block b of R rows where a product is not finite. A row's result follows from what it sees
 /// itself, whatever the others see.
 template <typename V, int R>
@@ -186,7 +246,7 @@ void pv_tiles_careful(const float *p, size_t ld_p, const Rows &tiles, int num_ti
     const float *row = p + at(r, ld_p, 0);
     float *out = acc + at(r, ld_acc, 0);
     if (make_weights<V, 1, 1, true>(row, ld_p, tiles, num_tiles, num_blocks, b, weights))
-      pv_tiles_block<V, 1>(weights[0], tiles, num_tiles, num_blocks, b, out, ld_acc);
+      pv_tiles_rounded<V, 1>(weights[0], row, ld_p, tiles, num_tiles, num_blocks, b, out, ld_acc);
     else
       pv_tiles_odd<V>(row, tiles, num_tiles, num_blocks, b, out);
   }
@@ -200,7 +260,8 @@ void pv_tiles_blocks(const float *p, size_t ld_p, const Rows &tiles, int num_til
     PvWeights weights[B][R];
     if (make_weights<V, R, B, false>(p, ld_p, tiles, num_tiles, num_blocks, b, weights)) {
       for (int block = 0; block < B; ++block)
-        pv_tiles_block<V, R>(weights[block], tiles, num_tiles, num_blocks, b + block, acc, ld_acc);
+        pv_tiles_rounded<V, R>(weights[block], p, ld_p, tiles, num_tiles, num_blocks, b + block,
+                               acc, ld_acc);
     } else if constexpr (B > 1) {
       pv_tiles_blocks<V, R, 1>(p, ld_p, tiles, num_tiles, num_blocks, b, b + B, acc, ld_acc);
     } else {
@@ -225,19 +286,19 @@ void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int 
       switch (num_rows - r) {
       case 1:
         pv_tiles_blocks<V, 1, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
-                                          out, ld_acc);
+                                             out, ld_acc);
         break;
       case 2:
         pv_tiles_blocks<V, 2, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
-                                          out, ld_acc);
+                                             out, ld_acc);
         break;
       case 3:
         pv_tiles_blocks<V, 3, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0, num_blocks,
-                                          out, ld_acc);
+                                             out, ld_acc);
         break;
       default:
         pv_tiles_blocks<V, kPackedRows, kWeightBlocks>(weights, ld_p, part, count, num_blocks, 0,
-                                                    num_blocks, out, ld_acc);
+                                                       num_blocks, out, ld_acc);
       }
     }
   }

@@ -71,6 +71,9 @@ MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
 }
+MIXEDKV_INLINE bool any_below(f32v x, f32v y) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_LT_OQ)) != 0;
+}
 MIXEDKV_INLINE f32v abs_of(f32v x) { return _mm256_andnot_ps(set1(-0.0f), x); }
 MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
   return _mm256_or_ps(abs_of(a), _mm256_and_ps(set1(-0.0f), s));

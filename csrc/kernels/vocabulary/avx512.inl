@@ -65,6 +65,7 @@ MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
 }
+MIXEDKV_INLINE bool any_below(f32v x, f32v y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ) != 0; }
 MIXEDKV_INLINE f32v abs_of(f32v x) { return _mm512_andnot_ps(set1(-0.0f), x); }
 MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
   return _mm512_or_ps(abs_of(a), _mm512_and_ps(set1(-0.0f), s));

@@ -12,6 +12,7 @@
 //   max_or_second(a, b)     the larger; b where either is NaN. min_or_second likewise
 //   max_bits(a, b)          the larger of numbers >= 0, infinity above them, NaN above all
 //   select_below(x, y, a, b)  x < y ? a : b, lane by lane; b where x or y is NaN
+//   any_below(x, y)         whether x < y in any lane
 //   copy_sign(a, s)         |a| with the sign of s;  abs_of(x)
 //   sum_lanes, max_lanes    one float from a vector
 //   sum4(out, a, b, c, d)   out[0..3] = the sums of the lanes of each, added up in the same order

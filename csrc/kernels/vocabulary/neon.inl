@@ -67,6 +67,7 @@ MIXEDKV_INLINE f32v max_bits(f32v a, f32v b) {
 MIXEDKV_INLINE f32v select_below(f32v x, f32v y, f32v a, f32v b) {
   return vbslq_f32(vcltq_f32(x, y), a, b);
 }
+MIXEDKV_INLINE bool any_below(f32v x, f32v y) { return vmaxvq_u32(vcltq_f32(x, y)) != 0; }
 MIXEDKV_INLINE f32v max_or_second(f32v a, f32v b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 MIXEDKV_INLINE f32v abs_of(f32v x) { return vabsq_f32(x); }
