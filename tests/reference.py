@@ -203,6 +203,7 @@ def logits_of(
     mask: np.ndarray | None = None,
     causal: bool = False,
     window_left: int = -1,
+    window_right: int = -1,
     alibi_slopes: np.ndarray | None = None,
     q_start: int | None = None,
     kv_start: int | None = None,
@@ -233,23 +234,26 @@ def logits_of(
     if causal:
         seen &= k_pos <= q_pos
     if window_left >= 0:
-        seen &= (k_pos >= q_pos - window_left) & (k_pos <= q_pos)
+        seen &= k_pos >= q_pos - window_left
+    if window_right >= 0:
+        seen &= k_pos <= q_pos + window_right
     seen = np.broadcast_to(seen, x.shape).copy()
 
     slopes = None
     if alibi_slopes is not None:
         slopes = np.asarray(alibi_slopes, np.float64)[None, :, None, None]
+    additive = mask is not None and np.asarray(mask).dtype != bool
+    if slopes is not None and not additive:
+        x = x + slopes * (k_pos - q_pos)
     if mask is not None:
         mask = np.broadcast_to(np.asarray(mask), x.shape)
-        if mask.dtype == bool:
+        if not additive:
             seen &= mask
         else:
             bias = mask.astype(np.float64)
             seen &= ~np.isneginf(bias)
             bias = np.where(np.isneginf(bias), 0.0, bias)
             x = x + (bias if slopes is None else slopes * bias)
-    elif slopes is not None:
-        x = x + slopes * (k_pos - q_pos)
     return np.where(seen, x, -np.inf), seen
 
 

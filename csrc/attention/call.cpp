@@ -6,6 +6,7 @@
 #include "attention/call.h"
 
 #include "attention/check_keys.h"
+#include "attention/compute_type.h"
 #include "attention/query_tile.h"
 #include "attention/state.h"
 #include "kernels/dispatch.h"
@@ -196,13 +197,10 @@ private:
 
     QueryTile tile(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
     if (plan->num_pieces == 1) {
-      if (problem.state.ms != nullptr) {
-        tile.states().load(problem.state);
-      }
-      std::int64_t first = 0;
-      for (int s = 0; s < problem.num_segments; ++s) {
-        tile.attend(problem.segments[s], 0, problem.segments[s].len, first);
-        first += problem.segments[s].len;
+      attend_all(tile, problem);
+      if (!tile.states().all_finite()) {
+        tile.start_over_with_care();
+        attend_all(tile, problem);
       }
       finish(tile, problem);
       return;
@@ -211,11 +209,27 @@ private:
     float *partials = partials_ + plan->partial_begin +
                       static_cast<std::size_t>(index * plan->num_pieces) * plan->partial_stride;
     const Piece &p = pieces_[plan->piece_begin + piece];
-    tile.attend(problem.segments[p.segment], p.begin, p.end, mask_begin(problem, p.segment));
+    const std::int64_t first = mask_begin(problem, p.segment);
+    tile.attend(problem.segments[p.segment], p.begin, p.end, first);
+    if (!tile.states().all_finite()) {
+      tile.start_over_with_care();
+      tile.attend(problem.segments[p.segment], p.begin, p.end, first);
+    }
     tile.states().store_partial(partials + static_cast<std::size_t>(piece) * plan->partial_stride);
     if (counters_[plan->counter_begin + index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       QueryTile whole(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
       merge_pieces(whole, problem, *plan, partials);
+    }
+  }
+
+  static void attend_all(QueryTile &tile, const AttentionProblem &problem) {
+    if (problem.state.ms != nullptr) {
+      tile.states().load(problem.state);
+    }
+    std::int64_t first = 0;
+    for (int s = 0; s < problem.num_segments; ++s) {
+      tile.attend(problem.segments[s], 0, problem.segments[s].len, first);
+      first += problem.segments[s].len;
     }
   }
 
@@ -258,7 +272,9 @@ private:
 
 void attend_unchecked(const AttentionProblem *problems, int num_problems,
                       const AttentionParams &params) {
-  Call(problems, num_problems, params).run();
+  AttentionParams settled = params;
+  settled.compute_type = settled_compute_type(problems, num_problems, params);
+  Call(problems, num_problems, settled).run();
 }
 
 void attend(const AttentionProblem *problems, int num_problems, const AttentionParams &params) {

@@ -70,6 +70,11 @@ void QueryTile::attend(const KeySegment &segment, std::int64_t begin, std::int64
   }
 }
 
+void QueryTile::start_over_with_care() {
+  states_.clear();
+  careful_ = true;
+}
+
 void QueryTile::attend_run(std::int64_t mask_begin) {
   const KeySegment &segment = run_.segment();
   const Sight::Seen seen = sight_.look(segment, run_.begin(), run_.size());
@@ -77,7 +82,7 @@ void QueryTile::attend_run(std::int64_t mask_begin) {
     return;
   }
   products_->compute_scores(run_);
-  bool some_hidden = seen.visible == Sight::Visible::some;
+  bool some_hidden = careful_ || seen.visible == Sight::Visible::some;
   for (int r = 0; r < rows_.count(); ++r) {
     const Sight::Span span = sight_.span(seen, r, run_.size());
     if (span.from < span.to) {

@@ -34,6 +34,10 @@ public:
   void attend(const KeySegment &segment, std::int64_t begin, std::int64_t end,
               std::int64_t mask_begin);
   TileStates &states() { return states_; }
+  /// Empties the states, and from now on looks at every weight of 0 before it meets a value.
+  /// Without that, infinities and NaN under the weight 0 of a key that is seen make its rows NaN,
+  /// which states().all_finite() tells; finding them beforehand would cost every call.
+  void start_over_with_care();
 
 private:
   /// Whether products of this many rows are in bf16.
@@ -45,6 +49,7 @@ private:
   const Kernels &kernels_;
   float soft_cap_;
   bool bf16_;
+  bool careful_ = false;
   Scratch scratch_;
   QueryRows rows_;
   float *q_; ///< [rows, head_dim], scaled

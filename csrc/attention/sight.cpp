@@ -16,17 +16,19 @@ std::int64_t key_position(const KeySegment &segment, std::int64_t j) {
 } // namespace
 
 void Sight::narrow(const KeySegment &segment, std::int64_t *begin, std::int64_t *end) const {
-  if (!positional_ || segment.pos != nullptr) {
+  if (!positional() || segment.pos != nullptr) {
     return;
   }
-  *end = std::min(*end, rows_.pos_max() - segment.pos_start + 1);
-  if (params_.window_left >= 0) {
-    *begin = std::max(*begin, rows_.pos_min() - params_.window_left - segment.pos_start);
+  if (right_ >= 0) {
+    *end = std::min(*end, rows_.pos_max() + right_ - segment.pos_start + 1);
+  }
+  if (left_ >= 0) {
+    *begin = std::max(*begin, rows_.pos_min() - left_ - segment.pos_start);
   }
 }
 
 Sight::Seen Sight::look(const KeySegment &segment, std::int64_t begin, int n) const {
-  if (!positional_) {
+  if (!positional()) {
     return {Visible::all, false, 0};
   }
   std::int64_t first = segment.pos_start + begin;
@@ -44,11 +46,12 @@ Sight::Seen Sight::look(const KeySegment &segment, std::int64_t begin, int n) co
     first = low;
     last = high;
   }
-  const std::int64_t window = params_.window_left;
   Visible visible = Visible::some;
-  if (first > rows_.pos_max() || (window >= 0 && last < rows_.pos_min() - window)) {
+  if ((right_ >= 0 && first > rows_.pos_max() + right_) ||
+      (left_ >= 0 && last < rows_.pos_min() - left_)) {
     visible = Visible::none;
-  } else if (last <= rows_.pos_min() && (window < 0 || first >= rows_.pos_max() - window)) {
+  } else if ((right_ < 0 || last <= rows_.pos_min() + right_) &&
+             (left_ < 0 || first >= rows_.pos_max() - left_)) {
     visible = Visible::all;
   }
   return {visible, consecutive, first};
@@ -58,10 +61,11 @@ Sight::Span Sight::span(const Seen &seen, int row, int n) const {
   Span span{0, n};
   if (seen.visible == Visible::some && seen.consecutive) {
     const std::int64_t pos = rows_.pos(row);
-    span.to = static_cast<int>(std::clamp<std::int64_t>(pos + 1 - seen.first, 0, n));
-    if (params_.window_left >= 0) {
-      span.from = static_cast<int>(
-          std::clamp<std::int64_t>(pos - params_.window_left - seen.first, 0, span.to));
+    if (right_ >= 0) {
+      span.to = static_cast<int>(std::clamp<std::int64_t>(pos + right_ + 1 - seen.first, 0, n));
+    }
+    if (left_ >= 0) {
+      span.from = static_cast<int>(std::clamp<std::int64_t>(pos - left_ - seen.first, 0, span.to));
     }
   }
   return span;
@@ -70,10 +74,12 @@ Sight::Span Sight::span(const Seen &seen, int row, int n) const {
 bool Sight::adjust(const Seen &seen, const KeySegment &segment, std::int64_t begin,
                    std::int64_t mask_key, int n, int row, float *x) {
   bool hides = false;
+  const bool additive = mask_.type == MaskType::f32 || mask_.type == MaskType::f16;
+  if (params_.alibi_slopes != nullptr && !additive) {
+    apply_alibi(segment, begin, n, row, x);
+  }
   if (mask_.type != MaskType::none) {
     hides = apply_mask(row, mask_key, n, x);
-  } else if (params_.alibi_slopes != nullptr) {
-    apply_alibi(segment, begin, n, row, x);
   }
   if (seen.visible == Visible::some && !seen.consecutive) {
     hide_by_position(segment, begin, n, row, x);
@@ -83,9 +89,9 @@ bool Sight::adjust(const Seen &seen, const KeySegment &segment, std::int64_t beg
 
 void Sight::hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
                              float *x) const {
-  const std::int64_t last = rows_.pos(row);
-  const std::int64_t first = params_.window_left >= 0 ? last - params_.window_left
-                                                      : std::numeric_limits<std::int64_t>::min();
+  using Limits = std::numeric_limits<std::int64_t>;
+  const std::int64_t last = right_ >= 0 ? rows_.pos(row) + right_ : Limits::max();
+  const std::int64_t first = left_ >= 0 ? rows_.pos(row) - left_ : Limits::min();
   for (int j = 0; j < n; ++j) {
     const std::int64_t pos = key_position(segment, begin + j);
     x[j] = pos > last || pos < first ? kMinusInfinity : x[j];

@@ -29,7 +29,7 @@ public:
   Sight(const Kernels &kernels, const AttentionParams &params, const MaskView &mask,
         const QueryRows &rows, float *bias)
       : kernels_(kernels), params_(params), mask_(mask), rows_(rows), bias_(bias),
-        positional_(params.causal || params.window_left >= 0) {}
+        left_(params.window_left), right_(params.causal ? 0 : params.window_right) {}
 
   /// Narrows keys [begin, end) of a segment to those that some row may see, where positions ascend
   /// by one: the others are cut off, not hidden.
@@ -48,6 +48,7 @@ public:
               std::int64_t mask_key, int n, int row, float *x);
 
 private:
+  bool positional() const { return left_ >= 0 || right_ >= 0; }
   void hide_by_position(const KeySegment &segment, std::int64_t begin, int n, int row,
                         float *x) const;
   bool apply_mask(int row, std::int64_t mask_key, int n, float *x);
@@ -58,7 +59,8 @@ private:
   const MaskView &mask_;
   const QueryRows &rows_;
   float *bias_;
-  bool positional_;
+  std::int64_t left_;  ///< positions before its own that a query sees; -1: all
+  std::int64_t right_; ///< positions after it; -1: all
 };
 
 } // namespace mixedkv

@@ -20,6 +20,26 @@ struct RowState {
   float s;
 };
 
+/// What is below this much under the maximum weighs nothing: its weight would be smaller than the
+/// smallest normal number. As Kernels::exp_sum has it.
+constexpr float kLeastExponent = -87.33655f;
+
+/// exp(difference), of maxima of states.
+inline float weight_of(float difference) {
+  return difference < kLeastExponent ? 0.0f : std::exp(difference);
+}
+
+/// acc *= weight; a weight of 0 leaves nothing, of infinities and NaN neither.
+inline void scale_acc(const Kernels &kernels, float *acc, std::size_t head_dim_v, float weight) {
+  if (weight == 0.0f) {
+    for (std::size_t i = 0; i < head_dim_v; ++i) {
+      acc[i] = 0.0f;
+    }
+  } else if (weight != 1.0f) {
+    kernels.scale(acc, head_dim_v, weight);
+  }
+}
+
 /// a becomes the state of what a and b saw together.
 inline void merge_row(const Kernels &kernels, RowState &a, float *acc_a, const RowState &b,
                       const float *acc_b, std::size_t head_dim_v) {
@@ -35,12 +55,12 @@ inline void merge_row(const Kernels &kernels, RowState &a, float *acc_a, const R
   }
   // A NaN on either side makes its weight NaN, and with it S and acc.
   const float m = a.m > b.m ? a.m : b.m;
-  const float weight_a = std::exp(a.m - m);
-  const float weight_b = std::exp(b.m - m);
-  if (weight_a != 1.0f) {
-    kernels.scale(acc_a, head_dim_v, weight_a);
+  const float weight_a = weight_of(a.m - m);
+  const float weight_b = weight_of(b.m - m);
+  scale_acc(kernels, acc_a, head_dim_v, weight_a);
+  if (weight_b != 0.0f) {
+    kernels.axpy(weight_b, acc_b, acc_a, head_dim_v);
   }
-  kernels.axpy(weight_b, acc_b, acc_a, head_dim_v);
   a.m = m;
   a.s = a.s * weight_a + b.s * weight_b;
 }
@@ -60,12 +80,12 @@ inline float finalize_row(const RowState &state, const float *acc, std::size_t h
   float weight = 1.0f;
   if (sink != nullptr && *sink != kMinusInfinity) {
     m = state.m > *sink ? state.m : *sink;
-    weight = std::exp(state.m - m);
+    weight = weight_of(state.m - m);
     s = s * weight + std::exp(*sink - m);
   }
   const float factor = weight / s;
   for (std::size_t i = 0; i < head_dim_v; ++i) {
-    out[i] = acc[i] * factor;
+    out[i] = factor == 0.0f ? 0.0f : acc[i] * factor;
   }
   return m + std::log(s);
 }

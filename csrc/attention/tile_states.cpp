@@ -1,7 +1,6 @@
 #include "attention/tile_states.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -10,7 +9,18 @@ namespace mixedkv {
 TileStates::TileStates(const Kernels &kernels, const QueryRows &rows, std::size_t head_dim_v,
                        float *acc)
     : kernels_(kernels), rows_(rows), head_dim_v_(head_dim_v), acc_(acc) {
-  std::fill_n(states_, rows.count(), RowState{kMinusInfinity, 0.0f});
+  clear();
+}
+
+void TileStates::clear() { std::fill_n(states_, rows_.count(), RowState{kMinusInfinity, 0.0f}); }
+
+bool TileStates::all_finite() const {
+  for (int r = 0; r < rows_.count(); ++r) {
+    if (states_[r].m != kMinusInfinity && !kernels_.all_finite_f32(acc(r), head_dim_v_)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool TileStates::raise_maximum(int row, const float *x, int n) {
@@ -32,8 +42,8 @@ bool TileStates::raise_maximum(int row, const float *x, int n) {
     std::fill_n(acc(row), head_dim_v_, 0.0f); // the one place where an accumulator is reset
     state.s = 0.0f;
   } else if (state.m != m) {
-    const float weight = std::exp(state.m - m);
-    kernels_.scale(acc(row), head_dim_v_, weight);
+    const float weight = weight_of(state.m - m);
+    scale_acc(kernels_, acc(row), head_dim_v_, weight);
     state.s *= weight;
   }
   state.m = m;

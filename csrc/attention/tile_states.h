@@ -13,6 +13,11 @@ public:
   /// Empty states; acc: floats [rows.count(), head_dim_v]. rows outlives this.
   TileStates(const Kernels &kernels, const QueryRows &rows, std::size_t head_dim_v, float *acc);
 
+  /// All become empty.
+  void clear();
+  /// Whether the accumulators of all rows that have seen a key are.
+  bool all_finite() const;
+
   std::size_t head_dim_v() const { return head_dim_v_; }
   /// The accumulators, row by row, to which products add weighed values.
   float *acc() { return acc_; }

@@ -2,6 +2,7 @@
 // call from reading or writing where it must not are all here; the façade's own come before them.
 #pragma once
 
+#include "mixedkv/attention.h"
 #include "mixedkv/formats.h"
 
 #include <pybind11/numpy.h>
@@ -200,6 +201,17 @@ inline int narrow(std::int64_t value, const char *name) {
 }
 
 using OptionalArray = std::optional<py::array>;
+
+/// "f32", "bf16" or "auto".
+inline ComputeType parse_compute_type(const std::string &text) {
+  if (text == "auto") {
+    return ComputeType::automatic;
+  }
+  if (text != "f32" && text != "bf16") {
+    throw std::invalid_argument("compute_type must be 'f32', 'bf16' or 'auto', got '" + text + "'");
+  }
+  return text == "f32" ? ComputeType::f32 : ComputeType::bf16;
+}
 
 /// The bytes from an array's first element to its last.
 struct Extent {

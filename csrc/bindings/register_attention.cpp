@@ -20,8 +20,8 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
                    const OptionalArray &out_array, const OptionalArray &lse_array,
                    const OptionalArray &mask_array, const OptionalArray &alibi_slopes,
                    const OptionalArray &sinks, double sm_scale, double logits_soft_cap, bool causal,
-                   std::int64_t window_left, std::int64_t q_start, std::int64_t kv_start,
-                   int threads, bool allow_bf16) {
+                   std::int64_t window_left, std::int64_t window_right, std::int64_t q_start,
+                   std::int64_t kv_start, int threads, const std::string &compute_type) {
   for (const NamedArray &target :
        {NamedArray("out", out_array), NamedArray("lse", lse_array),
         NamedArray("the state's ms", ms_array), NamedArray("the state's acc", acc_array)}) {
@@ -59,10 +59,11 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
   params.logits_soft_cap = static_cast<float>(logits_soft_cap);
   params.causal = causal;
   params.window_left = window_left;
+  params.window_right = window_right;
   params.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", num_qo_heads);
   params.sinks = per_head(sinks, "sinks", num_qo_heads);
   params.num_threads = threads;
-  params.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
+  params.compute_type = parse_compute_type(compute_type);
 
   ArrayView ms;
   ArrayView acc;
@@ -228,8 +229,9 @@ void register_attention(py::module_ &m) {
   m.def("attend", &attend_arrays, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_format"),
         py::arg("v_format"), py::arg("ms"), py::arg("acc"), py::arg("out"), py::arg("lse"),
         py::arg("mask"), py::arg("alibi_slopes"), py::arg("sinks"), py::arg("sm_scale"),
-        py::arg("logits_soft_cap"), py::arg("causal"), py::arg("window_left"), py::arg("q_start"),
-        py::arg("kv_start"), py::arg("threads"), py::arg("allow_bf16"));
+        py::arg("logits_soft_cap"), py::arg("causal"), py::arg("window_left"),
+        py::arg("window_right"), py::arg("q_start"), py::arg("kv_start"), py::arg("threads"),
+        py::arg("compute_type"));
   m.def("finalize", &finalize_arrays, py::arg("ms"), py::arg("acc"), py::arg("sinks"),
         py::arg("out"), py::arg("lse"));
   m.def("merge", &merge_arrays, py::arg("ms_a"), py::arg("acc_a"), py::arg("ms_b"),

@@ -114,7 +114,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
                   const py::array &out_array, const OptionalArray &lse_array, double sm_scale,
                   double logits_soft_cap, std::optional<std::int64_t> window_left,
                   const OptionalArray &alibi_array, const OptionalArray &sinks_array, int threads,
-                  bool allow_bf16) {
+                  const std::string &compute_type) {
   for (const NamedArray &target : {NamedArray("out", out_array), NamedArray("lse", lse_array)}) {
     check_apart(target, {{"q", q_array}, {"alibi_slopes", alibi_array}, {"sinks", sinks_array}});
   }
@@ -140,7 +140,7 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   options.logits_soft_cap = static_cast<float>(logits_soft_cap);
   options.window_left = window_left;
   options.num_threads = threads;
-  options.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
+  options.compute_type = parse_compute_type(compute_type);
   options.alibi_slopes = per_head(alibi_array, "alibi_slopes", heads);
   options.sinks = per_head(sinks_array, "sinks", heads);
 
@@ -287,7 +287,7 @@ void register_cache(py::module_ &m) {
       .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),
            py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("window_left"),
-           py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"), py::arg("allow_bf16"))
+           py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"), py::arg("compute_type"))
       .def("commit", [](Handle &h) { h.with([](MixedCache &c) { c.commit(); }); })
       .def("restore", [](Handle &h) { h.with([](MixedCache &c) { c.restore(); }); })
       .def(

@@ -1,6 +1,7 @@
 // Instruction sets and threads.
 #include "bindings/arrays.h"
 
+#include "mixedkv/attention.h"
 #include "mixedkv/runtime.h"
 
 #include <pybind11/stl.h>
@@ -17,6 +18,10 @@ void register_machine(py::module_ &m) {
       isas.emplace_back(isa.name, isa.available, isa.requires_, isa.has_bf16);
     }
     return isas;
+  });
+  m.def("auto_compute_type", [] {
+    const py::gil_scoped_release release;
+    return auto_compute_type() == ComputeType::bf16 ? "bf16" : "f32";
   });
   m.def("active_isa", [] { return std::string(active_isa()); });
   m.def(

@@ -60,8 +60,8 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
                   const py::array &indices_array, const py::array &last_page_len_array,
                   const py::array &out_array, const OptionalArray &lse_array,
                   const OptionalArray &alibi_slopes, const OptionalArray &sinks, double sm_scale,
-                  double logits_soft_cap, bool causal, std::int64_t window_left, int threads,
-                  bool allow_bf16) {
+                  double logits_soft_cap, bool causal, std::int64_t window_left,
+                  std::int64_t window_right, int threads, const std::string &compute_type) {
   for (const NamedArray &target : {NamedArray("out", out_array), NamedArray("lse", lse_array)}) {
     check_apart(target, {{"q", q_array},
                          {"k_pages", k_array},
@@ -118,10 +118,11 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
   params.logits_soft_cap = static_cast<float>(logits_soft_cap);
   params.causal = causal;
   params.window_left = window_left;
+  params.window_right = window_right;
   params.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", num_qo_heads);
   params.sinks = per_head(sinks, "sinks", num_qo_heads);
   params.num_threads = threads;
-  params.compute_type = allow_bf16 ? ComputeType::bf16 : ComputeType::f32;
+  params.compute_type = parse_compute_type(compute_type);
   params.cut_alone = true; // a sequence's bits don't depend on what it is batched with
 
   constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
@@ -179,7 +180,7 @@ void register_paged(py::module_ &m) {
         py::arg("k_format"), py::arg("v_format"), py::arg("qo_indptr"), py::arg("indptr"),
         py::arg("indices"), py::arg("last_page_len"), py::arg("out"), py::arg("lse"),
         py::arg("alibi_slopes"), py::arg("sinks"), py::arg("sm_scale"), py::arg("logits_soft_cap"),
-        py::arg("causal"), py::arg("window_left"), py::arg("threads"), py::arg("allow_bf16"));
+        py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("threads"), py::arg("compute_type"));
 }
 
 } // namespace mixedkv::bindings

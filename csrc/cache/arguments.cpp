@@ -148,8 +148,10 @@ void check_queries(const QueryView &q, int num_qo_heads, const OutputView &out,
 
 void check_options(const AttendOptions &options, std::int64_t window_left) {
   check(std::isfinite(options.sm_scale), "sm_scale", "be finite", options.sm_scale);
-  check(std::isfinite(options.logits_soft_cap) && options.logits_soft_cap >= 0.0f,
-        "logits_soft_cap", "be 0 (none) or positive and finite", options.logits_soft_cap);
+  check(std::isfinite(options.logits_soft_cap) &&
+            (options.logits_soft_cap == 0.0f ||
+             options.logits_soft_cap >= std::numeric_limits<float>::min()),
+        "logits_soft_cap", "be 0 (none), or finite and 2^-126 or more", options.logits_soft_cap);
   check(window_left >= -1, "window_left", "be -1 (none) or at least 0", window_left);
 }
 

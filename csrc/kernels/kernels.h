@@ -45,7 +45,8 @@ struct RowKernels {
                     int head_dim, float *scores, std::size_t ld_scores) noexcept;
   QkFn *qk;
 
-  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i].
+  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i]. All of these: a
+  /// weight of 0 times an infinity is NaN, and keeping the two apart is the caller's business.
   using PvFn = void(const float *p, std::size_t ld_p, int num_rows, const Rows *v, int num_keys,
                     int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
   PvFn *pv;
@@ -137,9 +138,9 @@ struct Kernels {
   /// Largest of n >= 1 values; -inf where all are. If any is NaN the result may be anything that
   /// is not above the largest number, or NaN: the NaN itself shows up in exp_sum.
   float (*row_max)(const float *x, std::size_t n) noexcept;
-  /// x_j = exp(x_j - m) in place, and returns their sum. m finite; x_j <= m or NaN; exp(-inf)
-  /// is exactly 0. Relative error below 3e-7 for results that are normal numbers; results below
-  /// the smallest normal may be flushed to 0.
+  /// x_j = exp(x_j - m) in place, and returns their sum. m finite; x_j <= m or NaN. Exactly 0 where
+  /// x_j - m is below -87.33655, -inf included: what would be below the smallest normal number.
+  /// Elsewhere the relative error is below 3e-7.
   float (*exp_sum)(float *x, std::size_t n, float m) noexcept;
   /// x_j = cap * tanh(x_j / cap) in place, cap > 0; -inf gives -cap (masks come after). Relative
   /// error below 1e-6.

@@ -106,7 +106,14 @@ struct AttentionProblem {
 /// What queries, keys, weights and values are rounded to in products of many query rows. bf16:
 /// where the instruction set in use has kernels for it, else f32. Softmax, M, S and acc are f32
 /// always.
-enum class ComputeType : std::uint8_t { f32, bf16 };
+/// automatic: what auto_compute_type says.
+enum class ComputeType : std::uint8_t { f32, bf16, automatic };
+
+/// f32 or bf16, whichever is the faster with the instruction set in use: measured on this machine
+/// at the first call, which takes some milliseconds, and kept as long as the process lives; bf16
+/// where it takes at least a tenth less time. The environment variable MIXEDKV_COMPUTE_TYPE, "f32"
+/// or "bf16", decides beforehand; anything else in it is a std::invalid_argument.
+MIXEDKV_API ComputeType auto_compute_type();
 
 /// What all problems of a call share.
 struct AttentionParams {
@@ -115,12 +122,15 @@ struct AttentionParams {
   int head_dim = 0;
   int head_dim_v = 0;
   float sm_scale = 1.0f;
-  float logits_soft_cap = 0.0f;        ///< 0: none
-  bool causal = false;                 ///< key position <= query position
-  std::int64_t window_left = -1;       ///< W >= 0: key positions p - W to p; -1: none
-  const float *alibi_slopes = nullptr; ///< [num_qo_heads]
-  const float *sinks = nullptr;        ///< [num_qo_heads] logits that enter S at finalize
-  int num_threads = 0;                 ///< 0: get_num_threads()
+  float logits_soft_cap = 0.0f;   ///< 0: none; else a normal number
+  bool causal = false;            ///< key position <= query position
+  std::int64_t window_left = -1;  ///< W >= 0: key positions from p - W on; -1: all
+  std::int64_t window_right = -1; ///< R >= 0: key positions up to p + R; -1: all
+  /// [num_qo_heads]: logits gain slope * (key position - query position), beside a boolean mask
+  /// too; with an additive mask, they gain slope * its entry instead.
+  const float *alibi_slopes = nullptr;
+  const float *sinks = nullptr; ///< [num_qo_heads] logits that enter S at finalize
+  int num_threads = 0;          ///< 0: get_num_threads()
   ComputeType compute_type = ComputeType::f32;
   /// What the keys and the values were changed by: queries are changed as keys are, normalised
   /// results back as values were (not states, which stay changed). Null: nothing.

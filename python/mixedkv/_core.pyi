@@ -9,6 +9,7 @@ __version__: str
 class CacheFull(RuntimeError): ...  # noqa: N818
 
 def compiled_isas() -> list[tuple[str, bool, str, bool]]: ...
+def auto_compute_type() -> str: ...
 def active_isa() -> str: ...
 def select_isa(name: str) -> None: ...
 def get_num_threads() -> int: ...
@@ -39,10 +40,11 @@ def attend(
     logits_soft_cap: float,
     causal: bool,
     window_left: int,
+    window_right: int,
     q_start: int,
     kv_start: int,
     threads: int,
-    allow_bf16: bool,
+    compute_type: str,
 ) -> None: ...
 def attend_paged(
     q: NDArray[Any],
@@ -62,8 +64,9 @@ def attend_paged(
     logits_soft_cap: float,
     causal: bool,
     window_left: int,
+    window_right: int,
     threads: int,
-    allow_bf16: bool,
+    compute_type: str,
 ) -> None: ...
 def finalize(
     ms: NDArray[np.float32],
@@ -115,7 +118,7 @@ class MixedCache:
         alibi_slopes: NDArray[np.float32] | None,
         sinks: NDArray[np.float32] | None,
         threads: int,
-        allow_bf16: bool,
+        compute_type: str,
     ) -> None: ...
     def commit(self) -> None: ...
     def restore(self) -> None: ...

@@ -35,7 +35,9 @@ __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"
 
 _F32 = np.dtype(np.float32)
 #: What products of many query rows may be rounded to.
-ComputeType: TypeAlias = Literal["f32", "bf16"]
+ComputeType: TypeAlias = Literal["f32", "bf16", "auto"]
+#: Smallest soft cap above 0: the smallest normal float32.
+_LEAST_SOFT_CAP = 2.0**-126
 #: Largest width of a head; a guard against absurd scratch memory.
 _MAX_HEAD_DIM = 65536
 
@@ -49,6 +51,7 @@ def attention(
     causal: bool = False,
     mask: Array | None = None,
     window_left: int = -1,
+    window_right: int = -1,
     logits_soft_cap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
@@ -71,19 +74,22 @@ def attention(
         as they are. Query head h reads kv head ``h // (Hq // Hkv)``. A batch of 1, in k, v or
         both, serves every row of q's batch, without a copy.
     sm_scale
-        Factor of the logits; None: ``1 / sqrt(D)``.
+        Factor of the logits; None: ``1 / sqrt(D)``. Below float32's range it counts as 0.
     causal
         Show a query the keys up to its own position only; the last query stands at the last key.
     mask
         Additive (float32, float16) or boolean (true = attend), broadcast to [B, Hq, Lq, Lkv]; an
         entry of -inf removes the key.
-    window_left
-        W >= 0: show a query at position p the keys p - W to p; -1: no window.
+    window_left, window_right
+        W >= 0 and R >= 0: show a query at position p the keys p - W to p + R; -1: that side is
+        open. With causal nothing after p is shown, whatever window_right is.
     logits_soft_cap
-        c > 0: logits become ``c * tanh(logit / c)``, before the mask; 0: none.
+        c > 0: logits become ``c * tanh(logit / c)``, before the mask; 0: none. c is
+        float32, from its smallest normal number, 2**-126, on.
     alibi_slopes
-        [Hq]: adds ``slope * (key position - query position)``; with a mask, multiplies the mask
-        instead (ggml).
+        [Hq]: adds ``slope * (key position - query position)``, beside a boolean mask too. An
+        additive mask is taken to hold the distances itself, as in ggml: it is multiplied by slope,
+        and nothing else is added, causal or not.
     sinks
         [Hq]: learned logits without a value that take part in the softmax's sum.
     layout
@@ -102,6 +108,9 @@ def attention(
         last few rows of a prefill are too few to profit. Sums, softmax and state stay f32. A logit
         is then off by some 2^-7 of ``|sm_scale| * sum(|q_i * k_i|)`` at most, and the result by
         some 3e-3 of its norm on data like that of models; magnitudes near 1e-38 may count as 0.
+        Whether bf16 is faster depends on the processor: "auto" takes it where it is, by a trial of
+        some milliseconds at the first prefill of the process, and f32 elsewhere
+        (:func:`mixedkv.isa.auto_compute_type`).
 
     Returns
     -------
@@ -124,6 +133,7 @@ def attention(
         mask,
         causal,
         window_left,
+        window_right,
         logits_soft_cap,
         alibi_slopes,
         threads,
@@ -234,6 +244,7 @@ class AttentionState:
         q_start: int | None = None,
         kv_start: int | None = None,
         window_left: int = -1,
+        window_right: int = -1,
         logits_soft_cap: float = 0.0,
         alibi_slopes: Array | None = None,
         threads: int | None = None,
@@ -250,8 +261,9 @@ class AttentionState:
             Of this segment: broadcast to [B, Hq, Lq, segment length].
         q_start, kv_start
             Positions of the first query and of the segment's first key; required with causal, a
-            window, or ALiBi without a mask.
-        sm_scale, causal, window_left, logits_soft_cap, alibi_slopes, threads, compute_type
+            window on either side, or ALiBi without an additive mask.
+        sm_scale, causal, window_left, window_right, logits_soft_cap, alibi_slopes, threads,
+        compute_type
             As in :func:`attention`.
 
         Raises
@@ -272,6 +284,7 @@ class AttentionState:
             mask,
             causal,
             window_left,
+            window_right,
             logits_soft_cap,
             alibi_slopes,
             threads,
@@ -460,8 +473,8 @@ def _position(value: int | None, name: str, needed: bool) -> int:
     if value is None:
         if needed:
             raise ValueError(
-                f"{name} is required with causal, window_left, or alibi_slopes without a mask; "
-                "got None"
+                f"{name} is required with causal, window_left, window_right, or alibi_slopes "
+                "without an additive mask; got None"
             )
         return 0
     return _size(value, name, -(2**40), 2**40)
@@ -494,18 +507,29 @@ def finite(value: float, name: str, low: float = -math.inf) -> float:
     return number
 
 
-def window(value: int) -> int:
-    """Return a window_left: -1 for none, or 0 and more."""
-    return _size(value, "window_left", -1, 2**40)
+def soft_cap(value: float) -> float:
+    """Return a logits_soft_cap: 0 for none, or one that float32 holds as a normal number."""
+    number = finite(value, "logits_soft_cap", 0.0)
+    if 0.0 < number < _LEAST_SOFT_CAP:
+        raise ValueError(
+            f"logits_soft_cap must be 0 (none) or {_LEAST_SOFT_CAP:.9g} (2**-126) or more, "
+            f"got {value}"
+        )
+    return number
 
 
-def allows_bf16(compute_type: ComputeType) -> bool:
-    """Return whether a compute_type allows bfloat16 arithmetic."""
+def window(value: int, name: str = "window_left") -> int:
+    """Return one side of a window: -1 for none, or 0 and more."""
+    return _size(value, name, -1, 2**40)
+
+
+def check_compute_type(compute_type: ComputeType) -> ComputeType:
+    """Return a compute_type that is one."""
     if not isinstance(compute_type, str):
         raise TypeError(f"compute_type must be a str, got {type(compute_type).__name__}")
-    if compute_type not in ("f32", "bf16"):
-        raise ValueError(f"compute_type must be 'f32' or 'bf16', got {compute_type!r}")
-    return compute_type == "bf16"
+    if compute_type not in ("f32", "bf16", "auto"):
+        raise ValueError(f"compute_type must be 'f32', 'bf16' or 'auto', got {compute_type!r}")
+    return compute_type
 
 
 @dataclass(init=False)
@@ -599,6 +623,7 @@ class _Options:
         mask: Array | None,
         causal: bool,
         window_left: int,
+        window_right: int,
         logits_soft_cap: float,
         alibi_slopes: Array | None,
         threads: int | None,
@@ -611,10 +636,11 @@ class _Options:
             raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
         self.causal = bool(causal)
         self.window_left = window(window_left)
-        self.logits_soft_cap = finite(logits_soft_cap, "logits_soft_cap", 0.0)
+        self.window_right = window(window_right, "window_right")
+        self.logits_soft_cap = soft_cap(logits_soft_cap)
         self.alibi_slopes = _per_head(alibi_slopes, "alibi_slopes", shapes.num_qo_heads)
         self.threads = check_threads(threads)
-        self.allow_bf16 = allows_bf16(compute_type)
+        self.compute_type = check_compute_type(compute_type)
         self.mask: NDArray[Any] | None = None
         if mask is not None:
             array = to_numpy(mask, "mask", MASKS)
@@ -628,7 +654,10 @@ class _Options:
         self.positional = (
             self.causal
             or self.window_left >= 0
-            or (self.alibi_slopes is not None and self.mask is None)
+            or self.window_right >= 0
+            or (
+                self.alibi_slopes is not None and (self.mask is None or self.mask.dtype == np.bool_)
+            )
         )
 
     def run(
@@ -660,8 +689,9 @@ class _Options:
             self.logits_soft_cap,
             self.causal,
             self.window_left,
+            self.window_right,
             q_start,
             kv_start,
             self.threads,
-            self.allow_bf16,
+            self.compute_type,
         )

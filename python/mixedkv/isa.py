@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from . import _core
 
-__all__ = ["active", "available", "compiled", "compute_types", "requires", "select"]
+__all__ = [
+    "active",
+    "auto_compute_type",
+    "available",
+    "compiled",
+    "compute_types",
+    "requires",
+    "select",
+]
 
 
 def compiled() -> list[str]:
@@ -39,7 +47,7 @@ def compute_types(name: str | None = None) -> list[str]:
     """Return the kinds of arithmetic that a variant (None: the one in use) has kernels for.
 
     "f32" always; "bf16" where ``compute_type="bf16"`` of :func:`mixedkv.attention` makes a
-    difference.
+    difference. Having them says nothing of speed: see :func:`auto_compute_type`.
 
     Raises
     ------
@@ -51,6 +59,22 @@ def compute_types(name: str | None = None) -> list[str]:
         if known == wanted:
             return ["f32", "bf16"] if has_bf16 else ["f32"]
     raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+
+
+def auto_compute_type() -> str:
+    """Return what ``compute_type="auto"`` stands for with the variant in use: "f32" or "bf16".
+
+    Measured the first time that it matters, here or in a prefill, on one thread, in some
+    milliseconds, and kept for the rest of the process, so that results keep their bits: "bf16"
+    where it takes at least a tenth less time. The environment variable ``MIXEDKV_COMPUTE_TYPE``,
+    "f32" or "bf16", decides beforehand.
+
+    Raises
+    ------
+    ValueError
+        Where ``MIXEDKV_COMPUTE_TYPE`` holds anything else.
+    """
+    return _core.auto_compute_type()
 
 
 def active() -> str:

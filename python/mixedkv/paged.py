@@ -20,8 +20,9 @@ from .attention import (
     ComputeType,
     _lse_kind,
     _per_head,
-    allows_bf16,
+    check_compute_type,
     finite,
+    soft_cap,
     window,
 )
 from .formats import Format
@@ -45,6 +46,7 @@ def attention_paged(
     sm_scale: float | None = None,
     causal: bool = False,
     window_left: int = -1,
+    window_right: int = -1,
     logits_soft_cap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
@@ -83,7 +85,7 @@ def attention_paged(
     causal
         Show a query the keys up to its own position only; a sequence's last query stands at its
         last key.
-    sm_scale, window_left, logits_soft_cap, alibi_slopes, sinks, threads, compute_type
+    sm_scale, window_left, window_right, logits_soft_cap, alibi_slopes, sinks, threads, compute_type
         As in :func:`mixedkv.attention`.
     layout
         Of the pages: "HND" or "NHD".
@@ -152,11 +154,12 @@ def attention_paged(
         _per_head(alibi_slopes, "alibi_slopes", num_qo_heads),
         _per_head(sinks, "sinks", num_qo_heads),
         1.0 / math.sqrt(head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
-        finite(logits_soft_cap, "logits_soft_cap", 0.0),
+        soft_cap(logits_soft_cap),
         bool(causal),
         window(window_left),
+        window(window_right, "window_right"),
         check_threads(threads),
-        allows_bf16(compute_type),
+        check_compute_type(compute_type),
     )
     return result.get() if lse is None else (result.get(), lse.get())
 

@@ -164,6 +164,12 @@ def options_for(rng: np.random.Generator, sizes: tuple[int, ...]) -> dict[str, d
         "causal": {"causal": True},
         "window_0": {"window_left": 0},
         "window_3": {"window_left": 3},
+        "window_right_0": {"window_right": 0},
+        "window_right_4": {"window_right": 4},
+        "window_both": {"window_left": 2, "window_right": 5},
+        "window_both_0": {"window_left": 0, "window_right": 0},
+        "window_right_causal": {"window_right": 4, "causal": True},
+        "window_right_past_all": {"window_left": 3, "window_right": 10_000},
         "window_3_causal": {"window_left": 3, "causal": True},
         "window_past_all": {"window_left": 10_000, "causal": True},
         "mask_f32": {"mask": additive},
@@ -177,7 +183,10 @@ def options_for(rng: np.random.Generator, sizes: tuple[int, ...]) -> dict[str, d
         "alibi_negative_slopes_mask": {"alibi_slopes": -slopes, "mask": additive},
         "alibi_zero_slopes_mask": {"alibi_slopes": slopes * 0, "mask": additive},
         "alibi_mask_bool": {"alibi_slopes": slopes, "mask": boolean},
+        "alibi_mask_bool_causal": {"alibi_slopes": slopes, "mask": boolean, "causal": True},
+        "alibi_mask_causal": {"alibi_slopes": slopes, "mask": additive, "causal": True},
         "alibi_window": {"alibi_slopes": slopes, "window_left": 5},
+        "alibi_window_right": {"alibi_slopes": slopes, "mask": boolean, "window_right": 2},
         "sinks": {"sinks": sinks},
         "sinks_above_all": {"sinks": sinks + 30},
         "sinks_below_all": {"sinks": sinks - 60},
@@ -212,15 +221,61 @@ def test_attention_default_scale_is_that_of_head_dim(rng: np.random.Generator) -
     np.testing.assert_array_equal(mkv.attention(q, k, v), mkv.attention(q, k, v, sm_scale=32**-0.5))
 
 
-def test_attention_window_counts_the_query_itself() -> None:
-    """window_left = W shows the keys p - W to p: W + 1 of them."""
+def test_attention_window_sides(isa: str) -> None:
+    """Keys p - W to p + R; a side that is not given is open, as FlashInfer and ONNX have it."""
     n = 9
     v = np.eye(n, dtype=np.float32)[None]
     q = k = np.zeros((1, n, 4), np.float32)
-    for window in range(n):
-        out = mkv.attention(q, k, v, window_left=window)
-        for i in range(n):
-            assert list(np.nonzero(out[0, i])[0]) == list(range(max(0, i - window), i + 1))
+    for left in range(-1, n):
+        for right in range(-1, n):
+            both = mkv.attention(q, k, v, window_left=left, window_right=right)
+            causal = mkv.attention(q, k, v, window_left=left, window_right=right, causal=True)
+            for i in range(n):
+                first = 0 if left < 0 else max(0, i - left)
+                end = n if right < 0 else min(n, i + right + 1)
+                assert list(np.nonzero(both[0, i])[0]) == list(range(first, end))
+                assert list(np.nonzero(causal[0, i])[0]) == list(range(first, i + 1))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("left", "right"), [(3, -1), (-1, 2), (4, 0), (0, 0), (7, 5)])
+def test_attention_window_as_torch_has_it(rng: np.random.Generator, left: int, right: int) -> None:
+    """Against SDPA with the window as a mask; the last query stands at the last key."""
+    torch = pytest.importorskip("torch")
+    q, k, v = make(rng, (2, 4, 4, 33, 150, 32, 64))
+    distance = np.arange(150)[None, :] - (150 - 33 + np.arange(33))[:, None]
+    seen = (distance >= -left if left >= 0 else True) & (distance <= right if right >= 0 else True)
+    seen = np.broadcast_to(seen, distance.shape)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *map(torch.from_numpy, (q, k, v)), attn_mask=torch.from_numpy(seen.copy())
+    )
+    got = mkv.attention(q, k, v, window_left=left, window_right=right)
+    assert relative_error(got, want.numpy().astype(np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(("left", "right"), [(50, 20), (-1, 20), (50, -1), (0, 0)])
+@pytest.mark.parametrize("kind", ["f32", "f16", "q4_0"])
+def test_attention_window_cuts_keys_off(
+    rng: np.random.Generator, left: int, right: int, kind: str
+) -> None:
+    """Keys outside of every query's window are not even read: they may be anything."""
+    sizes = (1, 4, 2, 5, 3000, 32, 32)
+    q, k, v = make(rng, sizes, kind, kind)
+    state = mkv.AttentionState(num_qo_heads=4, qo_len=5, head_dim=32)
+    options = {"window_left": left, "window_right": right, "q_start": 1500, "kv_start": 0}
+    state.update(q, k, v, **options)
+    want, want_lse = state.finalize(return_lse=True)
+    by_hand, _ = ref.attention(q, values_of(k), values_of(v), **options)
+    assert_close(want, by_hand, rel=tolerance(kind))
+    first, end = 0 if left < 0 else 1500 - left, 3000 if right < 0 else 1504 + right + 1
+    for array in (k, v):
+        array[:, :, :first] = 255 if kind == "q4_0" else np.nan
+        array[:, :, end:] = 255 if kind == "q4_0" else np.nan
+    again = mkv.AttentionState(num_qo_heads=4, qo_len=5, head_dim=32)
+    again.update(q, k, v, **options)
+    out, lse = again.finalize(return_lse=True)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(lse, want_lse)
 
 
 def test_attention_causal_aligns_last_with_last() -> None:
@@ -252,6 +307,60 @@ def test_attention_alibi_adds_slope_times_distance() -> None:
     )
     weights = np.exp([-1.0, -0.5, 0.0])
     np.testing.assert_allclose(out[0, 0], weights / weights.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("qo_len", [1, 6, 40])
+def test_attention_alibi_beside_a_boolean_mask_is_the_mask_of_distances(
+    isa: str, rng: np.random.Generator, qo_len: int, causal: bool
+) -> None:
+    """The same as without a mask where nothing is hidden, and as ggml's mask of distances."""
+    q, k, v = make(rng, (1, 4, 2, qo_len, 70, 32, 32))
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    plain = mkv.attention(q, k, v, alibi_slopes=slopes, causal=causal)
+    shown = np.ones((qo_len, 70), bool)
+    np.testing.assert_array_equal(
+        mkv.attention(q, k, v, alibi_slopes=slopes, causal=causal, mask=shown), plain
+    )
+    seen = rng.random((qo_len, 70)) < 0.5
+    seen[:, 0] = True
+    distance = np.arange(70)[None, :] - (70 - qo_len + np.arange(qo_len))[:, None]
+    ggml = np.where(seen, distance, -np.inf).astype(np.float32)
+    got = mkv.attention(q, k, v, alibi_slopes=slopes, causal=causal, mask=seen)
+    assert_close(got, mkv.attention(q, k, v, alibi_slopes=slopes, causal=causal, mask=ggml))
+
+
+@pytest.mark.parametrize("cap", [2.0**-127, 1e-46, 1e-300, 5e-324])
+def test_attention_soft_cap_below_the_normal_numbers_is_refused(cap: float) -> None:
+    q = np.ones((1, 2, 32), np.float32)
+    for call in (
+        lambda: mkv.attention(q, q, q, logits_soft_cap=cap),
+        lambda: mkv.AttentionState(1, 2, 32).update(q, q, q, logits_soft_cap=cap),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"logits_soft_cap must be 0 .*1\.17549435e-38.*{cap}"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("cap", [2.0**-126, 1e-37, 1e-20, 1e38])
+def test_attention_soft_caps_of_any_size_cap(
+    isa: str, rng: np.random.Generator, cap: float
+) -> None:
+    """A tiny one makes all logits alike, though logit / cap overflows; a huge one does nothing."""
+    q, k, v = make(rng, (1, 4, 2, 3, 40, 32, 32))
+    out, lse = mkv.attention(q, k, v, logits_soft_cap=cap, return_lse=True)
+    want, want_lse = ref.attention(q, k, v, logits_soft_cap=cap)
+    assert_close(out, want)
+    assert_lse_close(lse, want_lse)
+    if cap < 1:
+        np.testing.assert_allclose(out, np.repeat(v.mean(2), 2, 1)[:, :, None] + 0 * out, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1e-300, -1e-46])
+def test_attention_scale_below_f32_counts_as_zero(rng: np.random.Generator, scale: float) -> None:
+    q, k, v = make(rng, (1, 4, 2, 3, 40, 32, 32))
+    assert_close(mkv.attention(q, k, v, sm_scale=scale), ref.attention(q, k, v, sm_scale=scale)[0])
 
 
 def test_attention_soft_cap_bounds_logits(isa: str) -> None:
@@ -452,7 +561,8 @@ def test_attention_hidden_key_does_not_leak(
     if hide == "causal":
         seen, options = np.tril(seen, 32), {"causal": True}
     elif hide == "window":
-        seen, options = np.tril(seen, 32) & np.triu(seen, 29), {"window_left": 3}
+        seen = np.tril(seen, 33) & np.triu(seen, 29)
+        options = {"window_left": 3, "window_right": 1}
     else:
         seen[::2, at] = False
         bias = np.where(seen, 0, -np.inf).astype(np.float32)

@@ -213,7 +213,8 @@ def test_bf16_hidden_key_does_not_leak(
     if hide == "causal":
         seen, options = np.tril(seen, 32), {"causal": True}
     elif hide == "window":
-        seen, options = np.tril(seen, 32) & np.triu(seen, 29), {"window_left": 3}
+        seen = np.tril(seen, 33) & np.triu(seen, 29)
+        options = {"window_left": 3, "window_right": 1}
     else:
         seen[::2, at] = False
         options = {"mask": seen}

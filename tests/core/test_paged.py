@@ -128,10 +128,11 @@ def test_paged_decode(
         {},
         {"causal": True},
         {"causal": True, "window_left": 20},
+        {"window_left": 20, "window_right": 3},
         {"causal": True, "compute_type": "bf16"},
         {"logits_soft_cap": 2.0, "sm_scale": 0.3},
     ],
-    ids=["all", "causal", "window", "bf16", "soft_cap"],
+    ids=["all", "causal", "window", "window_both", "bf16", "soft_cap"],
 )
 def test_paged_ragged(
     isa: str, rng: np.random.Generator, page_size: int, kind: str, options: dict[str, Any]

@@ -810,8 +810,14 @@ def test_merge_states_refuses_shapes_that_do_not_fit(rng: np.random.Generator) -
 
 @pytest.mark.parametrize(
     "options",
-    [{"causal": True}, {"window_left": 3}, {"alibi_slopes": np.ones(HQ, np.float32)}],
-    ids=["causal", "window", "alibi"],
+    [
+        {"causal": True},
+        {"window_left": 3},
+        {"window_right": 3},
+        {"alibi_slopes": np.ones(HQ, np.float32)},
+        {"alibi_slopes": np.ones(HQ, np.float32), "mask": np.ones((LQ, LKV), bool)},
+    ],
+    ids=["causal", "window", "window_right", "alibi", "alibi_mask_bool"],
 )
 @pytest.mark.parametrize("given", [{}, {"q_start": 3}, {"kv_start": 0}], ids=["none", "q", "kv"])
 def test_state_update_requires_positions(

@@ -189,6 +189,7 @@ struct Call {
   std::vector<const Source *> sources;
   bool causal = false;
   std::int64_t window_left = -1;
+  std::int64_t window_right = -1;
   float soft_cap = 0.0f;
   std::vector<float> alibi_slopes;
   MaskType mask_type = MaskType::none;
@@ -236,6 +237,7 @@ Result run(const Call &call, int num_threads) {
   params.logits_soft_cap = call.soft_cap;
   params.causal = call.causal;
   params.window_left = call.window_left;
+  params.window_right = call.window_right;
   params.alibi_slopes = call.alibi_slopes.empty() ? nullptr : call.alibi_slopes.data();
   params.num_threads = num_threads;
   params.compute_type = call.compute_type;
@@ -291,7 +293,7 @@ std::vector<Seen> seen_by(const Call &call, const std::vector<std::vector<float>
   for (const Source *source : call.sources)
     for (std::int64_t j = 0; j < source->len; ++j, ++key) {
       const std::int64_t pos = source->position(j);
-      if ((call.causal || call.window_left >= 0) && pos > p)
+      if ((call.causal && pos > p) || (call.window_right >= 0 && pos > p + call.window_right))
         continue;
       if (call.window_left >= 0 && pos < p - call.window_left)
         continue;
@@ -308,7 +310,7 @@ std::vector<Seen> seen_by(const Call &call, const std::vector<std::vector<float>
         x = call.soft_cap * std::tanh(x / call.soft_cap);
       if (call.mask_type == MaskType::f32)
         x += slope * call.float_mask[entry];
-      else if (!call.alibi_slopes.empty() && call.mask_type == MaskType::none)
+      else if (!call.alibi_slopes.empty())
         x += slope * static_cast<double>(pos - p);
       all.push_back({key, x});
     }
@@ -481,6 +483,11 @@ void test_attend(const std::string &isa, ComputeType compute_type) {
             windowed.window_left = window;
             windowed.causal = window % 2 == 0;
             check_call(windowed, "window");
+            windowed.window_right = window / 2;
+            check_call(windowed, "window on both sides");
+            windowed.window_left = -1;
+            windowed.causal = false;
+            check_call(windowed, "window on the right");
           }
           Call capped = call;
           capped.soft_cap = 1.5f;
@@ -496,6 +503,8 @@ void test_attend(const std::string &isa, ComputeType compute_type) {
           check_call(masked, "boolean mask");
           masked.causal = true;
           check_call(masked, "boolean mask and causal");
+          masked.alibi_slopes = {0.25f, 0.01f};
+          check_call(masked, "boolean mask and slopes");
           Call biased = call;
           biased.mask_type = MaskType::f32;
           for (std::size_t i = 0; i < entries; ++i)

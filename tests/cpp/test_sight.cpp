@@ -78,7 +78,7 @@ struct Case {
   /// A logit of 1 after everything that hides or shifts it, by definition.
   double want(int h, std::int64_t i, std::int64_t j) const {
     const std::int64_t p = query_position(i), pos = key_position(j);
-    if ((params.causal || params.window_left >= 0) && pos > p)
+    if ((params.causal && pos > p) || (params.window_right >= 0 && pos > p + params.window_right))
       return -HUGE_VAL;
     if (params.window_left >= 0 && pos < p - params.window_left)
       return -HUGE_VAL;
@@ -88,7 +88,9 @@ struct Case {
     case MaskType::none:
       return slopes.empty() ? 1.0 : 1.0 + slope * static_cast<double>(pos - p);
     case MaskType::boolean:
-      return boolean_mask[entry] ? 1.0 : -HUGE_VAL;
+      return !boolean_mask[entry] ? -HUGE_VAL
+             : slopes.empty()     ? 1.0
+                                  : 1.0 + slope * static_cast<double>(pos - p);
     case MaskType::f16:
       return boolean_mask[entry] ? 1.0 + slope : -HUGE_VAL;
     case MaskType::f32:
@@ -155,11 +157,12 @@ void test_sight(bool shuffled, bool scattered, MaskType mask, bool slopes) {
     Random random(21);
     for (const std::int64_t num_queries : {1, 5, 12})
       for (const std::int64_t num_keys : {1, 7, 40, 64})
-        for (const int window : {-1, 0, 3, 25, 200})
-          for (const bool causal : {false, true}) {
+        for (const int left : {-1, 0, 3, 25, 200})
+          for (const int right : {-1, 0, 2, 30, 300, -2}) {
             Case c(random, num_queries, num_keys);
-            c.params.causal = causal;
-            c.params.window_left = window;
+            c.params.causal = right == -2;
+            c.params.window_left = left;
+            c.params.window_right = c.params.causal ? left : right; // which causal overrules
             if (shuffled)
               c.shuffle_positions(random);
             if (scattered)

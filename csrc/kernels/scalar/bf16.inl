@@ -11,7 +11,7 @@ float bf16_exp_sum(const float *x, bf16_t *p, size_t n, float m) noexcept {
   float sum = 0.0f;
   for (size_t i = 0; i < (n + 31) / 32 * 32; ++i) {
     p[i] = bf16_t{0};
-    if (i < n) {
+    if (i < n && !(x[i] - m < -87.33655f)) {
       p[i] = float_to_bf16(
           static_cast<float>(exp(static_cast<double>(x[i]) - static_cast<double>(m))));
       sum += bf16_to_float(p[i]);

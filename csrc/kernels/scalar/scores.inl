@@ -11,7 +11,9 @@ float row_max(const float *x, size_t n) noexcept {
 float exp_sum(float *x, size_t n, float m) noexcept {
   float sum = 0.0f;
   for (size_t i = 0; i < n; ++i) {
-    x[i] = static_cast<float>(exp(static_cast<double>(x[i]) - static_cast<double>(m)));
+    x[i] = x[i] - m < -87.33655f
+               ? 0.0f
+               : static_cast<float>(exp(static_cast<double>(x[i]) - static_cast<double>(m)));
     sum += x[i];
   }
   return sum;

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
-from ..attention import ComputeType, _lse_kind, _per_head, allows_bf16, finite, window
+from ..attention import (
+    ComputeType,
+    _lse_kind,
+    _per_head,
+    check_compute_type,
+    finite,
+    soft_cap,
+    window,
+)
 from .arguments import int_array, integer, owners
 from .config import CacheConfig, core_options
 from .log import logger
@@ -145,12 +153,12 @@ class KVCache:
             result.array,
             lse,
             1.0 / math.sqrt(self._head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
-            finite(logits_soft_cap, "logits_soft_cap", 0.0),
+            soft_cap(logits_soft_cap),
             None if window_left is None else window(window_left),
             _per_head(alibi_slopes, "alibi_slopes", heads),
             _per_head(sinks, "sinks", heads),
             check_threads(threads),
-            allows_bf16(compute_type),
+            check_compute_type(compute_type),
         )
         if lse is None:
             return result.get()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixedkv.attention import ComputeType, allows_bf16
+from mixedkv.attention import ComputeType, check_compute_type
 
 from .batch import Batch
 from .groups import Group
@@ -35,7 +35,7 @@ class LayerAttention:
     threads
         Of each call; None for the default.
     compute_type
-        "f32" or "bf16".
+        "f32", "bf16" or "auto".
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LayerAttention:
         threads: int | None,
         compute_type: ComputeType,
     ) -> None:
-        allows_bf16(compute_type)  # refuses what is neither
+        check_compute_type(compute_type)
         self.threads = threads
         self.compute_type = compute_type
         self._windows = windows

@@ -72,7 +72,8 @@ class MixedCache(Cache):
         Threads of attention; default: `mixedkv.get_num_threads()`, and one where a step has so
         little to attend that waking others does not pay. The result has the same bits.
     compute_type
-        "f32", or "bf16" to let a prefill's products be in bfloat16, as in `mixedkv.attention`.
+        "f32", or "bf16" to let a prefill's products be in bfloat16, or "auto" to do so where that
+        is faster, as in `mixedkv.attention`.
     record_history
         Keep the occupancy after each step in `history`.
 
