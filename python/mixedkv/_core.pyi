@@ -1,5 +1,5 @@
 from types import TracebackType
-from typing import Any
+from typing import Any, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,11 @@ def merge_states(
 ) -> None: ...
 def cache_config_fields() -> list[tuple[str, Any, str]]: ...
 
-class Guard:
+# pybind11's, which has no name to import it by.
+@type_check_only
+class _Pybind11Type(type): ...
+
+class Guard(metaclass=_Pybind11Type):
     def __init__(self, what: str) -> None: ...
     def __enter__(self) -> Guard: ...
     def __exit__(
@@ -99,7 +103,7 @@ class Guard:
         traceback: TracebackType | None,
     ) -> None: ...
 
-class MixedCache:
+class MixedCache(metaclass=_Pybind11Type):
     def __init__(self, **options: Any) -> None: ...
     def config(self) -> dict[str, Any]: ...
     def find_slot(
