@@ -68,7 +68,7 @@ QueryView read_queries(std::int64_t problem, const mixedkv_queries *from) {
 KeySegment read_segment(std::int64_t problem, std::int64_t number, const mixedkv_segment *segments,
                         const AttentionParams &params) {
   const auto name = [&](const char *text) { return Name(problem, number, text); };
-  constexpr std::size_t kLeast = MIXEDKV_FIRST_SIZE(mixedkv_segment, v_format);
+  constexpr std::size_t kLeast = MIXEDKV_FIRST_SIZE(mixedkv_segment, v_page_stride);
   const std::size_t size = check_size(Name(problem, 0, ""), segments, kLeast);
   const mixedkv_segment *at = element(segments, size, number);
   check_same_size(name(""), check_size(name(""), at, kLeast), size);
@@ -94,6 +94,20 @@ KeySegment read_segment(std::int64_t problem, std::int64_t number, const mixedkv
   check_index(name("index"), s.index, s.len, true);
   check_optional(name("pos"), s.pos, alignof(std::int32_t));
   check_positions(name("pos_start"), s.pos_start, s.len);
+  if (s.pages != nullptr) {
+    if (s.index != nullptr) {
+      refuse(MIXEDKV_INVALID_ARGUMENT, "%s must be null where there are pages",
+             name("index").text().data);
+    }
+    check_range(name("page_size"), s.page_size, 1, kMostLen);
+    check_index(name("pages"), s.pages, (s.len + s.page_size - 1) / s.page_size, false);
+    check_multiple(name("k_page_stride"), s.k_page_stride, k_multiple);
+    check_multiple(name("v_page_stride"), s.v_page_stride, v_multiple);
+    segment.pages = s.pages;
+    segment.page_size = s.page_size;
+    segment.k_page_stride = s.k_page_stride;
+    segment.v_page_stride = s.v_page_stride;
+  }
   segment.k = s.k;
   segment.v = s.v;
   segment.k_head_stride = s.k_head_stride;

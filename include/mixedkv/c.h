@@ -104,9 +104,11 @@ typedef struct mixedkv_queries {
   int32_t reserved; /* zero */
 } mixedkv_queries;
 
-/* A run of keys and values, for all kv heads. Key j of kv head h is at
- * k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes. Its
- * position is pos ? pos[j] : pos_start + j. Any formats. */
+/* A run of keys and values, for all kv heads, in any formats. Key j of kv head h is at
+ * k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
+ * Or keys lie in pages: key j is number i = j % page_size of page p = pages[j / page_size], at
+ * k + h * k_head_stride + p * k_page_stride + k_row_stride * i; what the last page holds beyond len
+ * is nobody's. The position of key j is pos ? pos[j] : pos_start + j. */
 typedef struct mixedkv_segment {
   size_t struct_size;
   const void *k;
@@ -121,6 +123,10 @@ typedef struct mixedkv_segment {
   int64_t len;
   mixedkv_format k_format;
   mixedkv_format v_format;
+  const int32_t *pages; /* [len / page_size, rounded up] or null; from 0, in any order; no index */
+  int64_t page_size;    /* keys */
+  ptrdiff_t k_page_stride;
+  ptrdiff_t v_page_stride;
 } mixedkv_segment;
 
 typedef int32_t mixedkv_mask_type;

@@ -208,6 +208,43 @@ void test_results() {
   });
 }
 
+void test_pages() {
+  check("keys in pages have the bits of keys side by side", [] {
+    for (mixedkv_format format = 0; format < mixedkv_format_count(); ++format) {
+      Call rows(format), paged(format);
+      rows.problem.num_segments = paged.problem.num_segments = 1;
+      rows.expect_ok();
+      // The 64 keys in pages of 20, in an order of their own, the last one not full. A page holds
+      // its rows of all heads.
+      constexpr std::int32_t pages[] = {5, 0, 3, 2};
+      constexpr std::ptrdiff_t v_row = kDim * sizeof(float);
+      mixedkv_segment &s = paged.segments[0];
+      const std::ptrdiff_t k_row = s.k_row_stride;
+      std::vector<char> k(static_cast<std::size_t>(6 * 20 * kKvHeads * k_row), '\xff');
+      std::vector<char> v(static_cast<std::size_t>(6 * 20 * kKvHeads * v_row), '\xff');
+      for (int h = 0; h < kKvHeads; ++h)
+        for (int j = 0; j < 64; ++j) {
+          const int row = (pages[j / 20] * kKvHeads + h) * 20 + j % 20;
+          std::memcpy(&k[static_cast<std::size_t>(row * k_row)],
+                      static_cast<const char *>(s.k) + h * s.k_head_stride + j * k_row,
+                      static_cast<std::size_t>(k_row));
+          std::memcpy(&v[static_cast<std::size_t>(row * v_row)],
+                      static_cast<const char *>(s.v) + h * s.v_head_stride + j * v_row, v_row);
+        }
+      s.k = k.data();
+      s.v = v.data();
+      s.k_head_stride = 20 * k_row;
+      s.v_head_stride = 20 * v_row;
+      s.pages = pages;
+      s.page_size = 20;
+      s.k_page_stride = kKvHeads * 20 * k_row;
+      s.v_page_stride = kKvHeads * 20 * v_row;
+      paged.expect_ok();
+      EXPECT(rows.out == paged.out && rows.lse == paged.lse, "format %d", static_cast<int>(format));
+    }
+  });
+}
+
 // --- formats, threads, instruction sets ----------------------------------------------------------
 
 void test_formats() {
@@ -349,6 +386,7 @@ int main(int argc, char **argv) {
   if (argc > 1)
     name_filter = argv[1];
   test_results();
+  test_pages();
   test_formats();
   test_machine();
   test_versions();

@@ -119,6 +119,30 @@ void test_faults() {
       {"problems[0].segments[1].v_row_stride", [](Call &c) { c.segments[1].v_row_stride = 1; }},
       {"problems[0].segments[0].index must ascend strictly from 0, got 1 at 2",
        [](Call &c) { c.segments[0].index = ascending; }},
+      {"problems[0].segments[0].index must be null where there are pages",
+       [](Call &c) {
+         c.segments[0].index = c.index.data();
+         c.segments[0].pages = c.index.data();
+       }},
+      {"problems[0].segments[0].page_size must be from 1",
+       [](Call &c) { c.segments[0].pages = c.index.data(); }},
+      {"problems[0].segments[0].pages must count from 0, got -2 at 2",
+       [](Call &c) {
+         c.segments[0].pages = negative;
+         c.segments[0].page_size = 20;
+       }},
+      {"problems[0].segments[0].k_page_stride must be a multiple of 4, got 2",
+       [](Call &c) {
+         c.segments[0].pages = c.index.data();
+         c.segments[0].page_size = 16;
+         c.segments[0].k_page_stride = 2;
+       }},
+      {"problems[0].segments[0].v_page_stride must be a multiple of 4, got -1",
+       [](Call &c) {
+         c.segments[0].pages = c.index.data();
+         c.segments[0].page_size = 16;
+         c.segments[0].v_page_stride = -1;
+       }},
       {"problems[0].segments[0].pos_start", [](Call &c) { c.segments[0].pos_start = INT64_MIN; }},
       {"problems[0].mask.struct_size", [](Call &c) { c.mask.struct_size = 1u << 30; }},
       {"problems[0].mask.type must be from 0 to 2, got 3", [](Call &c) { c.mask.type = 3; }},
