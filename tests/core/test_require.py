@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("platformdirs")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 LLAMA = "tools/test_llamacpp.py::test_llama_cpp_refuses_what_is_no_model"
 MODEL = "tools/test_trained.py::test_trained_model_chain_on_one_layer"
 
