@@ -285,3 +285,89 @@ def test_packed_outlier_channels_stay_within_tolerance(
     want_few, _ = ref.attention(q, keys, values)
     assert relative_error(got, want_many[0]) <= Q4_0_REL
     assert relative_error(few, want_few[0]) <= Q4_0_REL
+
+
+def cold_error(
+    k: np.ndarray, v: np.ndarray, q: np.ndarray, k_type: str = "q4_0", v_type: str = "q4_0"
+) -> float:
+    """Relative error of one query over keys of which all but the newest few are in cold."""
+    num_kv_heads, n, d = k.shape
+    cache = mkv.MixedKVCache(
+        num_layers=1, num_kv_heads=num_kv_heads, head_dim=d, hot_size=48, cold_size=n + 16,
+        group_size=16, n_pad=1, cold_k_type=k_type, cold_v_type=v_type,
+    )  # fmt: skip
+    for begin in range(0, n - 1, 32):
+        pos = list(range(begin, min(begin + 32, n - 1)))
+        assert cache.find_slot(pos=pos, seq_id=[0] * len(pos)) is not None
+        cache.store(0, k[:, pos], v[:, pos])
+        cache.commit()
+    assert cache.find_slot(pos=[n - 1], seq_id=[0]) is not None
+    cache.store(0, k[:, -1:], v[:, -1:])
+    got = cache.attend(0, q)
+    cache.commit()
+    want, _ = ref.attention(q, cache.keys(0, 0), cache.values(0, 0))
+    return float(relative_error(got, want[0]))
+
+
+@pytest.mark.parametrize(("q_channel", "k_channel"), [(3, 9), (3, 70), (9, 9)])
+@pytest.mark.parametrize(("of_q", "of_k"), [(100.0, 60.0), (200.0, 60.0), (1e4, 30.0), (1e3, 1e3)])
+def test_packed_outlier_channels_of_query_and_keys(
+    isa: str, rng: np.random.Generator, q_channel: int, k_channel: int, of_q: float, of_k: float
+) -> None:
+    """Channels that all queries and all keys share: they shift all scores, and must not hide the
+    others, whether in one block or in two."""
+    if q_channel == k_channel and of_q * of_k > 2e4:
+        pytest.skip("the scores themselves leave f32 too few bits")
+    n, d = 600, 128
+    k, v, q = normal(rng, HKV, n, d), normal(rng, HKV, n, d), normal(rng, HQ, 1, d)
+    q[..., q_channel] = of_q
+    k[..., k_channel] = of_k
+    assert cold_error(k, v, q) <= Q4_0_REL
+
+
+@pytest.mark.parametrize("others", [15, 31, 63, 255])
+@pytest.mark.parametrize("values", ["equal", "alternating", "random"])
+def test_packed_one_heavy_key_beside_many_light_ones(
+    isa: str, rng: np.random.Generator, values: str, others: int
+) -> None:
+    """Light ones' weights are all rounded the same way; together they count."""
+    d, n = 64, others + 34
+    k, q = np.zeros((HKV, n, d), np.float32), np.zeros((HQ, 1, d), np.float32)
+    q[..., 0] = np.sqrt(d)
+    v = np.full((HKV, n, d), 0.1, np.float32)
+    if values == "alternating":  # the sign of a block's scale, but not that of its other values
+        v[:, ::2, ::32], v[:, 1::2, ::32] = 0.2, -0.2
+    if values == "random":
+        v[:] = normal(rng, HKV, 1, d)
+    heavy = int(rng.integers(0, others))
+    v[:, heavy] = 0.0
+    v[:, heavy, ::32] = 0.05
+    k[:, others + 1 :, 0] = -30.0  # the newest, which are not in cold, count for nothing
+    worst = 0.0
+    for score in (4.0, 7.0, 9.5, 10.4, 11.0, 12.0, 14.0):
+        k[:, heavy, 0] = score
+        worst = max(worst, cold_error(k, v, q))
+    assert worst <= Q4_0_REL
+
+
+def test_packed_adversarial_inputs_stay_within_tolerance(
+    isa: str, rng: np.random.Generator
+) -> None:
+    for step in range(60):
+        d = int(rng.choice([32, 64, 128]))
+        n = int(rng.choice([50, 120, 290, 550]))
+        k, v, q = normal(rng, HKV, n, d), normal(rng, HKV, n, d), normal(rng, HQ, 1, d)
+        if step % 3 != 0:  # outlier channels that do not decide alone who is seen
+            q[..., rng.integers(0, d)] *= 10 ** rng.uniform(0, 4)
+            channels = rng.integers(0, d, 2)
+            k[..., channels] = 10 ** rng.uniform(0, 4, 2) * np.sign(normal(rng, 2))
+        if step % 2:
+            heavy = rng.integers(0, n - 34)
+            direction = q[:: HQ // HKV, 0] / np.square(q[:: HQ // HKV, 0]).sum(-1, keepdims=True)
+            k[:, heavy] += direction * rng.uniform(2, 14) * np.sqrt(d)
+        if step % 4 > 1:  # scales of values differ by orders of magnitude
+            v *= 10 ** rng.uniform(-4, 4, (1, n, 1)).astype(np.float32)
+        if step % 5 == 0:
+            v[:] = np.abs(v)
+        error = cold_error(k, v, q)
+        assert error <= Q4_0_REL, (step, d, n)
