@@ -180,7 +180,8 @@ void register_paged(py::module_ &m) {
         py::arg("k_format"), py::arg("v_format"), py::arg("qo_indptr"), py::arg("indptr"),
         py::arg("indices"), py::arg("last_page_len"), py::arg("out"), py::arg("lse"),
         py::arg("alibi_slopes"), py::arg("sinks"), py::arg("sm_scale"), py::arg("logits_soft_cap"),
-        py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("threads"), py::arg("compute_type"));
+        py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("threads"),
+        py::arg("compute_type"));
 }
 
 } // namespace mixedkv::bindings

@@ -77,8 +77,8 @@ struct TileKernels {
   /// of the largest of their block of 32, and what that leaves is added where it may show: |error|
   /// is at most half such a step times |k_i|, summed over i, and about 5e-4 at most where roundings
   /// and codes know nothing of each other (below 1e-4 |q| |k| for rows like those of models). What
-  /// a score gets depends on its row and its token alone. A NaN or infinity in a query row makes its
-  /// scores not finite.
+  /// a score gets depends on its row and its token alone. A NaN or infinity in a query row makes
+  /// its scores not finite.
   void (*qk)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
              float *scores, std::size_t ld_scores) noexcept;
   /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row
