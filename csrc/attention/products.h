@@ -54,6 +54,7 @@ private:
   void compute_row_scores(const KeyRun &run);
   void compute_tile_scores(const KeyRun &run);
   void add_tile_values(const KeyRun &run, bool some_hidden);
+  void add_rows(const RowKernels &kernels, const Rows &values, int n, const float *weights);
   void add_unpacked(int n, const float *weights, bool some_hidden);
   bool few_rows() const { return in_.num_rows < kUnpackRows; }
 

@@ -83,6 +83,18 @@ void F32Products::weigh_row(const KeyRun &run, int row, int from, int to) {
   std::fill(x + to, x + run.size(), 0.0f);
 }
 
+/// acc += weights * n values, span by span.
+void F32Products::add_rows(const RowKernels &kernels, const Rows &values, int n,
+                           const float *weights) {
+  for (int j = 0; j < n; j += TileStates::kSpanKeys) {
+    const int count = std::min<int>(TileStates::kSpanKeys, n - j);
+    const Rows part = rows_from(values, j);
+    in_.states.begin_keys(count);
+    kernels.pv(weights + j, in_.scores.ld(), in_.num_rows, &part, count,
+               static_cast<int>(in_.head_dim_v), in_.states.acc(), in_.head_dim_v);
+  }
+}
+
 /// acc += weights * the first n unpacked values.
 void F32Products::add_unpacked(int n, const float *weights, bool some_hidden) {
   const std::size_t width = in_.head_dim_v;
@@ -105,8 +117,7 @@ void F32Products::add_unpacked(int n, const float *weights, bool some_hidden) {
     }
   }
   const Rows rows{values_, static_cast<std::ptrdiff_t>(width * sizeof(float)), nullptr};
-  in_.kernels.of(Format::f32)
-      .pv(weights, ld, in_.num_rows, &rows, n, static_cast<int>(width), in_.states.acc(), width);
+  add_rows(in_.kernels.of(Format::f32), rows, n, weights);
 }
 
 void F32Products::add_tile_values(const KeyRun &run, bool some_hidden) {
@@ -116,6 +127,7 @@ void F32Products::add_tile_values(const KeyRun &run, bool some_hidden) {
   const TileKernels &kernels = *in_.kernels.tiles_of(run.segment().v_format);
   const float *weights = in_.scores.by_token();
   if (few_rows()) {
+    in_.states.begin_keys(run.size());
     kernels.pv(weights, in_.scores.ld(), in_.num_rows, &tiles, run.num_tiles(), dv,
                in_.states.acc(), in_.head_dim_v);
     return;
@@ -136,8 +148,7 @@ void F32Products::add_values(const KeyRun &run, bool some_hidden) {
   const RowKernels &kernels = in_.kernels.of(segment.v_format);
   const float *weights = in_.scores.by_key(run);
   if (!some_hidden && (few_rows() || segment.v_format == Format::f32)) {
-    kernels.pv(weights, in_.scores.ld(), in_.num_rows, &v, run.size(),
-               static_cast<int>(in_.head_dim_v), in_.states.acc(), in_.head_dim_v);
+    add_rows(kernels, v, run.size(), weights);
     return;
   }
   for (int j = 0; j < run.size(); ++j) {

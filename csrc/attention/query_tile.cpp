@@ -21,7 +21,7 @@ std::size_t QueryTile::scratch_floats(const AttentionParams &params) {
   const std::size_t dv = params.head_dim_v;
   const auto floats = [&](int num_rows, bool bf16) {
     const int keys = most_keys(num_rows, bf16);
-    return Scratch::line(num_rows * d) + Scratch::line(num_rows * dv) +
+    return Scratch::line(num_rows * d) + TileStates::scratch_floats(num_rows, dv) +
            Scores::scratch_floats(num_rows, keys) + Scratch::line(keys) +
            (bf16 ? Bf16Products::scratch_floats(d, dv)
                  : F32Products::scratch_floats(num_rows, keys, d, dv));
@@ -40,8 +40,7 @@ QueryTile::QueryTile(const Kernels &kernels, float *scratch, const AttentionPara
       bf16_(in_bf16(kernels, params, problem, num_rows)), scratch_(scratch),
       rows_(problem.q, params.num_qo_heads / params.num_kv_heads, kv_head, row_begin, num_rows),
       q_(scratch_.floats(static_cast<std::size_t>(num_rows) * params.head_dim)),
-      states_(kernels, rows_, params.head_dim_v,
-              scratch_.floats(static_cast<std::size_t>(num_rows) * params.head_dim_v)),
+      states_(kernels, rows_, params.head_dim_v, scratch_),
       run_(kv_head, most_keys(num_rows, bf16_)),
       scores_(scratch_, num_rows, most_keys(num_rows, bf16_)),
       sight_(kernels, params, problem.mask, rows_, scratch_.floats(most_keys(num_rows, bf16_))) {

@@ -1,4 +1,9 @@
 // The states of a tile's query rows while it walks over keys.
+//
+// A sum of n terms in one f32 may be off by n / 2 roundings. So keys are summed in spans, kSpans of
+// these in a sum of the next level, and so on: where no weight is rounded (rows; token tiles round
+// more than that), sums are off by some (kSpanKeys + 2 * kSpans + keys / 2^17) / 2 roundings, 6e-6
+// of their size at a million keys. All levels of a row are relative to the same M.
 #pragma once
 
 #include "attention/query_rows.h"
@@ -10,16 +15,29 @@ namespace mixedkv {
 
 class TileStates {
 public:
-  /// Empty states; acc: floats [rows.count(), head_dim_v]. rows outlives this.
-  TileStates(const Kernels &kernels, const QueryRows &rows, std::size_t head_dim_v, float *acc);
+  /// Empty states. rows outlives this.
+  TileStates(const Kernels &kernels, const QueryRows &rows, std::size_t head_dim_v,
+             Scratch &scratch);
+  static std::size_t scratch_floats(int num_rows, std::size_t head_dim_v) {
+    return (1 + kLevels) * Scratch::line(static_cast<std::size_t>(num_rows) * head_dim_v);
+  }
 
   /// All become empty.
   void clear();
   /// Whether the accumulators of all rows that have seen a key are.
-  bool all_finite() const;
+  bool all_finite();
 
   std::size_t head_dim_v() const { return head_dim_v_; }
-  /// The accumulators, row by row, to which products add weighed values.
+  /// Keys that products add to one span.
+  static constexpr int kSpanKeys = 128;
+  /// Before the values of so many keys are added: makes room for them in the span.
+  void begin_keys(int num_keys) {
+    if (span_keys_ > 0 && span_keys_ + num_keys > kSpanKeys) {
+      put_span_away();
+    }
+    span_keys_ += num_keys;
+  }
+  /// The current span's accumulators, row by row, to which products add weighed values.
   float *acc() { return acc_; }
   float *acc(int row) { return acc_ + static_cast<std::size_t>(row) * head_dim_v_; }
   float m(int row) const { return states_[row].m; }
@@ -29,24 +47,43 @@ public:
 
   void load(const StateView &state);
   /// Writes back the rows that have seen a key; the others stay as they were, bytes and all.
-  void store(const StateView &state) const;
+  void store(const StateView &state);
   /// Partial states in transit: (M, S) pairs, then accumulators.
-  void store_partial(float *partial) const;
+  void store_partial(float *partial);
   void merge_partial(const float *partial);
   static std::size_t partial_floats(int num_rows, int head_dim_v) {
     return static_cast<std::size_t>(num_rows) * (2 + static_cast<std::size_t>(head_dim_v));
   }
   /// transform: what values were changed by, or null.
-  void finalize(const float *sinks, const RowTransform *transform, const OutputView &out) const;
+  void finalize(const float *sinks, const RowTransform *transform, const OutputView &out);
 
 private:
-  const float *acc(int row) const { return acc_ + static_cast<std::size_t>(row) * head_dim_v_; }
+  enum : int {
+    kSpans = 32, ///< sums of a level in one of the next
+    kLevels = 3, ///< above the span's: 32 spans, 1024 spans (131,072 keys), all of them
+  };
+  /// Sums of spans, of the rows that have seen a key; the others' are anything.
+  struct Level {
+    int num_sums = 0;   ///< added up in it; 0: it holds nothing
+    float *acc;         ///< [rows, head_dim_v]
+    float s[kTileRows]; ///< of the rows
+  };
+
+  void put_span_away();
+  void add_row(Level &level, int row, const float *acc, float s);
+  /// Adds all levels up in the span's sums, which is where states are read and written.
+  void settle();
+  float *level_row(Level &level, int row) {
+    return level.acc + static_cast<std::size_t>(row) * head_dim_v_;
+  }
 
   const Kernels &kernels_;
   const QueryRows &rows_;
   std::size_t head_dim_v_;
-  float *acc_;
-  RowState states_[kTileRows];
+  float *acc_;                 ///< of the current span
+  RowState states_[kTileRows]; ///< M, and S of the current span
+  int span_keys_ = 0;
+  Level levels_[kLevels];
 };
 
 } // namespace mixedkv

@@ -798,3 +798,42 @@ def test_attention_hypothesis_options_together() -> None:
         check(q, k, v, tolerance(*kinds), **options)
 
     run()
+
+
+# --- very many keys ------------------------------------------------------------------------------
+
+MANY_KEYS_REL = 1e-5
+
+
+def many_keys_error(
+    num_heads: int, kv_len: int, qo_len: int, kind: str, first_logit: float
+) -> float:
+    """Largest relative error where one heavy key stands before one row repeated, V = 0.1.
+
+    Equal terms are the worst case of a long sum: every addition is rounded to the same side.
+    """
+    k = np.zeros((1, 1, kv_len, 8), np.float16)
+    v = np.full((1, 1, kv_len, 8), 0.1, np.float16)
+    k[..., 0, 0], v[..., 0, :] = first_logit, 1.0
+    q = np.zeros((1, num_heads, qo_len, 8), np.float32)
+    q[..., 0] = 1.0
+    heavy, rest = np.exp(np.float64(k[0, 0, 0, 0])), float(kv_len - 1)
+    want = (heavy + rest * np.float64(v[0, 0, 1, 0])) / (heavy + rest)
+    want_lse = np.log(heavy + rest)
+    k, v = (np.broadcast_to(as_kind(x, kind), (1, num_heads, kv_len, 8)) for x in (k, v))
+    out, lse = mkv.attention(q, k, v, sm_scale=1.0, return_lse=True)
+    return float(max(np.abs(out / want - 1).max(), np.abs(lse - want_lse).max()))
+
+
+@pytest.mark.parametrize("first_logit", [0.0, 11.0, 14.0])
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize(("num_heads", "qo_len"), [(1, 1), (64, 1), (2, 20)])
+def test_attention_many_keys(
+    isa: str, num_heads: int, qo_len: int, kind: str, first_logit: float
+) -> None:
+    assert many_keys_error(num_heads, 131072, qo_len, kind, first_logit) <= MANY_KEYS_REL
+
+
+@pytest.mark.parametrize("num_heads", [1, 64])
+def test_attention_a_million_keys(num_heads: int) -> None:
+    assert many_keys_error(num_heads, 1 << 20, 1, "f16", 11.0) <= MANY_KEYS_REL

@@ -65,11 +65,11 @@ template <typename P> void expect_products(Fixture &f, double tolerance, bool hi
   if (hidden_nan) // a value that nobody sees
     std::fill_n(f.v.begin() + (f.num_keys - 1) * kDimV, kDimV, kNan);
   Memory memory(Scores::scratch_floats(f.num_rows, kChunkKeys) +
-                Scratch::line(size(f.num_rows * kDimV)) +
+                TileStates::scratch_floats(f.num_rows, kDimV) +
                 std::max(F32Products::scratch_floats(f.num_rows, kChunkKeys, kDim, kDimV),
                          Bf16Products::scratch_floats(kDim, kDimV)));
   Scratch scratch(memory.begin);
-  TileStates states(kernels, f.rows, kDimV, scratch.floats(size(f.num_rows * kDimV)));
+  TileStates states(kernels, f.rows, kDimV, scratch);
   Scores scores(scratch, f.num_rows, kChunkKeys);
   P products({kernels, f.num_rows, kDim, kDimV, f.q.data(), states, scores}, scratch);
   KeyRun run(0, kChunkKeys);
@@ -138,14 +138,27 @@ void test_products(const std::string &isa) {
   }
 }
 
+/// States in memory of their own, which holds NaN at first.
+struct Owned : private Memory, private Scratch, public TileStates {
+  Owned(const Kernels &kernels, const QueryRows &rows)
+      : Memory(TileStates::scratch_floats(rows.count(), kDimV)), Scratch(filled()),
+        TileStates(kernels, rows, kDimV, *this) {}
+
+private:
+  float *filled() {
+    std::fill(storage.begin(), storage.end(), kNan);
+    return begin;
+  }
+};
+
 void test_states() {
   const Kernels &kernels = active_kernels();
   QueryView q;
   q.len = 3;
   const QueryRows rows(q, 1, 0, 0, 3);
   check("an accumulator is reset while nothing was seen, and never again", [&] {
-    std::vector<float> acc(3 * kDimV, kNan);
-    TileStates states(kernels, rows, kDimV, acc.data());
+    Owned states(kernels, rows);
+    float *acc = states.acc();
     const float hidden[] = {-kInf, -kInf};
     EXPECT(!states.raise_maximum(0, hidden, 2) && states.m(0) == -kInf, "nothing visible");
     EXPECT(std::isnan(acc[0]), "left as it was");
@@ -160,29 +173,60 @@ void test_states() {
     EXPECT(!states.raise_maximum(1, bad, 1) && std::isnan(states.m(1)), "not a number");
     EXPECT(std::isnan(acc[kDimV + 5]), "stays seen");
   });
+  check("sums of many spans keep to one size of error, whenever rows come to see keys", [&] {
+    // Rows 0, 1 and 2 see spans from number 0, 40 and 1500 on; M rises twice on the way.
+    const int first[] = {0, 40, 1500};
+    constexpr int kNumSpans = 2100;
+    Owned states(kernels, rows);
+    std::vector<double> want(3, 0.0);
+    for (int span = 0; span < kNumSpans; ++span) {
+      const float m = span < 100 ? 1.0f : span < 1600 ? 2.0f : 2.5f;
+      for (int r = 0; r < 3; ++r)
+        if (span >= first[r] && (span == first[r] || span == 100 || span == 1600)) {
+          const float before = states.m(r);
+          states.raise_maximum(r, &m, 1);
+          if (before != -kInf)
+            want[size(r)] *= std::exp(static_cast<double>(before) - m);
+        }
+      states.begin_keys(TileStates::kSpanKeys);
+      for (int r = 0; r < 3; ++r)
+        if (span >= first[r]) {
+          states.add_to_sum(r, 0.1f);
+          for (int d = 0; d < kDimV; ++d)
+            states.acc(r)[d] += 0.1f;
+          want[size(r)] += static_cast<double>(0.1f);
+        }
+    }
+    std::vector<float> ms(6, -kInf), acc(3 * kDimV, kNan);
+    states.store({ms.data(), acc.data()});
+    for (int r = 0; r < 3; ++r) {
+      const double s = ms[size(2 * r + 1)], a = acc[size(r * kDimV + 7)], w = want[size(r)];
+      EXPECT(std::fabs(s / w - 1) < 4e-6 && std::fabs(a / w - 1) < 4e-6,
+             "row %d: %.9g, %.9g, not %.9g", r, s, a, w);
+    }
+    // What comes after is a span of its own.
+    states.begin_keys(1);
+    EXPECT(states.acc(0)[0] == 0.0f, "the sum was put away");
+  });
   check("partial states and carried states come back as they were", [&] {
     Random random(33);
-    std::vector<float> acc(3 * kDimV), other(3 * kDimV, kNan), carried(3 * kDimV, 7.0f);
-    std::vector<float> ms(6, 5.0f);
-    TileStates states(kernels, rows, kDimV, acc.data());
+    std::vector<float> carried(3 * kDimV, 7.0f), ms(6, 5.0f);
+    Owned states(kernels, rows), merged(kernels, rows), again(kernels, rows);
     for (const int r : {0, 2}) { // row 1 sees nothing
       const float x = normal(random);
       states.raise_maximum(r, &x, 1);
       states.add_to_sum(r, 1.0f);
       for (int d = 0; d < kDimV; ++d)
-        acc[size(r * kDimV + d)] = normal(random);
+        states.acc(r)[d] = normal(random);
     }
     std::vector<float> partial(TileStates::partial_floats(3, kDimV), kNan);
     states.store_partial(partial.data());
-    TileStates merged(kernels, rows, kDimV, other.data());
     merged.merge_partial(partial.data());
     merged.store({ms.data(), carried.data()});
     EXPECT(ms[2] == 5.0f && carried[kDimV] == 7.0f, "a row that saw nothing is left alone");
     EXPECT(ms[0] == states.m(0) && ms[1] == 1.0f, "M and S");
-    EXPECT(std::memcmp(carried.data(), acc.data(), kDimV * 4) == 0, "acc");
+    EXPECT(std::memcmp(carried.data(), states.acc(), kDimV * 4) == 0, "acc");
     ms[2] = -kInf;
-    std::vector<float> again_acc(3 * kDimV);
-    TileStates again(kernels, rows, kDimV, again_acc.data());
     again.load({ms.data(), carried.data()});
     EXPECT(again.m(2) == states.m(2) && again.m(1) == -kInf, "loaded");
     EXPECT(std::memcmp(again.acc(2), states.acc(2), kDimV * 4) == 0, "acc");
