@@ -19,6 +19,10 @@
 
 #include "kernels/loops/tile_values.inl"
 
+#include "kernels/loops/tile_unpack.inl"
+
+#include "kernels/loops/tile_pack.inl"
+
 #include "kernels/formats/rows.inl"
 
 #include "kernels/formats/q4_0.inl"
@@ -26,6 +30,8 @@
 #include "kernels/formats/q4_0_tiles.inl"
 
 #include "kernels/formats/q8_0.inl"
+
+#include "kernels/formats/q8_0_tiles.inl"
 
 #include "kernels/formats/iq4_nl.inl"
 

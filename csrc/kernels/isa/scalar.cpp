@@ -3,6 +3,7 @@
 // nobody wrote vectors for. Speed was traded for plainness everywhere: f16 is converted by integer
 // arithmetic, exp and tanh go through double.
 
+#include "formats/byte_tile.h"
 #include "formats/nibble_tile.h"
 #include "kernels/isa_tables.h"
 
@@ -30,6 +31,7 @@ namespace {
 #include "kernels/scalar/iq4_nl.inl"
 
 constexpr TileKernels tiles_q4_0 = tiles_of<block_q4_0>();
+constexpr TileKernels tiles_q8_0 = tiles_of<block_q8_0>();
 
 constexpr Kernels make_kernels() {
   Kernels k{};
@@ -41,6 +43,7 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::bf16, rows_bf16());
   set_rows(k, Format::iq4_nl, block_rows<block_iq4_nl>());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
+  set_tiles(k, Format::q8_0, &tiles_q8_0);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
   k.largest_magnitude = largest_magnitude;

@@ -89,3 +89,41 @@ struct ByteProducts {
   }
 };
 #endif
+
+/// Numbers of 16 bits, those of even and of odd dims of a word in pairs, multiplied by halves: for
+/// unsigned codes of 8 bits where dot can't take them.
+struct HalfProducts {
+  static constexpr int kLargest = 32767;
+  MIXEDKV_INLINE static void put(i32 *out, int i, i32v number) {
+    int16_t halves[kLanes];
+    store_halves(halves, number);
+    int16_t *to = reinterpret_cast<int16_t *>(out) + i;
+    for (int j = 0; j < kLanes; j += 4) {
+      to[j] = halves[j];
+      to[j + 1] = halves[j + 2];
+      to[j + 2] = halves[j + 1];
+      to[j + 3] = halves[j + 3];
+    }
+  }
+  template <int N> MIXEDKV_INLINE static void arrange(i32v (&)[N]) {}
+  template <int V>
+  MIXEDKV_INLINE static void add_up(const i32 *numbers, i32 start,
+                                    const i32v (&codes)[V][kWordsOfBlock], i32v (&totals)[V]) {
+    const i32v even_bytes = set1_i32(0x00ff00ff);
+    for (int v = 0; v < V; ++v)
+      totals[v] = set1_i32(start);
+    for (int w = 0; w < kWordsOfBlock; ++w) {
+      const i32v x = set1_i32(numbers[2 * w]);
+      const i32v y = set1_i32(numbers[2 * w + 1]);
+      for (int v = 0; v < V; ++v) {
+        totals[v] = madd16(totals[v], and_i32(codes[v][w], even_bytes), x);
+        totals[v] = madd16(totals[v], high_bytes(codes[v][w]), y);
+      }
+    }
+  }
+};
+
+/// For codes of 8 bits: those from -128 to 127, or 128 more where that is what instructions want.
+template <bool Bytes> struct WideProducts { using type = ByteProducts; };
+template <> struct WideProducts<false> { using type = HalfProducts; };
+constexpr bool kSignedCodes = kByteDots && kSignedDots;

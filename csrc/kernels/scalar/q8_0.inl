@@ -31,3 +31,5 @@ template <> struct BlockMath<block_q8_0> {
     return static_cast<float>(block.qs[i]) * half_to_float(block.d);
   }
 };
+
+template <> struct InTile<block_q8_0> : ByteInTile<block_q8_0> {};

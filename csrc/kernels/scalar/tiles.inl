@@ -52,6 +52,42 @@ template <typename Block, uint8_t Flip> struct NibbleInTile {
   }
 };
 
+/// Signed bytes as byte_tile.h has them.
+template <typename Block> struct ByteInTile {
+  static size_t key_byte(int block, int i, int token) {
+    return static_cast<size_t>(((block * 8 + i / 4) * kTileTokens + token) * 4 + i % 4);
+  }
+  static size_t value_byte(int num_blocks, int block, int i, int token) {
+    static const int place[4] = {0, 2, 1, 3};
+    return static_cast<size_t>(((token / 4 * num_blocks + block) * kBlockValues + i) * 4 +
+                               place[token % 4]);
+  }
+  static Block key(const uint8_t *tile, int num_blocks, int block, int token) {
+    Block out;
+    for (int i = 0; i < kBlockValues; ++i)
+      out.qs[i] = static_cast<int8_t>(tile[key_byte(block, i, token)] - 128);
+    out.d = *tile_scale(tile, kByteCodeBytes, num_blocks, block, token);
+    return out;
+  }
+  static void put_key(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
+    for (int i = 0; i < kBlockValues; ++i)
+      tile[key_byte(block, i, token)] = static_cast<uint8_t>(from.qs[i] + 128);
+    *tile_scale(tile, kByteCodeBytes, num_blocks, block, token) = from.d;
+  }
+  static Block value(const uint8_t *tile, int num_blocks, int block, int token) {
+    Block out;
+    for (int i = 0; i < kBlockValues; ++i)
+      out.qs[i] = static_cast<int8_t>(tile[value_byte(num_blocks, block, i, token)] - 128);
+    out.d = *tile_scale(tile, kByteCodeBytes, num_blocks, block, token);
+    return out;
+  }
+  static void put_value(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
+    for (int i = 0; i < kBlockValues; ++i)
+      tile[value_byte(num_blocks, block, i, token)] = static_cast<uint8_t>(from.qs[i] + 128);
+    *tile_scale(tile, kByteCodeBytes, num_blocks, block, token) = from.d;
+  }
+};
+
 template <typename Block> float tile_key(const void *tile, int head_dim, int i, int token) {
   return BlockMath<Block>::value(InTile<Block>::key(static_cast<const uint8_t *>(tile),
                                                     head_dim / kBlockValues, i / kBlockValues,

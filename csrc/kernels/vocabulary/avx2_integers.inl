@@ -24,6 +24,13 @@ MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm256_castps_si256(x); }
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
+#if defined(MIXEDKV_VNNI)
+constexpr bool kByteDots = true;
+#else
+constexpr bool kByteDots = false;
+#endif
+constexpr bool kSignedDots = false;
+
 using Dot = __m256i;
 #if defined(MIXEDKV_VNNI)
 MIXEDKV_INLINE Dot dot_from(i32v start) { return start; }

@@ -22,6 +22,13 @@ MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm512_castps_si512(x); }
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
+#if defined(MIXEDKV_VNNI)
+constexpr bool kByteDots = true;
+#else
+constexpr bool kByteDots = false;
+#endif
+constexpr bool kSignedDots = false;
+
 using Dot = __m512i;
 #if defined(MIXEDKV_VNNI)
 MIXEDKV_INLINE Dot dot_from(i32v start) { return start; }

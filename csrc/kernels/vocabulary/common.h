@@ -41,6 +41,8 @@
 //   Dot, dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
 //                           four products of bytes 0 to 15 in u and signed bytes in s, eight times
 //                           at most from dot_from to dot_total, which take the same start
+//   kByteDots               whether u may hold any bytes, any number of times, instead
+//   kSignedDots             whether they are signed then
 //   high_bytes(x)           of every half, as a half
 //   madd16(acc, a, b)       acc gains, lane by lane, the two products of signed halves
 //   to_i32(x)               rounded to nearest even
@@ -60,6 +62,7 @@
 //   transpose_words_b16(x)  of four: word j of x[i] becomes word i of x[j]
 #pragma once
 
+#include "formats/byte_tile.h"
 #include "formats/nibble_tile.h"
 #include "kernels/isa_tables.h"
 

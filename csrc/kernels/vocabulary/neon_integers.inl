@@ -30,7 +30,9 @@ MIXEDKV_INLINE i32v high_nibbles(i32v x) {
   return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
 }
 
+constexpr bool kSignedDots = true;
 #if defined(MIXEDKV_DOTPROD)
+constexpr bool kByteDots = true;
 using Dot = int32x4_t;
 MIXEDKV_INLINE Dot dot_from(i32v start) { return start; }
 MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
@@ -38,6 +40,7 @@ MIXEDKV_INLINE Dot dot(Dot acc, i32v u, i32v s) {
 }
 MIXEDKV_INLINE i32v dot_total(Dot acc, i32v) { return acc; }
 #else
+constexpr bool kByteDots = false;
 /// 16-bit sums, of the first two tokens and of the last two: 8 products of 15 and 127 each.
 struct Dot {
   int16x8_t low, high;
