@@ -24,6 +24,11 @@ MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm256_castps_si256(x); }
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
+MIXEDKV_INLINE i32v load_table(const uint8_t *bytes) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+}
+MIXEDKV_INLINE i32v look_up(i32v table, i32v x) { return _mm256_shuffle_epi8(table, x); }
+
 #if defined(MIXEDKV_VNNI)
 constexpr bool kByteDots = true;
 #else

@@ -22,6 +22,11 @@ MIXEDKV_INLINE i32v f32_as_bits(f32v x) { return _mm512_castps_si512(x); }
 MIXEDKV_INLINE i32v low_nibbles(i32v x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 MIXEDKV_INLINE i32v high_nibbles(i32v x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
+MIXEDKV_INLINE i32v load_table(const uint8_t *bytes) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+}
+MIXEDKV_INLINE i32v look_up(i32v table, i32v x) { return _mm512_shuffle_epi8(table, x); }
+
 #if defined(MIXEDKV_VNNI)
 constexpr bool kByteDots = true;
 #else

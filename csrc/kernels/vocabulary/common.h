@@ -38,6 +38,7 @@
 //   load_i32 set1_i32 zero_i32 add_i32 sub_i32 and_i32 xor_i32
 //   shift_left<N>, shift_right_signed<N>, to_f32, sum_lanes, bits_as_f32, f32_as_bits
 //   low_nibbles, high_nibbles   of every byte, as a byte
+//   load_table(p), look_up(table, x)   sixteen bytes; each byte of x, 0 to 15, becomes one of them
 //   Dot, dot_from(start), dot(acc, u, s), dot_total(acc, start)   acc gains, lane by lane, the
 //                           four products of bytes 0 to 15 in u and signed bytes in s, eight times
 //                           at most from dot_from to dot_total, which take the same start

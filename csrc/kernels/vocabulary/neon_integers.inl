@@ -30,6 +30,13 @@ MIXEDKV_INLINE i32v high_nibbles(i32v x) {
   return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
 }
 
+MIXEDKV_INLINE i32v load_table(const uint8_t *bytes) {
+  return vreinterpretq_s32_u8(vld1q_u8(bytes));
+}
+MIXEDKV_INLINE i32v look_up(i32v table, i32v x) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(x)));
+}
+
 constexpr bool kSignedDots = true;
 #if defined(MIXEDKV_DOTPROD)
 constexpr bool kByteDots = true;
