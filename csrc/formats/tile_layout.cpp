@@ -145,6 +145,8 @@ const TileLayout *tile_layout(Format format) {
     return &kLayoutOf<NibbleTile<block_q4_0, 0x88>>;
   case Format::q8_0:
     return &kLayoutOf<ByteTile<block_q8_0>>;
+  case Format::iq4_nl:
+    return &kLayoutOf<NibbleTile<block_iq4_nl, 0>>;
   default:
     return nullptr;
   }

@@ -35,4 +35,6 @@
 
 #include "kernels/formats/iq4_nl.inl"
 
+#include "kernels/formats/iq4_nl_tiles.inl"
+
 #include "kernels/loops/table.inl"

@@ -9,6 +9,7 @@
 
 constexpr TileKernels tiles_q4_0 = make_tiles_q4_0();
 constexpr TileKernels tiles_q8_0 = make_tiles_q8_0();
+constexpr TileKernels tiles_iq4_nl = make_tiles_iq4_nl();
 
 constexpr Kernels make_kernels() {
   Kernels k{};
@@ -21,6 +22,7 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::iq4_nl, rows_iq4_nl());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   set_tiles(k, Format::q8_0, &tiles_q8_0);
+  set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
   k.largest_magnitude = largest_magnitude;

@@ -62,3 +62,5 @@ template <> struct BlockMath<block_iq4_nl> {
     return static_cast<float>(kLevelsIq4Nl[q]) * half_to_float(block.d);
   }
 };
+
+template <> struct InTile<block_iq4_nl> : NibbleInTile<block_iq4_nl, 0> {};
