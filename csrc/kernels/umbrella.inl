@@ -3,7 +3,11 @@
 
 #include "kernels/loops/convert.inl"
 
+#include "kernels/loops/blocks.inl"
+
 #include "kernels/loops/rows.inl"
+
+#include "kernels/loops/row_values.inl"
 
 #include "kernels/loops/scores.inl"
 

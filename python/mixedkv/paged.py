@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._arrays import FLOATS, Array, Result, check_target, check_threads, is_tensor, to_numpy
-from .attention import (
-    _MAX_HEAD_DIM,
+from ._options import (
+    MAX_HEAD_DIM,
     ComputeType,
-    _lse_kind,
-    _per_head,
     check_compute_type,
     finite,
+    lse_kind,
+    per_head,
     soft_cap,
     window,
 )
@@ -30,7 +30,7 @@ from .quantized import QuantizedArray, row_width, rows_of
 
 __all__ = ["attention_paged"]
 
-_F32 = np.dtype(np.float32)
+F32 = np.dtype(np.float32)
 _I64 = np.dtype(np.int64)
 _INTEGERS = (np.dtype(np.int32), _I64)
 
@@ -138,7 +138,7 @@ def attention_paged(
     result = Result(q, shape, out)
     if out is not None:
         check_target(result.array, {}, "out")
-    lse = Result(_lse_kind(q), shape[:2], None) if return_lse else None
+    lse = Result(lse_kind(q), shape[:2], None) if return_lse else None
     _core.attend_paged(
         q_array,
         k_pages.array,
@@ -151,8 +151,8 @@ def attention_paged(
         last,
         result.array,
         None if lse is None else lse.array,
-        _per_head(alibi_slopes, "alibi_slopes", num_qo_heads),
-        _per_head(sinks, "sinks", num_qo_heads),
+        per_head(alibi_slopes, "alibi_slopes", num_qo_heads),
+        per_head(sinks, "sinks", num_qo_heads),
         1.0 / math.sqrt(head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
         soft_cap(logits_soft_cap),
         bool(causal),
@@ -233,9 +233,9 @@ def _check_pages(k: _Pages, v: _Pages, num_qo_heads: int, head_dim: int) -> None
             f"{k.name} must have q's head_dim {head_dim}, got {k.width} (shape {k.shape})"
         )
     for name, width in (("q", head_dim), (v.name, v.width)):
-        if not 1 <= width <= _MAX_HEAD_DIM:
+        if not 1 <= width <= MAX_HEAD_DIM:
             raise ValueError(
-                f"the head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {width}"
+                f"the head_dim of {name} must be from 1 to {MAX_HEAD_DIM}, got {width}"
             )
 
 

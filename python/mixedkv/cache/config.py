@@ -18,7 +18,7 @@ from typing import (
     get_type_hints,
 )
 
-from ..attention import finite, window
+from .._options import finite, window
 from .arguments import boolean, integer, kv_type, layers, positive, positive_or_none
 
 Check = Callable[[Any, str], Any]

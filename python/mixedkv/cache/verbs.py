@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
-from ..attention import (
+from .._options import (
     ComputeType,
-    _lse_kind,
-    _per_head,
     check_compute_type,
     finite,
+    lse_kind,
+    per_head,
     soft_cap,
     window,
 )
@@ -155,14 +155,14 @@ class KVCache:
             1.0 / math.sqrt(self._head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
             soft_cap(logits_soft_cap),
             None if window_left is None else window(window_left),
-            _per_head(alibi_slopes, "alibi_slopes", heads),
-            _per_head(sinks, "sinks", heads),
+            per_head(alibi_slopes, "alibi_slopes", heads),
+            per_head(sinks, "sinks", heads),
             check_threads(threads),
             check_compute_type(compute_type),
         )
         if lse is None:
             return result.get()
-        lse_result = Result(_lse_kind(q), lse.shape, None)
+        lse_result = Result(lse_kind(q), lse.shape, None)
         lse_result.array = lse
         return result.get(), lse_result.get()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixedkv.attention import ComputeType, check_compute_type
+from mixedkv._options import ComputeType, check_compute_type
 
 from .batch import Batch
 from .groups import Group

@@ -31,7 +31,7 @@ import torch
 from transformers.cache_utils import Cache
 
 import mixedkv as mkv
-from mixedkv.attention import ComputeType
+from mixedkv._options import ComputeType
 from mixedkv.cache.config import shows
 
 from .attending import LayerAttention
