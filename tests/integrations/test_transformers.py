@@ -826,7 +826,7 @@ def test_error_full(llama: Any) -> None:
         ({"cold_size": -32}, "cold_size"),
         ({"group_size": 0}, "group_size"),
         ({"threshold": 1.5}, "threshold"),
-        ({"hot_k_type": "q8_0"}, "hot_k_type"),
+        ({"hot_k_type": "q5_0"}, "hot_k_type"),
         ({"max_batch_size": 0}, "max_batch_size"),
         ({"hot_size": 32, "sink_tokens": 32}, "sink_tokens"),
     ],

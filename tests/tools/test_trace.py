@@ -230,7 +230,7 @@ def test_trace_observer_changes_nothing() -> None:
     ("settings", "message"),
     [
         ({"layers": (3,)}, "layer 3 is none of the model's, 0 to 2"),
-        ({"mixed": True, "hot_size": 4, "sinks": 9}, "sinks"),
+        ({"mixed": True, "hot_size": 4, "sinks": 9}, "sink_tokens"),
     ],
     ids=["layer", "sinks"],
 )
