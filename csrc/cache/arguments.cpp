@@ -2,6 +2,7 @@
 
 #include "cache/checks.h"
 #include "kernels/dispatch.h"
+#include "mixedkv/convert.h"
 #include "rows/parallel_rows.h"
 
 #include <algorithm>
@@ -16,16 +17,32 @@ namespace {
 /// Tokens of one head that a worker looks at in one go.
 constexpr std::int64_t kLookTokens = 64;
 
-const float *row_at(const RowsView &rows, std::int64_t head, std::int64_t token) {
-  return reinterpret_cast<const float *>(static_cast<const char *>(rows.data) +
-                                         head * rows.head_stride + token * rows.row_stride);
+const char *row_at(const RowsView &rows, std::int64_t head, std::int64_t token) {
+  return static_cast<const char *>(rows.data) + head * rows.head_stride + token * rows.row_stride;
+}
+
+/// Calls look(values, count) on n values of a row as f32, as many at a time as are had
+/// without memory of their own.
+template <typename F> void each_part(Format type, const char *row, std::size_t n, F &&look) {
+  if (type == Format::f32) {
+    look(reinterpret_cast<const float *>(row), n);
+    return;
+  }
+  constexpr std::size_t kPart = 256;
+  float part[kPart];
+  for (std::size_t i = 0; i < n; i += kPart) {
+    const std::size_t count = std::min(kPart, n - i);
+    convert_row(type, row + row_bytes(type, i), Format::f32, part, count);
+    look(part, count);
+  }
 }
 
 /// Whether all values are below limit in magnitude, NaN aside.
 bool all_below(const RowsView &rows, const StoredAs &as, double limit) {
   const Kernels &kernels = active_kernels();
   const std::size_t width = static_cast<std::size_t>(as.width);
-  const bool side_by_side = rows.row_stride == static_cast<std::ptrdiff_t>(width * sizeof(float));
+  const bool side_by_side =
+      rows.row_stride == static_cast<std::ptrdiff_t>(row_bytes(rows.type, width));
   const std::int64_t blocks = (as.num_tokens + kLookTokens - 1) / kLookTokens;
   std::atomic<bool> below{true};
   parallel_rows(blocks * as.num_heads, as.num_heads * as.num_tokens * as.width,
@@ -36,9 +53,12 @@ bool all_below(const RowsView &rows, const StoredAs &as, double limit) {
                   const std::int64_t step = side_by_side ? end - begin : 1;
                   for (std::int64_t token = begin; token < end; token += step) {
                     const std::size_t n = width * static_cast<std::size_t>(step);
-                    if (!(kernels.largest_magnitude(row_at(rows, head, token), n) < limit)) {
-                      below.store(false, std::memory_order_relaxed);
-                    }
+                    each_part(rows.type, row_at(rows, head, token), n,
+                              [&](const float *x, std::size_t count) {
+                                if (!(kernels.largest_magnitude(x, count) < limit)) {
+                                  below.store(false, std::memory_order_relaxed);
+                                }
+                              });
                   }
                 });
   return below.load();
@@ -90,39 +110,43 @@ void check_rows(const char *name, const RowsView &rows) {
 }
 
 void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as) {
-  if (rows.type != Format::f32) {
-    return; // no other type that comes in reaches further than all that it may become
-  }
-  Format narrowest = as.hot;
-  bool in_hot = true;
   const auto limit_of = [](Format format) {
     const double limit = format_info(format).overflow;
     return limit == 0.0 ? std::numeric_limits<double>::infinity() : limit;
   };
-  if (as.cold && limit_of(*as.cold) < limit_of(narrowest)) {
-    narrowest = *as.cold;
-    in_hot = false;
+  Format narrowest = as.hot;
+  double limit = limit_of(as.hot);
+  bool in_hot = true;
+  if (as.cold && *as.cold != as.hot) {
+    // A move converts what hot holds, which may be larger than what came.
+    const double of_cold = limit_of(*as.cold) / (1.0 + format_info(as.hot).growth);
+    if (of_cold < limit) {
+      narrowest = *as.cold;
+      limit = of_cold;
+      in_hot = false;
+    }
   }
-  const double limit = limit_of(narrowest);
-  if (std::isinf(limit) || all_below(rows, as, limit)) {
+  const double reach = rows.type == Format::f16 ? 65504.0 : std::numeric_limits<float>::max();
+  if (reach < limit || all_below(rows, as, limit)) {
     return;
   }
   for (std::int64_t head = 0; head < as.num_heads; ++head) {
     for (std::int64_t token = 0; token < as.num_tokens; ++token) {
-      const float *row = row_at(rows, head, token);
-      const float *end = row + as.width;
-      const float *found = std::find_if(
-          row, end, [limit](float x) { return std::isfinite(x) && std::fabs(x) >= limit; });
-      if (found != end) {
-        std::ostringstream message;
-        message.precision(9);
-        message << name << " of layer " << as.layer << " holds " << *found << " (head " << head
-                << ", token " << token << "), which would be infinite in rows of '"
-                << format_name(narrowest) << "', the type of its " << (in_hot ? "hot" : "cold")
-                << " tier: magnitudes must be below " << limit
-                << "; types that hold it: " << formats_for(std::fabs(*found));
-        throw std::invalid_argument(message.str());
-      }
+      const auto look = [&](const float *x, std::size_t count) {
+        const float *found = std::find_if(
+            x, x + count, [limit](float v) { return std::isfinite(v) && std::fabs(v) >= limit; });
+        if (found != x + count) {
+          std::ostringstream message;
+          message.precision(9);
+          message << name << " of layer " << as.layer << " holds " << *found << " (head " << head
+                  << ", token " << token << "), which would be infinite in rows of '"
+                  << format_name(narrowest) << "', the type of its " << (in_hot ? "hot" : "cold")
+                  << " tier: magnitudes must be below " << limit
+                  << "; types that hold it: " << formats_for(std::fabs(*found));
+          throw std::invalid_argument(message.str());
+        }
+      };
+      each_part(rows.type, row_at(rows, head, token), static_cast<std::size_t>(as.width), look);
     }
   }
 }

@@ -34,6 +34,8 @@ struct FormatInfo {
   /// Finite values of this magnitude and more don't stay finite in a row (they round to infinity,
   /// or their block's scale does); 0: all do.
   double overflow;
+  /// A magnitude may grow by so much of itself, at most, when it is stored.
+  double growth;
 
   /// Whether values are stored as they are, each on its own, in a type of numpy's or torch's.
   constexpr bool plain() const { return block_values == 1; }
@@ -53,12 +55,12 @@ constexpr double kBf16Overflow = 3.3961775292304957e38;
 /// By Format.
 // clang-format off
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", 1, 4, 0, 0.0},
-    {"f16", 1, 2, 1, kF16Overflow},
-    {"q4_0", 32, 18, 2, 8 * kF16Overflow},
-    {"q8_0", 32, 34, 8, 127 * kF16Overflow},
-    {"bf16", 1, 2, 30, kBf16Overflow},
-    {"iq4_nl", 32, 18, 20, 113 * kF16Overflow},
+    {"f32", 1, 4, 0, 0.0, 0.0},
+    {"f16", 1, 2, 1, kF16Overflow, 0x1p-11},
+    {"q4_0", 32, 18, 2, 8 * kF16Overflow, 0x1p-10},
+    {"q8_0", 32, 34, 8, 127 * kF16Overflow, 0x1p-10},
+    {"bf16", 1, 2, 30, kBf16Overflow, 0x1p-8},
+    {"iq4_nl", 32, 18, 20, 113 * kF16Overflow, 0x1p-3},
 };
 // clang-format on
 

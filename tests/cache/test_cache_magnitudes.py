@@ -158,3 +158,34 @@ def test_store_of_bfloat16_beyond_f16_is_refused() -> None:
     cache.store(0, k, k)
     with pytest.raises(ValueError, match="k of layer 0 holds 131072"):
         cache.store(0, k * 131072, k)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("cold", mkv.formats.available())
+@pytest.mark.parametrize("hot", mkv.formats.available())
+def test_what_store_takes_stays_finite_in_every_pair_of_types(
+    rng: np.random.Generator, hot: str, cold: str, dtype: type
+) -> None:
+    """Hot may round a value up, and cold converts what hot holds."""
+    refused, taken = 0, 0
+    edges = [65504, 65519.9, 524000, 524159, 8321027, 7403759, 3.38e38, 3.4e38]
+    for edge in [1.0, *edges, *(e * (1 - 2.0**-k) for e in edges for k in range(2, 14, 2))]:
+        if edge > float(np.finfo(dtype).max):
+            continue
+        cache = make(hot, cold)
+        k = np.ones((HKV, 48, D), dtype)
+        k[..., 3] = edge
+        k[..., 5] = -edge / 2
+        try:
+            cache.append(range(48), [0] * 48, [k] * 3, [k] * 3)
+        except ValueError as error:
+            if "magnitudes must be below" not in str(error):
+                raise
+            refused += 1
+            continue
+        taken += 1
+        assert cache.stats().cold_tokens
+        assert np.isfinite(cache.keys(1, 0)).all(), edge
+        assert np.isfinite(cache.values(2, 0)).all(), edge
+    assert taken
+    assert refused or dtype == np.float16 or {hot, cold} <= {"f32"}

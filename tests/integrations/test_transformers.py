@@ -361,7 +361,9 @@ def test_values_that_the_cache_cannot_hold_are_refused(llama: Any) -> None:
         model(first, past_key_values=cache)
     assert cache.get_seq_length() == 0
     wide = mkt.MixedCache(
-        model.config, **ALL_HOT, hot_v_type="f32", cold_v_type="f32", cold_k_type="f16"
+        model.config,
+        **ALL_HOT,
+        **dict.fromkeys(("hot_k_type", "hot_v_type", "cold_k_type", "cold_v_type"), "f32"),
     )
     got = model(first, past_key_values=wide).logits
     exact = eager_logits(model, first)
