@@ -41,4 +41,44 @@
 
 #include "kernels/formats/iq4_nl_tiles.inl"
 
-#include "kernels/loops/table.inl"
+// --- the table ---------------------------------------------------------------------------------
+
+// A vector instruction set's kernels, made of what its page has included so far. A page defines
+// MIXEDKV_ISA, its name as an identifier, and exports one constant of that name (isa_tables.h); it
+// may put kernels of its own in place of some of these.
+
+#define MIXEDKV_TABLE_NAME(isa) kernels_##isa
+#define MIXEDKV_TABLE(isa) MIXEDKV_TABLE_NAME(isa)
+#define MIXEDKV_TEXT_OF(isa) #isa
+#define MIXEDKV_TEXT(isa) MIXEDKV_TEXT_OF(isa)
+
+constexpr TileKernels tiles_q4_0 = make_tiles_q4_0();
+constexpr TileKernels tiles_q8_0 = make_tiles_q8_0();
+constexpr TileKernels tiles_iq4_nl = make_tiles_iq4_nl();
+
+constexpr Kernels make_kernels() {
+  Kernels k{};
+  k.name = MIXEDKV_TEXT(MIXEDKV_ISA);
+  set_rows(k, Format::f32, rows_f32());
+  set_rows(k, Format::f16, rows_f16());
+  set_rows(k, Format::q4_0, rows_q4_0());
+  set_rows(k, Format::q8_0, rows_q8_0());
+  set_rows(k, Format::bf16, rows_bf16());
+  set_rows(k, Format::iq4_nl, rows_iq4_nl());
+  set_tiles(k, Format::q4_0, &tiles_q4_0);
+  set_tiles(k, Format::q8_0, &tiles_q8_0);
+  set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);
+  k.all_finite_f32 = all_finite_f32;
+  k.all_finite_f16 = all_finite_f16;
+  k.largest_magnitude = largest_magnitude;
+  k.qk_transposed = qk_transposed;
+  k.row_max = row_max;
+  k.exp_sum = exp_sum;
+  k.soft_cap = soft_cap;
+  k.scale = scale;
+  k.axpy = axpy;
+#if defined(MIXEDKV_BF16)
+  k.bf16 = &bf16_kernels;
+#endif
+  return k;
+}

@@ -23,7 +23,7 @@ _HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
 class QuantizedArray:
     """Rows of a format, as a view of their bytes.
 
-    Every op and every cache takes one for keys and for values. It is indexed, reshaped and
+    Every op takes one for keys and for values, and caches give their rows in it. It is indexed, reshaped and
     transposed like an array of values [..., n], all but the last axis: that one holds whole blocks.
 
     ``np.asarray(a)`` gives the values as float32, a copy. ``a == b`` of two of them is one bool:

@@ -1,4 +1,4 @@
-// Products in bf16 of many query rows with keys, and of their weights with values (bf16.h).
+// Products in bf16 of many query rows with keys, and of their weights with values (bf16_kernels.h).
 //
 // Instructions multiply pairs: a lane of the sums gains a0 * b0 + a1 * b1. A pair of a row's
 // numbers is broadcast, panels are loaded as they lie, and R rows by P panels of sums stay in
