@@ -23,8 +23,9 @@ _HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
 class QuantizedArray:
     """Rows of a format, as a view of their bytes.
 
-    Every op takes one for keys and for values, and caches give their rows in it. It is indexed, reshaped and
-    transposed like an array of values [..., n], all but the last axis: that one holds whole blocks.
+    Every op takes one for keys and for values, and caches export their rows in it. It is indexed,
+    reshaped and transposed like an array of values [..., n], all but the last axis: that one holds
+    whole blocks.
 
     ``np.asarray(a)`` gives the values as float32, a copy. ``a == b`` of two of them is one bool:
     the same format, shape and bytes.

@@ -1,6 +1,6 @@
-// Which free cell a new token gets. Where attention reads cells by tiles (formats/token_tile.h), a tile should
-// hold tokens of one sequence, or of one set of sequences that share them: what a query reads
-// beside its own tokens costs as much as these.
+// Which free cell a new token gets. Where attention reads cells by tiles (formats/token_tile.h), a
+// tile should hold tokens of one sequence, or of one set of sequences that share them: what a query
+// reads beside its own tokens costs as much as these.
 #pragma once
 
 #include "cache/books/cells.h"
