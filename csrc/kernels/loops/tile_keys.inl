@@ -231,8 +231,9 @@ MIXEDKV_INLINE bool row_errors(const i32 *row, const TokenVectors<V> &tokens, in
 
 /// Adds what rounding left of the queries to the scores whose errors may be above the limit.
 template <typename K, int R, int V>
-void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens, int num_blocks,
-                   QueryRest<K> (&rests)[R], size_t ld_scores) noexcept {
+MIXEDKV_RARE void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens,
+                                int num_blocks, QueryRest<K> (&rests)[R],
+                                size_t ld_scores) noexcept {
   for (int r = 0; r < R; ++r, q += ld_q) {
     f32v square[V], sum[V];
     if (!row_errors(q, tokens, num_blocks, square))

@@ -198,8 +198,8 @@ void pv_tiles_odd(const float *p, const Rows &tiles, int num_tiles, int num_bloc
 
 /// Adds what rounding left of one row's weights of block b, where they need it.
 template <typename V>
-void pv_tiles_rest(const PvWeights &rounded, const float *p, const Rows &tiles, int num_tiles,
-                   int num_blocks, int b, float *acc) noexcept {
+MIXEDKV_RARE void pv_tiles_rest(const PvWeights &rounded, const float *p, const Rows &tiles,
+                                int num_tiles, int num_blocks, int b, float *acc) noexcept {
   constexpr float kPart = 65534.0f; // of a step; what is left is half a step at most
   PvWeights rest[1];
   f32v left_over = zero(), total = zero();

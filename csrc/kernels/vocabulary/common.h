@@ -73,7 +73,10 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define MIXEDKV_INLINE __forceinline
+#define MIXEDKV_RARE __declspec(noinline)
 #else
 // nothrow: or else the callers, being noexcept, bring in the (weak) personality of C++ exceptions.
 #define MIXEDKV_INLINE inline __attribute__((always_inline, nothrow))
+/// Apart from the loop that it is called from, which keeps its registers.
+#define MIXEDKV_RARE __attribute__((noinline, cold))
 #endif
