@@ -1,5 +1,6 @@
 // Attention on arrays, and the algebra of states.
 #include "bindings/arrays.h"
+#include "bindings/op_views.h"
 #include "bindings/threads.h"
 
 #include "mixedkv/attention.h"
@@ -50,20 +51,10 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
                                 k.shape_text() + ", " + v.shape_text());
   }
 
-  AttentionParams params;
-  params.num_qo_heads = narrow(num_qo_heads, "num_qo_heads");
-  params.num_kv_heads = narrow(num_kv_heads, "num_kv_heads");
-  params.head_dim = narrow(head_dim, "head_dim");
-  params.head_dim_v = narrow(head_dim_v, "head_dim_v");
-  params.sm_scale = static_cast<float>(sm_scale);
-  params.logits_soft_cap = static_cast<float>(logits_soft_cap);
-  params.causal = causal;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", num_qo_heads);
-  params.sinks = per_head(sinks, "sinks", num_qo_heads);
-  params.num_threads = threads;
-  params.compute_type = parse_compute_type(compute_type);
+  const AttentionParams params =
+      read_params({num_qo_heads, num_kv_heads, head_dim, head_dim_v},
+                  {sm_scale, logits_soft_cap, causal, window_left, window_right, alibi_slopes,
+                   sinks, threads, compute_type});
 
   ArrayView ms;
   ArrayView acc;
@@ -93,7 +84,6 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
     check_shape(mask, "mask", {batch, num_qo_heads, qo_len, kv_len});
   }
 
-  constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
   std::vector<KeySegment> segments(batch);
   std::vector<AttentionProblem> problems(batch);
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -132,13 +122,9 @@ void attend_arrays(const py::array &q_array, const py::array &k_array, const py:
       problem.state = {ms.as<float>() + b * rows * 2, acc.as<float>() + b * rows * head_dim_v};
     }
     if (out_array) {
-      problem.out.data = reinterpret_cast<float *>(out.data + b * out.strides[0]);
-      problem.out.head_stride = out.strides[1] / f32_size;
-      problem.out.row_stride = out.strides[2] / f32_size;
+      problem.out = output_view(out.data + b * out.strides[0], out.strides[1], out.strides[2]);
       if (lse_array) {
-        problem.out.lse = reinterpret_cast<float *>(lse.data + b * lse.strides[0]);
-        problem.out.lse_head_stride = lse.strides[1] / f32_size;
-        problem.out.lse_row_stride = lse.strides[2] / f32_size;
+        set_lse(problem.out, lse.data + b * lse.strides[0], lse.strides[1], lse.strides[2]);
       }
     }
   }
@@ -167,16 +153,11 @@ void finalize_arrays(const py::array &ms_array, const py::array &acc_array,
   const float *sinks = per_head(sinks_array, "sinks", heads);
   const int num_heads = narrow(heads, "num_qo_heads");
   const int head_dim_v = narrow(width, "head_dim");
-  constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
   GilRelease release;
   for (std::int64_t b = 0; b < batch; ++b) {
-    OutputView to;
-    to.data = reinterpret_cast<float *>(out.data + b * out.strides[0]);
-    to.head_stride = out.strides[1] / f32_size;
-    to.row_stride = out.strides[2] / f32_size;
-    to.lse = lse.as<float>() + b * heads * len;
-    to.lse_head_stride = len;
-    to.lse_row_stride = 1;
+    OutputView to = output_view(out.data + b * out.strides[0], out.strides[1], out.strides[2]);
+    // As contiguous as it is, numpy's strides along an axis of one entry mean nothing.
+    set_lse(to, lse.data + b * heads * len * kFloatSize, len * kFloatSize, kFloatSize);
     finalize({ms.as<float>() + b * heads * len * 2, acc.as<float>() + b * heads * len * width},
              num_heads, len, head_dim_v, sinks, to);
   }

@@ -1,6 +1,7 @@
 // The caches.
 #include "bindings/arrays.h"
 #include "bindings/cache_config.h"
+#include "bindings/op_views.h"
 #include "bindings/threads.h"
 
 #include "mixedkv/cache.h"
@@ -150,17 +151,11 @@ void attend_layer(Handle &handle, std::int64_t layer, const py::array &q_array,
   queries.head_stride = q.strides[0];
   queries.row_stride = q.strides[1];
   queries.len = n;
-  constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
-  OutputView output;
-  output.data = out.as<float>();
-  output.head_stride = out.strides[0] / f32_size;
-  output.row_stride = out.strides[1] / f32_size;
+  OutputView output = output_view(out.data, out.strides[0], out.strides[1]);
   if (lse_array) {
     const ArrayView lse = view_contiguous(*lse_array, "lse", 2, {DType::f32}, Access::write);
     check_shape(lse, "lse", {heads, n});
-    output.lse = lse.as<float>();
-    output.lse_head_stride = n;
-    output.lse_row_stride = 1;
+    set_lse(output, lse.data, n * kFloatSize, kFloatSize);
   }
   const int layer_index = narrow(layer, "layer");
   const int num_heads = narrow(heads, "Hq");

@@ -1,5 +1,6 @@
 // Attention over keys and values in pages, a batch of ragged lengths in one call.
 #include "bindings/arrays.h"
+#include "bindings/op_views.h"
 #include "bindings/threads.h"
 
 #include "mixedkv/attention.h"
@@ -109,23 +110,11 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
     check_shape(lse, "lse", {num_queries, num_qo_heads});
   }
 
-  AttentionParams params;
-  params.num_qo_heads = narrow(num_qo_heads, "num_qo_heads");
-  params.num_kv_heads = narrow(num_kv_heads, "num_kv_heads");
-  params.head_dim = narrow(head_dim, "head_dim");
-  params.head_dim_v = narrow(v.width, "head_dim_v");
-  params.sm_scale = static_cast<float>(sm_scale);
-  params.logits_soft_cap = static_cast<float>(logits_soft_cap);
-  params.causal = causal;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.alibi_slopes = per_head(alibi_slopes, "alibi_slopes", num_qo_heads);
-  params.sinks = per_head(sinks, "sinks", num_qo_heads);
-  params.num_threads = threads;
-  params.compute_type = parse_compute_type(compute_type);
+  AttentionParams params = read_params({num_qo_heads, num_kv_heads, head_dim, v.width},
+                                       {sm_scale, logits_soft_cap, causal, window_left,
+                                        window_right, alibi_slopes, sinks, threads, compute_type});
   params.cut_alone = true; // a sequence's bits don't depend on what it is batched with
 
-  constexpr auto f32_size = static_cast<std::ptrdiff_t>(sizeof(float));
   std::vector<KeySegment> segments(static_cast<std::size_t>(batch));
   std::vector<AttentionProblem> problems(static_cast<std::size_t>(batch));
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -153,20 +142,16 @@ void attend_paged(const py::array &q_array, const py::array &k_array, const py::
     AttentionProblem &problem = problems[static_cast<std::size_t>(b)];
     const std::int64_t query = first_query[b];
     problem.q.data = q.data + query * q.strides[0];
-    problem.q.type = q.dtype == DType::f16 ? Format::f16 : Format::f32;
+    problem.q.type = plain_format(q.dtype);
     problem.q.row_stride = q.strides[0];
     problem.q.head_stride = q.strides[1];
     problem.q.len = first_query[b + 1] - query;
     problem.q.pos_start = segment.len - problem.q.len; // the last query stands at the last key
     problem.segments = &segment;
     problem.num_segments = 1;
-    problem.out.data = reinterpret_cast<float *>(out.data + query * out.strides[0]);
-    problem.out.row_stride = out.strides[0] / f32_size;
-    problem.out.head_stride = out.strides[1] / f32_size;
+    problem.out = output_view(out.data + query * out.strides[0], out.strides[1], out.strides[0]);
     if (lse_array) {
-      problem.out.lse = reinterpret_cast<float *>(lse.data + query * lse.strides[0]);
-      problem.out.lse_row_stride = lse.strides[0] / f32_size;
-      problem.out.lse_head_stride = lse.strides[1] / f32_size;
+      set_lse(problem.out, lse.data + query * lse.strides[0], lse.strides[1], lse.strides[0]);
     }
   }
   GilRelease release;
