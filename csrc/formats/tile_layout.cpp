@@ -78,7 +78,10 @@ template <typename Block, std::uint8_t Flip> struct NibbleTile {
 template <typename Block> struct ByteTile {
   static constexpr std::uint8_t kFlip = 0x80;
 
-  static unsigned char *key(unsigned char *tile, int block, int i, int token) {
+  /// Where value i of a token's block is.
+  using Place = unsigned char *(unsigned char *tile, int num_blocks, int block, int i, int token);
+
+  static unsigned char *key(unsigned char *tile, int /*num_blocks*/, int block, int i, int token) {
     return tile + (block * kByteCodeBytes + i / 4 * 4) * kTileTokens + token * 4 + i % 4;
   }
   static unsigned char *value(unsigned char *tile, int num_blocks, int block, int i, int token) {
@@ -86,67 +89,48 @@ template <typename Block> struct ByteTile {
            byte_of_token(token);
   }
 
-  static void put_keys(const void *from, int first, int count, int num_blocks, unsigned char *tile,
-                       int token) {
+  template <Place *At>
+  static void put(const void *from, int first, int count, int num_blocks, unsigned char *tile,
+                  int token) {
     const Block *blocks = static_cast<const Block *>(from);
     for (int b = 0; b < count; ++b) {
       for (int i = 0; i < kByteCodeBytes; ++i) {
-        *key(tile, first + b, i, token) = static_cast<std::uint8_t>(blocks[b].qs[i]) ^ kFlip;
-      }
-      *tile_scale(tile, kByteCodeBytes, num_blocks, first + b, token) = blocks[b].d;
-    }
-  }
-
-  static void get_keys(const unsigned char *tile, int num_blocks, int token, int first, int count,
-                       void *to) {
-    Block *blocks = static_cast<Block *>(to);
-    for (int b = 0; b < count; ++b) {
-      for (int i = 0; i < kByteCodeBytes; ++i) {
-        blocks[b].qs[i] = static_cast<std::int8_t>(
-            *key(const_cast<unsigned char *>(tile), first + b, i, token) ^ kFlip);
-      }
-      blocks[b].d = *tile_scale(tile, kByteCodeBytes, num_blocks, first + b, token);
-    }
-  }
-
-  static void put_values(const void *from, int first, int count, int num_blocks,
-                         unsigned char *tile, int token) {
-    const Block *blocks = static_cast<const Block *>(from);
-    for (int b = 0; b < count; ++b) {
-      for (int i = 0; i < kByteCodeBytes; ++i) {
-        *value(tile, num_blocks, first + b, i, token) =
+        *At(tile, num_blocks, first + b, i, token) =
             static_cast<std::uint8_t>(blocks[b].qs[i]) ^ kFlip;
       }
       *tile_scale(tile, kByteCodeBytes, num_blocks, first + b, token) = blocks[b].d;
     }
   }
 
-  static void get_values(const unsigned char *tile, int num_blocks, int token, int first, int count,
-                         void *to) {
+  template <Place *At>
+  static void get(const unsigned char *tile, int num_blocks, int token, int first, int count,
+                  void *to) {
     Block *blocks = static_cast<Block *>(to);
     for (int b = 0; b < count; ++b) {
       for (int i = 0; i < kByteCodeBytes; ++i) {
         blocks[b].qs[i] = static_cast<std::int8_t>(
-            *value(const_cast<unsigned char *>(tile), num_blocks, first + b, i, token) ^ kFlip);
+            *At(const_cast<unsigned char *>(tile), num_blocks, first + b, i, token) ^ kFlip);
       }
       blocks[b].d = *tile_scale(tile, kByteCodeBytes, num_blocks, first + b, token);
     }
   }
+
+  static constexpr TileLayout kLayout = {put<key>, get<key>, put<value>, get<value>};
 };
 
 template <typename T>
-constexpr TileLayout kLayoutOf = {T::put_keys, T::get_keys, T::put_values, T::get_values};
+constexpr TileLayout kNibbleLayout = {T::put_keys, T::get_keys, T::put_values, T::get_values};
 
 } // namespace
 
 const TileLayout *tile_layout(Format format) {
   switch (format) {
   case Format::q4_0:
-    return &kLayoutOf<NibbleTile<block_q4_0, 0x88>>;
+    return &kNibbleLayout<NibbleTile<block_q4_0, 0x88>>;
   case Format::q8_0:
-    return &kLayoutOf<ByteTile<block_q8_0>>;
+    return &ByteTile<block_q8_0>::kLayout;
   case Format::iq4_nl:
-    return &kLayoutOf<NibbleTile<block_iq4_nl, 0>>;
+    return &kNibbleLayout<NibbleTile<block_iq4_nl, 0>>;
   default:
     return nullptr;
   }
