@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, MASKS, Array, check_threads, to_numpy
+from ._arrays import FLOATS, MASKS, Array, check_threads, is_tensor, to_numpy
 from .quantized import row_width, rows_of
 
 F32 = np.dtype(np.float32)
@@ -22,9 +23,9 @@ _LEAST_SOFT_CAP = 2.0**-126
 MAX_HEAD_DIM = 65536
 
 
-def lse_kind(q: Array) -> Array:
-    """Return what makes a Result of q's kind in float32."""
-    return q if isinstance(q, np.ndarray) else q[..., :0].float()
+def lse_like(q: Array, lse: NDArray[np.float32]) -> Array:
+    """Return an lse in q's kind, in float32 whatever q's dtype, sharing its memory."""
+    return sys.modules["torch"].from_numpy(lse) if is_tensor(q) else lse
 
 
 def size(value: int, name: str, low: int, high: int = 2**31 - 1) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ._arrays import Array, Result, check_target
-from ._options import F32, ComputeType, Inputs, Options, lse_kind, per_head
+from ._options import F32, ComputeType, Inputs, Options, lse_like, per_head
 from .state import AttentionState, merge, merge_state, merge_states
 
 __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"]
@@ -138,7 +138,4 @@ def attention(
     )
     if lse is None:
         return result.get()
-    lse_result = Result(lse_kind(q), lse.shape, None)
-    lse_result.array = lse
-    value = lse_result.get()
-    return result.get(), value if shapes.batched else value[0]
+    return result.get(), lse_like(q, lse if shapes.batched else lse[0])

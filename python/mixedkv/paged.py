@@ -20,7 +20,7 @@ from ._options import (
     ComputeType,
     check_compute_type,
     finite,
-    lse_kind,
+    lse_like,
     per_head,
     soft_cap,
     window,
@@ -138,7 +138,7 @@ def attention_paged(
     result = Result(q, shape, out)
     if out is not None:
         check_target(result.array, {}, "out")
-    lse = Result(lse_kind(q), shape[:2], None) if return_lse else None
+    lse = np.empty(shape[:2], np.float32) if return_lse else None
     _core.attend_paged(
         q_array,
         k_pages.array,
@@ -150,7 +150,7 @@ def attention_paged(
         numbers,
         last,
         result.array,
-        None if lse is None else lse.array,
+        lse,
         per_head(alibi_slopes, "alibi_slopes", num_qo_heads),
         per_head(sinks, "sinks", num_qo_heads),
         1.0 / math.sqrt(head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
@@ -161,7 +161,7 @@ def attention_paged(
         check_threads(threads),
         check_compute_type(compute_type),
     )
-    return result.get() if lse is None else (result.get(), lse.get())
+    return result.get() if lse is None else (result.get(), lse_like(q, lse))
 
 
 def _keys_and_values(kv_pages: Any) -> tuple[tuple[Any, str], tuple[Any, str]]:

@@ -20,7 +20,7 @@ from ._options import (
     ComputeType,
     Inputs,
     Options,
-    lse_kind,
+    lse_like,
     per_head,
     position,
     size,
@@ -192,10 +192,7 @@ class AttentionState:
             _core.finalize(self._ms, self._acc, sink_array, array, lse)
         if not return_lse:
             return result.get()
-        lse_result = Result(lse_kind(self._like), lse.shape, None)
-        lse_result.array = lse
-        value = lse_result.get()
-        return result.get(), value if self._batched else value[0]
+        return result.get(), lse_like(self._like, lse if self._batched else lse[0])
 
     def merge_(self, other: AttentionState) -> AttentionState:
         """Take in what another state of the same shape has seen, and return self.
@@ -310,12 +307,12 @@ def _merge_stacked(like: Array, outs: NDArray[Any], lses: NDArray[Any]) -> tuple
     count, *shape = outs.shape
     width = shape[-1]
     result = Result(like, tuple(shape), None)
-    lse = Result(lse_kind(like), tuple(shape[:-1]), None)
+    lse = np.empty(tuple(shape[:-1]), F32)
     rows = math.prod(shape[:-1])
     _core.merge_states(
         np.ascontiguousarray(outs, F32).reshape(count, rows, width),
         np.ascontiguousarray(lses, F32).reshape(count, rows),
         result.array.reshape(rows, width),
-        lse.array.reshape(rows),
+        lse.reshape(rows),
     )
-    return result.get(), lse.get()
+    return result.get(), lse_like(like, lse)

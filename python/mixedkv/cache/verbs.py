@@ -18,7 +18,7 @@ from .._options import (
     ComputeType,
     check_compute_type,
     finite,
-    lse_kind,
+    lse_like,
     per_head,
     soft_cap,
     window,
@@ -162,9 +162,7 @@ class KVCache:
         )
         if lse is None:
             return result.get()
-        lse_result = Result(lse_kind(q), lse.shape, None)
-        lse_result.array = lse
-        return result.get(), lse_result.get()
+        return result.get(), lse_like(q, lse)
 
     def commit(self) -> None:
         """Make the slot's tokens final; then, above the threshold, move the oldest to cold.
