@@ -1,6 +1,7 @@
 // Token tiles of every format that has them, on every instruction set that this machine can run:
 // packing, unpacking and panels against the scalar kernels, bit by bit; products against float64 on
-// the values that the tiles stand for. Q4_0's own layout and edge cases: test_tiles.cpp.
+// the values that the tiles stand for. Q4_0's own layout and edge cases:
+// test_tile_{layout,keys,values}.cpp.
 //
 // Usage: test_tile_formats [part of a check's name]
 
