@@ -9,19 +9,6 @@
 
 namespace {
 
-CacheConfig small_config(std::int64_t hot, std::int64_t cold, std::int64_t group,
-                         std::int64_t n_pad) {
-  CacheConfig config;
-  config.num_kv_heads = 2;
-  config.head_dim = 32;
-  config.head_dim_v = 64;
-  config.hot_size = hot;
-  config.cold_size = cold;
-  config.group_size = group;
-  config.n_pad = n_pad;
-  return config;
-}
-
 class Driver {
 public:
   Driver(const CacheConfig &config, unsigned seed)

@@ -9,6 +9,19 @@
 
 namespace {
 
+inline CacheConfig small_config(std::int64_t hot, std::int64_t cold, std::int64_t group,
+                                std::int64_t n_pad) {
+  CacheConfig config;
+  config.num_kv_heads = 2;
+  config.head_dim = 32;
+  config.head_dim_v = 64;
+  config.hot_size = hot;
+  config.cold_size = cold;
+  config.group_size = group;
+  config.n_pad = n_pad;
+  return config;
+}
+
 struct Seen {
   std::vector<std::vector<std::int64_t>> positions; ///< by sequence
   std::vector<std::vector<std::uint8_t>> in_cold;
@@ -17,11 +30,11 @@ struct Seen {
   CacheStats stats;
 };
 
-bool cached(const CacheConfig &config, int layer) {
+inline bool cached(const CacheConfig &config, int layer) {
   return config.layer_filter.empty() || config.layer_filter[idx(layer)] != 0;
 }
 
-Seen look(const MixedCache &cache) {
+inline Seen look(const MixedCache &cache) {
   const CacheConfig &config = cache.config();
   Seen seen;
   for (int seq = 0; seq < config.n_seq_max; ++seq) {
@@ -43,13 +56,13 @@ Seen look(const MixedCache &cache) {
   return seen;
 }
 
-bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
+inline bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
   return a.size() == b.size() &&
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 /// Bit for bit, with time spent and all allocations where `strictly` (of one and the same cache).
-bool same(const Seen &a, const Seen &b, bool strictly) {
+inline bool same(const Seen &a, const Seen &b, bool strictly) {
   REQUIRE(a.positions == b.positions && a.in_cold == b.in_cold);
   REQUIRE(a.keys.size() == b.keys.size());
   for (std::size_t i = 0; i < a.keys.size(); ++i) {
@@ -68,7 +81,7 @@ bool same(const Seen &a, const Seen &b, bool strictly) {
   return true;
 }
 
-bool matches(const MixedCache &cache, const Model &model) {
+inline bool matches(const MixedCache &cache, const Model &model) {
   const CacheConfig &config = model.config;
   const Seen seen = look(cache);
   REQUIRE(cache.size() == static_cast<std::int64_t>(model.tokens.size()));
@@ -109,7 +122,7 @@ bool matches(const MixedCache &cache, const Model &model) {
   return true;
 }
 
-std::optional<Slot> find_slot(MixedCache &cache, const std::vector<Token> &tokens) {
+inline std::optional<Slot> find_slot(MixedCache &cache, const std::vector<Token> &tokens) {
   std::vector<std::int64_t> pos;
   std::vector<std::int64_t> begin{0};
   std::vector<std::int64_t> ids;
@@ -148,8 +161,8 @@ struct RowsOf {
   RowsView view;
 };
 
-void store(MixedCache &cache, const std::vector<Token> &tokens, int layer,
-           Format type = Format::f32, std::uint64_t id_offset = 0) {
+inline void store(MixedCache &cache, const std::vector<Token> &tokens, int layer,
+                  Format type = Format::f32, std::uint64_t id_offset = 0) {
   const RowsOf k(cache.config(), tokens, layer, key, type, id_offset);
   const RowsOf v(cache.config(), tokens, layer, value, type, id_offset);
   cache.store(layer, k.view, v.view);
@@ -165,8 +178,8 @@ struct Attended {
 constexpr int kGqaRatio = 2;
 constexpr float kScale = 0.17f;
 
-Attended attend(MixedCache &cache, const std::vector<Token> &tokens, int layer,
-                std::optional<std::int64_t> window = std::nullopt) {
+inline Attended attend(MixedCache &cache, const std::vector<Token> &tokens, int layer,
+                       std::optional<std::int64_t> window = std::nullopt) {
   const CacheConfig &config = cache.config();
   const int num_qo_heads = config.num_kv_heads * kGqaRatio;
   const std::size_t n = tokens.size();
@@ -202,8 +215,8 @@ Attended attend(MixedCache &cache, const std::vector<Token> &tokens, int layer,
 /// Against the loop in double precision, for some of the queries where they are many. A key that
 /// is missed or taken twice among a few hundred moves lse by some 1e-3 and more. Q4_0 kernels round
 /// the query and the weights (kernels.h), which moves both by 1e-4 of the logits' size.
-bool attended_right(const Model &model, const Attended &got, int layer, std::int64_t window,
-                    std::mt19937 &random) {
+inline bool attended_right(const Model &model, const Attended &got, int layer, std::int64_t window,
+                           std::mt19937 &random) {
   const CacheConfig &config = model.config;
   const std::size_t n = model.new_tokens.size();
   const std::size_t dim = idx(config.head_dim);

@@ -23,7 +23,7 @@ template <typename T> std::size_t idx(T i) { return static_cast<std::size_t>(i);
 
 enum Kind { key = 0, value = 1 };
 
-std::uint64_t mix(std::uint64_t x) {
+inline std::uint64_t mix(std::uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
@@ -31,7 +31,7 @@ std::uint64_t mix(std::uint64_t x) {
 }
 
 /// Values of a token's row, with more bits than f16 holds.
-std::vector<float> raw_row(std::uint64_t id, int layer, Kind kind, int head, int n) {
+inline std::vector<float> raw_row(std::uint64_t id, int layer, Kind kind, int head, int n) {
   std::vector<float> row(idx(n));
   for (int i = 0; i < n; ++i) {
     const std::uint64_t h =
@@ -42,7 +42,7 @@ std::vector<float> raw_row(std::uint64_t id, int layer, Kind kind, int head, int
 }
 
 /// What is left of a row that was stored as the one type, then as the others.
-std::vector<float> through(const std::vector<float> &row, const std::vector<Format> &types) {
+inline std::vector<float> through(const std::vector<float> &row, const std::vector<Format> &types) {
   std::vector<char> bytes(row.size() * sizeof(float));
   std::memcpy(bytes.data(), row.data(), bytes.size());
   Format type = Format::f32;
@@ -72,7 +72,7 @@ struct Token {
   bool pending() const { return stamp == kPending; }
 };
 
-int smallest(std::uint64_t owners) {
+inline int smallest(std::uint64_t owners) {
   int seq = 0;
   while ((owners >> seq & 1) == 0) {
     ++seq;
