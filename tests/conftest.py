@@ -22,6 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for reference.py and caches.py
 import mixedkv as mkv
 import reference as ref
 
+# What files of tests share has asserts that should say as much as a test's own.
+for subject in ("attention", "bench", "refusal", "state", "verify"):
+    pytest.register_assert_rewrite(f"{subject}_cases")
+pytest.register_assert_rewrite("tiny_models")
+
 try:
     import hypothesis
 except ImportError:  # the tests that need it skip themselves
