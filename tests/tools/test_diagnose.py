@@ -31,7 +31,7 @@ from mixedkv.tools.trace.arithmetic import attend_torch, problem_of
 from mixedkv.tools.trace.diagnose import diagnose
 from mixedkv.tools.trace.verify import verify
 from test_trace import record, saved
-from test_verify import Tensors, plant
+from verify_cases import Tensors, plant
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from mixedkv.tools.trace import record as recording  # noqa: E402
 from mixedkv.tools.trace.complete import incomplete  # noqa: E402
 from mixedkv.tools.trace.verify import verify  # noqa: E402
 from test_trace import record, saved  # noqa: E402
-from test_verify import fails  # noqa: E402
+from verify_cases import fails  # noqa: E402
 
 
 @pytest.fixture(scope="module")

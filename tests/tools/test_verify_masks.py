@@ -25,7 +25,7 @@ from mixedkv.tools.trace import read_trace
 from mixedkv.tools.trace import record as recording
 from mixedkv.tools.trace.verify import verify
 from test_trace import record, saved
-from test_verify import Tensors, compute, fails, plant, small_trace, whole
+from verify_cases import Tensors, compute, fails, plant, small_trace, whole
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from mixedkv.tools.trace.metrics import difference, row_errors  # noqa: E402
 from mixedkv.tools.trace.results import Tolerance  # noqa: E402
 from mixedkv.tools.trace.verify import verify  # noqa: E402
 from test_trace import call  # noqa: E402
-from test_verify import Tensors, fails, small_trace  # noqa: E402
+from verify_cases import Tensors, fails, small_trace  # noqa: E402
 
 # --- large logits ---------------------------------------------------------------------------------
 
