@@ -43,7 +43,8 @@ QueryTile::QueryTile(const Kernels &kernels, float *scratch, const AttentionPara
       states_(kernels, rows_, params.head_dim_v, scratch_),
       run_(kv_head, most_keys(num_rows, bf16_)),
       scores_(scratch_, num_rows, most_keys(num_rows, bf16_)),
-      sight_(kernels, params, problem.mask, rows_, scratch_.floats(most_keys(num_rows, bf16_))) {
+      sight_(kernels, params, problem.mask, rows_, scratch_.floats(most_keys(num_rows, bf16_))),
+      center_terms_(kernels, kv_head, q_, num_rows, params.head_dim) {
   rows_.load(kernels, params.head_dim, params.sm_scale, params.key_transform, q_);
   const ProductInputs inputs{kernels,
                              num_rows,
@@ -81,6 +82,9 @@ void QueryTile::attend_run(std::int64_t mask_begin) {
     return;
   }
   products_->compute_scores(run_);
+  if (segment.k_centers != nullptr) {
+    center_terms_.add(run_, scores_.by_key(run_), scores_.ld());
+  }
   bool some_hidden = careful_ || seen.visible == Sight::Visible::some;
   for (int r = 0; r < rows_.count(); ++r) {
     const Sight::Span span = sight_.span(seen, r, run_.size());

@@ -3,6 +3,7 @@
 // keys and values (products.h).
 #pragma once
 
+#include "attention/center_terms.h"
 #include "attention/key_run.h"
 #include "attention/products.h"
 #include "attention/query_rows.h"
@@ -57,6 +58,7 @@ private:
   KeyRun run_;
   Scores scores_;
   Sight sight_;
+  CenterTerms center_terms_;
   std::variant<std::monostate, F32Products, Bf16Products> storage_;
   Products *products_; ///< what storage_ holds
 };

@@ -23,6 +23,7 @@ struct StoredAs {
   int width = 0;
   Format hot = Format::f16;
   std::optional<Format> cold; ///< where there is a cold tier
+  bool centered = false;      ///< less a center there, whose magnitude is at most 65504
 };
 
 /// Refuses rows with a finite value that would not stay finite in the type of either tier. What is

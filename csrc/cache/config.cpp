@@ -1,6 +1,7 @@
 #include "cache/config.h"
 
 #include "cache/checks.h"
+#include "rows/key_centers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -97,7 +98,9 @@ RowShape hot_shape(const CacheConfig &config) {
 }
 
 RowShape cold_shape(const CacheConfig &config) {
-  return tier_shape(config, config.cold_k_type, config.cold_v_type);
+  RowShape shape = tier_shape(config, config.cold_k_type, config.cold_v_type);
+  shape.center_keys = config.center_keys && !format_info(config.cold_k_type).plain();
+  return shape;
 }
 
 void check_config(const CacheConfig &config) {
@@ -113,6 +116,11 @@ void check_config(const CacheConfig &config) {
   if (config.quantize) {
     check_dim("head_dim", config.head_dim, "cold_k_type", config.cold_k_type);
     check_dim("head_dim_v", config.head_dim_v, "cold_v_type", config.cold_v_type);
+  }
+  if (config.quantize && config.center_keys && config.head_dim > KeyCenters::kMaxWidth) {
+    refuse("head_dim",
+           "be at most " + std::to_string(KeyCenters::kMaxWidth) + " where center_keys is on",
+           config.head_dim);
   }
   check(config.n_pad >= 1, "n_pad", "be at least 1", config.n_pad);
   check_size("hot_size", config.hot_size, config.n_pad);

@@ -87,8 +87,7 @@ std::int32_t MixedCache::Impl::take(Tier &tier, std::size_t token,
     owner_words[static_cast<std::size_t>(owners.ids[j]) / 64] |= std::uint64_t{1}
                                                                  << (owners.ids[j] % 64);
   }
-  const std::int32_t cell = tier.placement.find(tier.cells, owner_words.data());
-  tier.cells.put(cell, slot.pos[token], kPendingStamp, owner_words.data());
+  const std::int32_t cell = tier.put(slot.pos[token], kPendingStamp, owner_words.data());
   slot.cells[token] = cell;
   return cell;
 }
@@ -160,12 +159,14 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
   StoredAs as{layer, shape.num_kv_heads, num_tokens, shape.head_dim, shape.k_type, {}};
   if (m.config.quantize) {
     as.cold = m.config.cold_k_type;
+    as.centered = m.cold.rows.shape().center_keys;
   }
   check_magnitudes("k", k, as);
   as.width = shape.head_dim_v;
   as.hot = shape.v_type;
   if (m.config.quantize) {
     as.cold = m.config.cold_v_type;
+    as.centered = false;
   }
   check_magnitudes("v", v, as);
   const auto store_tokens = [&](RowStorage &rows, int to_layer,

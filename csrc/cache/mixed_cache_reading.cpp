@@ -114,6 +114,10 @@ void MixedCache::export_rows(int layer, std::int64_t seq, const StoredRows &to_h
                              const StoredRows &to_cold) const {
   const Impl &m = *impl_;
   const int number = m.layer_number(layer);
+  if (m.cold.rows.shape().center_keys) {
+    throw std::invalid_argument("export_rows: center_keys is on, and the rows of cold keys say "
+                                "nothing without what they were stored less of; keys() has them");
+  }
   if (m.slot.active) {
     m.need_stored(layer, number, "be stored before its rows are exported");
   }

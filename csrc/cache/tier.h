@@ -22,6 +22,8 @@ struct Tier {
   void take_copies(const Tier &from, const std::int32_t *from_cells, std::int64_t n,
                    std::int32_t *to_cells, const std::uint64_t *owners = nullptr) noexcept;
   void release(const std::int32_t *released, std::int64_t n) noexcept;
+  /// Puts a token into a free cell; there is one, and placement has begun.
+  std::int32_t put(std::int32_t pos, std::uint64_t stamp, const std::uint64_t *owners) noexcept;
 
   RowStorage rows; ///< first: what can't be had should fail before books are filled
   Cells cells;

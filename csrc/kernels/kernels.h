@@ -133,7 +133,7 @@ struct Kernels {
   void (*qk_transposed)(const float *q, std::size_t ld_q, int num_rows, const float *kt,
                         int num_tiles, int head_dim, float *scores, std::size_t ld_scores) noexcept;
 
-  // --- one row of scores ------------------------------------------------------------------------
+  // --- rows of scores ------------------------------------------------------------------------
 
   /// Largest of n >= 1 values; -inf where all are. If any is NaN the result may be anything that
   /// is not above the largest number, or NaN: the NaN itself shows up in exp_sum.
@@ -147,6 +147,9 @@ struct Kernels {
   void (*soft_cap)(float *x, std::size_t n, float cap) noexcept;
   /// x_j *= f in place.
   void (*scale)(float *x, std::size_t n, float f) noexcept;
+  /// x[r * ld_x + j] += c[r * ld_c] for r < num_rows, j < n.
+  void (*add_constants)(const float *c, std::size_t ld_c, int num_rows, float *x, std::size_t ld_x,
+                        int n) noexcept;
   /// y_j += f * x_j.
   void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
 

@@ -76,6 +76,7 @@ constexpr Kernels make_kernels() {
   k.exp_sum = exp_sum;
   k.soft_cap = soft_cap;
   k.scale = scale;
+  k.add_constants = add_constants;
   k.axpy = axpy;
 #if defined(MIXEDKV_BF16)
   k.bf16 = &bf16_kernels;

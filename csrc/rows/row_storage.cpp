@@ -1,5 +1,6 @@
 #include "rows/row_storage.h"
 
+#include "formats/token_tile.h"
 #include "rows/parallel_rows.h"
 
 #include <algorithm>
@@ -33,9 +34,12 @@ void advise_huge_pages(char *data, std::size_t bytes) {
 } // namespace
 
 RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
-    : shape_(shape),
+    : shape_(shape), num_cells_(num_cells),
       k_(RowPlane::Kind::keys, shape.k_type, shape.head_dim, shape.num_kv_heads, num_cells),
       v_(RowPlane::Kind::values, shape.v_type, shape.head_dim_v, shape.num_kv_heads, num_cells),
+      centers_(shape.center_keys
+                   ? KeyCenters(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_cells)
+                   : KeyCenters()),
       layer_stride_(static_cast<std::ptrdiff_t>(k_.bytes() + v_.bytes())),
       num_bytes_(static_cast<std::size_t>(layer_stride_) *
                  static_cast<std::size_t>(shape.num_layers)),
@@ -68,6 +72,10 @@ KeySegment RowStorage::segment(int layer, std::int64_t first_cell) const {
   segment.v_head_stride = v_.head_stride();
   segment.v_row_stride = v_.stride();
   segment.first_cell = first_cell;
+  if (shape_.center_keys) {
+    segment.k_centers = centers_.of(layer, 0, 0);
+    segment.k_center_head_stride = centers_.head_stride();
+  }
   return segment;
 }
 
@@ -83,6 +91,9 @@ void RowStorage::put_v(int layer, int head, const std::int32_t *cells, std::int6
 
 void RowStorage::get_k(int layer, int head, std::int64_t cell, float *row) const noexcept {
   k_.get(k_base(layer), head, cell, row);
+  if (shape_.center_keys) {
+    centers_.add(layer, head, cell, row);
+  }
 }
 
 void RowStorage::get_v(int layer, int head, std::int64_t cell, float *row) const noexcept {
@@ -97,10 +108,38 @@ void RowStorage::get_stored_v(int layer, int head, std::int64_t cell, void *row)
   v_.get_stored(v_base(layer), head, cell, row);
 }
 
+/// Row i, which row(i, values) gives as f32, becomes cell cells[i]'s, a tile at a time.
+template <typename F>
+void RowStorage::put_centered(int layer, int head, const std::int32_t *cells, std::int64_t n,
+                              F &&row) noexcept {
+  const std::size_t width = static_cast<std::size_t>(shape_.head_dim);
+  centers_.choose(layer, head, cells, n, row);
+  alignas(kAlignment) float rows[kTileTokens * KeyCenters::kMaxWidth];
+  for (std::int64_t i = 0; i < n;) {
+    std::int64_t count = 0;
+    while (i + count < n && count < kTileTokens &&
+           cells[i + count] / kTileTokens == cells[i] / kTileTokens) {
+      float *values = rows + static_cast<std::size_t>(count) * width;
+      row(i + count, values);
+      centers_.subtract(layer, head, cells[i + count], values);
+      ++count;
+    }
+    k_.put_rows(k_base(layer), head, cells + i, count, Format::f32,
+                {rows, static_cast<std::ptrdiff_t>(width * sizeof(float)), nullptr});
+    i += count;
+  }
+}
+
 void RowStorage::copy_head(const RowStorage &from, int from_layer, const std::int32_t *from_cells,
                            int layer, const std::int32_t *to_cells, std::int64_t n,
                            int head) noexcept {
-  k_.copy_rows(k_base(layer), head, to_cells, n, from.k_, from.k_base(from_layer), from_cells);
+  if (shape_.center_keys) {
+    put_centered(layer, head, to_cells, n, [&](std::int64_t i, float *values) {
+      from.get_k(from_layer, head, from_cells[i], values);
+    });
+  } else {
+    k_.copy_rows(k_base(layer), head, to_cells, n, from.k_, from.k_base(from_layer), from_cells);
+  }
   v_.copy_rows(v_base(layer), head, to_cells, n, from.v_, from.v_base(from_layer), from_cells);
 }
 
@@ -125,8 +164,15 @@ void RowStorage::copy_cells(const RowStorage &from, const std::int32_t *from_cel
 void RowStorage::zero_layer(int layer, Format from_k, Format from_v, const std::int32_t *cells,
                             std::int64_t n) noexcept {
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
+    if (shape_.center_keys) {
+      put_centered(layer, head, cells, n, [&](std::int64_t, float *values) {
+        std::fill_n(values, shape_.head_dim, 0.0f);
+      });
+    }
     for (std::int64_t i = 0; i < n; ++i) {
-      k_.put_zeros(k_base(layer), head, cells[i], from_k);
+      if (!shape_.center_keys) {
+        k_.put_zeros(k_base(layer), head, cells[i], from_k);
+      }
       v_.put_zeros(v_base(layer), head, cells[i], from_v);
     }
   }

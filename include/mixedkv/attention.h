@@ -59,7 +59,17 @@ struct KeySegment {
   std::int64_t page_size = 0; ///< keys
   std::ptrdiff_t k_page_stride = 0;
   std::ptrdiff_t v_page_stride = 0;
+  /// Not null: keys are stored less a vector that they share with their neighbours, which gives the
+  /// logits of all of them one more term. That of the keys of kv head h in cells
+  /// [n * kCenterCells, (n + 1) * kCenterCells) is at k_centers + h * k_center_head_stride +
+  /// n * head_dim, in f16 (the stride counts values). Key j is in cell index ? index[j] :
+  /// first_cell + j, in rows too; never with pages.
+  const f16_t *k_centers = nullptr;
+  std::ptrdiff_t k_center_head_stride = 0;
 };
+
+/// Cells that share a center of keys (KeySegment::k_centers).
+enum : int { kCenterCells = 128 };
 
 enum class MaskType : std::uint8_t { none, f32, f16, boolean };
 

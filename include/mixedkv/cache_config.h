@@ -28,6 +28,7 @@ namespace mixedkv {
   FIELD(int, sink_tokens, 0, "First positions of each sequence, which stay hot.") \
   FIELD(std::int64_t, window_left, -1, "attend's default window; -1: none.") \
   FIELD(std::vector<std::uint8_t>, layer_filter, {}, "[num_layers], non-zero: held; empty: all.") \
+  FIELD(bool, center_keys, false, "Cold keys of quantised types: less a vector 128 cells share.") \
   FIELD(bool, quantize, true, "Off: one tier, no moves; cold is not allocated.")
 // clang-format on
 

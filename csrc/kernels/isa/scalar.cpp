@@ -54,6 +54,7 @@ constexpr Kernels make_kernels() {
   k.exp_sum = exp_sum;
   k.soft_cap = soft_cap;
   k.scale = scale;
+  k.add_constants = add_constants;
   k.axpy = axpy;
   k.bf16 = &bf16_kernels;
   return k;

@@ -96,6 +96,18 @@ void scale(float *x, size_t n, float f) noexcept {
   }
 }
 
+void add_constants(const float *c, size_t ld_c, int num_rows, float *x, size_t ld_x,
+                   int n) noexcept {
+  for (int r = 0; r < num_rows; ++r, x += ld_x) {
+    const f32v constant = set1(c[static_cast<size_t>(r) * ld_c]);
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      store(x + i, add(load(x + i), constant));
+    if (i < n)
+      store_n(x + i, add(load_n(x + i, n - i), constant), n - i);
+  }
+}
+
 void axpy(float f, const float *x, float *y, size_t n) noexcept {
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes)

@@ -29,6 +29,13 @@ void scale(float *x, size_t n, float f) noexcept {
     x[i] *= f;
 }
 
+void add_constants(const float *c, size_t ld_c, int num_rows, float *x, size_t ld_x,
+                   int n) noexcept {
+  for (int r = 0; r < num_rows; ++r)
+    for (int j = 0; j < n; ++j)
+      x[static_cast<size_t>(r) * ld_x + static_cast<size_t>(j)] += c[static_cast<size_t>(r) * ld_c];
+}
+
 void axpy(float f, const float *x, float *y, size_t n) noexcept {
   for (size_t i = 0; i < n; ++i)
     y[i] += f * x[i];

@@ -84,6 +84,9 @@ class CacheConfig:
     window_left: Annotated[Window, "attend's default window; -1: none."] = -1
     rope: Annotated[None, later, "RoPE parameters, to shift stored keys by."] = None
     layer_filter: Annotated[Layers, "Indices of the layers to hold; None: all."] = None
+    center_keys: Annotated[
+        Switch, "Cold keys of quantised types: less a vector 128 cells share."
+    ] = False
     quantize: Annotated[Switch, "Off: one tier, no moves; cold is not allocated."] = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from .verbs import KVCache
 _OWN = {"size": "hot_size", "k_type": "hot_k_type", "v_type": "hot_v_type"}
 _OF_TWO_TIERS = {
     *("cold_size", "group_size", "threshold", "cold_k_type", "cold_v_type"),
-    *("sink_tokens", "hot_keep", "rotate", "quantize"),
+    *("sink_tokens", "hot_keep", "rotate", "center_keys", "quantize"),
 }
 _SHARED = [name for name in OPTIONS if name not in _OF_TWO_TIERS and name not in _OWN.values()]
 
