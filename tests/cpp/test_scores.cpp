@@ -133,6 +133,26 @@ void test_scores(const std::string &isa, const Kernels &kernels) {
         EXPECT(bits_of(x[i]) == bits_of(x[0]) && std::fabs(x[i] - 1.5231883f) < 1e-5f, "n %zu", n);
     }
   });
+  check(isa + " add_constants", [&] {
+    Random random(25);
+    for (int n : {0, 1, 5, 16, 17, 64, 100, 128})
+      for (int rows : {1, 3, 9}) {
+        const std::size_t ld = 130;
+        Output<float> x(static_cast<std::size_t>(rows) * ld, 1);
+        std::vector<float> before(static_cast<std::size_t>(rows) * ld);
+        std::vector<float> c(static_cast<std::size_t>(rows) * 8);
+        for (std::size_t i = 0; i < before.size(); ++i)
+          before[i] = x[i] = normal(random);
+        for (float &constant : c)
+          constant = normal(random);
+        kernels.add_constants(c.data(), 8, rows, x.data(), ld, n);
+        for (std::size_t i = 0; i < before.size(); ++i) {
+          const float added = static_cast<int>(i % ld) < n ? c[i / ld * 8] : 0.0f;
+          EXPECT(x[i] == before[i] + added, "n %d, rows %d, at %zu", n, rows, i);
+        }
+        EXPECT(x.guards_intact(), "guards, n %d", n);
+      }
+  });
   check(isa + " scale and axpy", [&] {
     Random random(24);
     for (std::size_t n : lengths())
