@@ -2,6 +2,7 @@
 // goes on; in a function that returns whether it passed, REQUIRE notes it and returns false.
 #pragma once
 
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
@@ -35,12 +36,17 @@ template <typename F> void check(const std::string &name, F &&body) {
   if (name.find(name_filter) == std::string::npos)
     return;
   failures_in_check = 0;
+  const auto begin = std::chrono::steady_clock::now();
   body();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   if (failures_in_check == 0)
     ++num_passed;
   else
     ++num_failed;
-  std::printf("%s %s\n", failures_in_check == 0 ? "ok  " : "FAIL", name.c_str());
+  std::printf("%s %s", failures_in_check == 0 ? "ok  " : "FAIL", name.c_str());
+  if (seconds.count() >= 1) // where the time of a long run goes
+    std::printf(" (%.1f s)", seconds.count());
+  std::printf("\n");
   std::fflush(stdout);
 }
 
