@@ -125,9 +125,15 @@ std::optional<Slot> MixedCache::find_slot(const std::int64_t *pos, const TokenOw
   if (!plan.fits) {
     return std::nullopt;
   }
-  m.slot.plan(pos, owners, n, plan.num_cold, m.config.sink_tokens);
-  m.visibility.begin_slot(m.slot.pos.data(), m.slot.seq.data(), n);
-  m.slot.allocate_scratch(m.hot.rows.shape());
+  try {
+    m.slot.plan(pos, owners, n, plan.num_cold, m.config.sink_tokens);
+    m.visibility.begin_slot(m.slot.pos.data(), m.slot.seq.data(), n);
+    m.slot.allocate_scratch(m.hot.rows.shape());
+    m.journal.reserve(plan.moves.num_tokens);
+  } catch (...) {
+    m.end_slot();
+    throw;
+  }
 
   // Nothing from here on can fail.
   m.before = m.counters;

@@ -60,7 +60,9 @@ struct CacheStats {
   double move_seconds = 0.0;    ///< spent on moves, mostly quantising
   std::int64_t hot_bytes = 0;   ///< allocated for rows, the whole tier
   std::int64_t cold_bytes = 0;
-  std::int64_t journal_bytes = 0; ///< allocated for what restore needs
+  /// Allocated for what restore needs: a batch of moves, more while a slot that made more is
+  /// pending.
+  std::int64_t journal_bytes = 0;
   std::int64_t books_bytes = 0;   ///< cells, indices, plans
   std::int64_t scratch_bytes = 0; ///< of a long ubatch, while it is pending
   std::int64_t bytes_saved = 0;   ///< of tokens now in cold, against f16 rows

@@ -18,6 +18,11 @@ MovePlan plan_moves(std::int64_t in_use, std::int64_t target, std::int64_t group
   return plan;
 }
 
+std::int64_t most_moves(std::int64_t hot_size, std::int64_t group_size, std::int64_t n) {
+  const std::int64_t batch = std::max<std::int64_t>(std::min(hot_size / 4, group_size), 1);
+  return std::min(hot_size, n - 1 + batch);
+}
+
 SlotPlan plan_slot(const Room &room, std::int64_t n, std::int64_t num_pinned) {
   SlotPlan plan;
   const std::int64_t hot_free = room.hot_size - room.hot_used;

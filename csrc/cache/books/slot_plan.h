@@ -17,6 +17,10 @@ struct MovePlan {
 MovePlan plan_moves(std::int64_t in_use, std::int64_t target, std::int64_t group_size,
                     std::int64_t limit);
 
+/// Most tokens that move to make room for n new ones where these fit into hot: fewer than n, and a
+/// whole batch.
+std::int64_t most_moves(std::int64_t hot_size, std::int64_t group_size, std::int64_t n);
+
 /// What a ubatch finds.
 struct Room {
   std::int64_t hot_size = 0;

@@ -74,7 +74,7 @@ class CacheStats:
     move_seconds: float
     hot_bytes: int
     cold_bytes: int
-    #: What restore needs, allocated with the cache.
+    #: What restore needs: a batch of moves; more while a slot that made more is pending.
     journal_bytes: int
     #: Cells, indices, plans.
     books_bytes: int
