@@ -37,8 +37,8 @@ template <typename F> void each_part(Format type, const char *row, std::size_t n
   }
 }
 
-/// Whether all values are below limit in magnitude, NaN aside.
-bool all_below(const RowsView &rows, const StoredAs &as, double limit) {
+/// Whether all values are below limit in magnitude, NaN aside, and none is NaN where so asked.
+bool all_below(const RowsView &rows, const StoredAs &as, double limit, bool no_nan) {
   const Kernels &kernels = active_kernels();
   const std::size_t width = static_cast<std::size_t>(as.width);
   const bool side_by_side =
@@ -55,7 +55,8 @@ bool all_below(const RowsView &rows, const StoredAs &as, double limit) {
                     const std::size_t n = width * static_cast<std::size_t>(step);
                     each_part(rows.type, row_at(rows, head, token), n,
                               [&](const float *x, std::size_t count) {
-                                if (!(kernels.largest_magnitude(x, count) < limit)) {
+                                if (!(kernels.largest_magnitude(x, count) < limit) ||
+                                    (no_nan && !kernels.all_finite_f32(x, count))) {
                                   below.store(false, std::memory_order_relaxed);
                                 }
                               });
@@ -128,26 +129,38 @@ void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as
     }
   }
   const double reach = rows.type == Format::f16 ? 65504.0 : std::numeric_limits<float>::max();
-  if (reach < limit || all_below(rows, as, limit)) {
+  const bool changed = as.unchanged != nullptr;
+  if ((reach < limit && !changed) || all_below(rows, as, limit, changed)) {
     return;
   }
+  const std::size_t width = static_cast<std::size_t>(as.width);
+  const auto was_finite = [&](std::int64_t head, std::int64_t token) {
+    bool finite = true;
+    each_part(as.unchanged->type, row_at(*as.unchanged, head, token), width,
+              [&](const float *x, std::size_t count) {
+                finite = finite && active_kernels().all_finite_f32(x, count);
+              });
+    return finite;
+  };
   for (std::int64_t head = 0; head < as.num_heads; ++head) {
     for (std::int64_t token = 0; token < as.num_tokens; ++token) {
       const auto look = [&](const float *x, std::size_t count) {
-        const float *found = std::find_if(
-            x, x + count, [limit](float v) { return std::isfinite(v) && std::fabs(v) >= limit; });
+        const float *found = std::find_if(x, x + count, [&](float v) {
+          return std::isfinite(v) ? std::fabs(v) >= limit : changed && was_finite(head, token);
+        });
         if (found != x + count) {
           std::ostringstream message;
           message.precision(9);
-          message << name << " of layer " << as.layer << " holds " << *found << " (head " << head
-                  << ", token " << token << "), which would be infinite in rows of '"
-                  << format_name(narrowest) << "', the type of its " << (in_hot ? "hot" : "cold")
+          message << name << " of layer " << as.layer << (changed ? ", rotated," : "") << " holds "
+                  << *found << " (head " << head << ", token " << token
+                  << "), which would be infinite in rows of '" << format_name(narrowest)
+                  << "', the type of its " << (in_hot ? "hot" : "cold")
                   << " tier: magnitudes must be below " << limit
                   << "; types that hold it: " << formats_for(std::fabs(*found));
           throw std::invalid_argument(message.str());
         }
       };
-      each_part(rows.type, row_at(rows, head, token), static_cast<std::size_t>(as.width), look);
+      each_part(rows.type, row_at(rows, head, token), width, look);
     }
   }
 }

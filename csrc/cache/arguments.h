@@ -24,10 +24,12 @@ struct StoredAs {
   Format hot = Format::f16;
   std::optional<Format> cold; ///< where there is a cold tier
   bool centered = false;      ///< less a center there, whose magnitude is at most 65504
+  /// What the rows were before the cache's transform changed them; null: the same.
+  const RowsView *unchanged = nullptr;
 };
 
-/// Refuses rows with a finite value that would not stay finite in the type of either tier. What is
-/// infinite or NaN already stays what it is.
+/// Refuses rows with a finite value that would not stay finite in the type of either tier, or that
+/// the cache's transform made infinite. What was infinite or NaN already is let through.
 void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as);
 
 /// Of attend, for a slot of num_tokens; options as they are, but with the window that holds.

@@ -5,6 +5,7 @@
 #include "cache/arguments.h"
 #include "cache/mixed_cache_impl.h"
 #include "kernels/dispatch.h"
+#include "rows/hadamard.h"
 #include "rows/parallel_rows.h"
 #include "runtime/parallel.h"
 
@@ -40,6 +41,12 @@ const char *head_of(const RowsView &rows, int head) {
 
 MixedCache::MixedCache(const CacheConfig &config, RowTransforms transforms) {
   check_config(config);
+  if (config.rotate) {
+    if (transforms.keys != nullptr || transforms.values != nullptr) {
+      throw std::invalid_argument("transforms must be none where rotate is set");
+    }
+    transforms.keys = transforms.values = std::make_shared<const Hadamard>();
+  }
   // Both may refuse their environment variables, and settle once: not in the midst of a move.
   active_kernels();
   get_num_threads();
@@ -162,10 +169,13 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
                                        num_tokens, shape.head_dim);
   const RowsView v = m.changed_v.apply(m.transforms.values.get(), new_v, shape.num_kv_heads,
                                        num_tokens, shape.head_dim_v);
-  StoredAs as{layer, shape.num_kv_heads, num_tokens, shape.head_dim, shape.k_type, {}};
+  StoredAs as{layer, shape.num_kv_heads, num_tokens, shape.head_dim, shape.k_type};
   if (m.config.quantize) {
     as.cold = m.config.cold_k_type;
     as.centered = m.cold.rows.shape().center_keys;
+  }
+  if (m.transforms.keys != nullptr) {
+    as.unchanged = &new_k;
   }
   check_magnitudes("k", k, as);
   as.width = shape.head_dim_v;
@@ -174,6 +184,7 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
     as.cold = m.config.cold_v_type;
     as.centered = false;
   }
+  as.unchanged = m.transforms.values != nullptr ? &new_v : nullptr;
   check_magnitudes("v", v, as);
   const auto store_tokens = [&](RowStorage &rows, int to_layer,
                                 const std::vector<std::int32_t> &tokens,

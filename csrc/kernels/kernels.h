@@ -152,6 +152,9 @@ struct Kernels {
                         int n) noexcept;
   /// y_j += f * x_j.
   void (*axpy)(float f, const float *x, float *y, std::size_t n) noexcept;
+  /// The normalised Walsh-Hadamard transform of every `block` values, in place; block is a power of
+  /// two that divides n. Its own inverse, but for rounding; the same bits on every instruction set.
+  void (*hadamard)(float *x, std::size_t n, std::size_t block) noexcept;
 
   /// Arithmetic in bf16; null where the instruction set has none.
   const Bf16Kernels *bf16;

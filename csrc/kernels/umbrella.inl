@@ -11,6 +11,8 @@
 
 #include "kernels/loops/scores.inl"
 
+#include "kernels/loops/hadamard.inl"
+
 #include "kernels/loops/transposed.inl"
 
 #if defined(MIXEDKV_BF16)
@@ -78,6 +80,7 @@ constexpr Kernels make_kernels() {
   k.scale = scale;
   k.add_constants = add_constants;
   k.axpy = axpy;
+  k.hadamard = hadamard;
 #if defined(MIXEDKV_BF16)
   k.bf16 = &bf16_kernels;
 #endif

@@ -85,7 +85,8 @@ struct AttendOptions {
 class MIXEDKV_API MixedCache {
 public:
   /// Throws std::invalid_argument naming the field and its value.
-  /// transforms: what rows are changed by (row_transform.h).
+  /// transforms: what rows are changed by (row_transform.h); none where config.rotate is set, which
+  /// brings its own.
   explicit MixedCache(const CacheConfig &config, RowTransforms transforms = {});
   ~MixedCache();
   MixedCache(const MixedCache &) = delete;

@@ -7,7 +7,8 @@
 //   move     rows are changed already: they go from tier to tier as they are
 //   export   rows as attention reads them stay changed; keys() and values() change them back
 //
-// No transform: rows pass through untouched, at the cost of one comparison a call.
+// No transform: rows pass through untouched, at the cost of one comparison a call. The cache's own
+// is a rotation (CacheConfig::rotate; rows/hadamard.h).
 #pragma once
 
 #include "mixedkv/export.h"

@@ -18,6 +18,8 @@ namespace {
 
 #include "kernels/scalar/scores.inl"
 
+#include "kernels/scalar/hadamard.inl"
+
 #include "kernels/scalar/bf16.inl"
 
 #include "kernels/scalar/rows.inl"
@@ -56,6 +58,7 @@ constexpr Kernels make_kernels() {
   k.scale = scale;
   k.add_constants = add_constants;
   k.axpy = axpy;
+  k.hadamard = hadamard;
   k.bf16 = &bf16_kernels;
   return k;
 }

@@ -79,6 +79,13 @@ MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
   return _mm256_or_ps(abs_of(a), _mm256_and_ps(set1(-0.0f), s));
 }
 
+template <int H> MIXEDKV_INLINE f32v swap_lanes(f32v x) {
+  if constexpr (H < 4)
+    return _mm256_permute_ps(x, H == 1 ? 0xb1 : 0x4e);
+  else
+    return _mm256_permute2f128_ps(x, x, 1);
+}
+
 /// Lane k of the result is the sum of the lanes of the k-th vector. unpack and shuffle instead of
 /// vhaddps, which is three operations everywhere.
 MIXEDKV_INLINE __m128 sums4(f32v a, f32v b, f32v c, f32v d) {

@@ -71,6 +71,13 @@ MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) {
   return _mm512_or_ps(abs_of(a), _mm512_and_ps(set1(-0.0f), s));
 }
 
+template <int H> MIXEDKV_INLINE f32v swap_lanes(f32v x) {
+  if constexpr (H < 4)
+    return _mm512_permute_ps(x, H == 1 ? 0xb1 : 0x4e);
+  else
+    return _mm512_shuffle_f32x4(x, x, H == 4 ? 0xb1 : 0x4e);
+}
+
 /// Lane k of the result is the sum of the lanes of the k-th vector.
 MIXEDKV_INLINE __m128 sums4(f32v a, f32v b, f32v c, f32v d) {
   const f32v ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

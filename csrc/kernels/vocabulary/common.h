@@ -24,6 +24,7 @@
 //   Levels, open_levels(levels, d, qs), level<V>   32 nibbles in a block's order (as Q4_0's), each
 //   of
 //                           which stands for one of sixteen levels, signed bytes, times d
+//   swap_lanes<H>(x)        lane i becomes lane i ^ H, H a power of two below kLanes
 //   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
 //   find_extremes, find_group_extremes (of kQuantBlocks blocks, a multiple of kLanes), store_q4,
 //   to_half   the parts of quantisation that have no common form

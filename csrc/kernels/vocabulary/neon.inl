@@ -73,6 +73,13 @@ MIXEDKV_INLINE f32v min_or_second(f32v a, f32v b) { return vbslq_f32(vcltq_f32(a
 MIXEDKV_INLINE f32v abs_of(f32v x) { return vabsq_f32(x); }
 MIXEDKV_INLINE f32v copy_sign(f32v a, f32v s) { return vbslq_f32(vdupq_n_u32(0x80000000u), s, a); }
 
+template <int H> MIXEDKV_INLINE f32v swap_lanes(f32v x) {
+  if constexpr (H == 1)
+    return vrev64q_f32(x);
+  else
+    return vextq_f32(x, x, 2);
+}
+
 /// Lane k of the result is the sum of the lanes of the k-th vector.
 MIXEDKV_INLINE float32x4_t sums4(f32v a, f32v b, f32v c, f32v d) {
   return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));

@@ -59,9 +59,16 @@ class CacheConfig:
     oldest first, until that is so no longer. `layer_filter` may also be a callable on a layer's
     index; it is asked once, and the indices that it lets through are kept.
 
+    `rotate`: a normalised Walsh-Hadamard transform of every row of K and V (and of queries, and
+    back on what attention gives) spreads the few large values that models' keys have over all of
+    head_dim, so that blocks with a scale of their own lose less. It is done by blocks of the
+    largest power of two that divides head_dim: all 64, 128 or 256 values, 16 of 80, nothing of an
+    odd head_dim. Both tiers hold rotated rows: results differ by rounding, and in what quantising
+    loses. Off: the tiers hold the rows' own bytes, as ggml quantises them.
+
     An option that is wrong by itself is refused here, one that does not go with the others when a
-    cache is made of it: ValueError and TypeError name the option and its value. `hot_keep`,
-    `rotate` and `rope` are not there yet: anything but their defaults raises NotImplementedError.
+    cache is made of it: ValueError and TypeError name the option and its value. `hot_keep` and
+    `rope` are not there yet: anything but their defaults raises NotImplementedError.
     """
 
     num_layers: Annotated[Count, "Layers of the model."]
@@ -80,7 +87,7 @@ class CacheConfig:
     cold_v_type: Annotated[Type, "Type of cold values."] = "q4_0"
     sink_tokens: Annotated[Int, "First positions of each sequence, which stay hot."] = 0
     hot_keep: Annotated[int, later, "Newest positions of each sequence, which stay hot."] = 0
-    rotate: Annotated[bool, later, "Rotate rows (Hadamard) before they are quantised."] = False
+    rotate: Annotated[Switch, "Hold rows rotated (Hadamard), so that they quantise better."] = False
     window_left: Annotated[Window, "attend's default window; -1: none."] = -1
     rope: Annotated[None, later, "RoPE parameters, to shift stored keys by."] = None
     layer_filter: Annotated[Layers, "Indices of the layers to hold; None: all."] = None

@@ -11,7 +11,7 @@ from .verbs import KVCache
 _OWN = {"size": "hot_size", "k_type": "hot_k_type", "v_type": "hot_v_type"}
 _OF_TWO_TIERS = {
     *("cold_size", "group_size", "threshold", "cold_k_type", "cold_v_type"),
-    *("sink_tokens", "hot_keep", "rotate", "center_keys", "quantize"),
+    *("sink_tokens", "hot_keep", "center_keys", "quantize"),
 }
 _SHARED = [name for name in OPTIONS if name not in _OF_TWO_TIERS and name not in _OWN.values()]
 
@@ -26,8 +26,8 @@ class UnifiedKVCache(KVCache):
     k_type, v_type
         Any of :mod:`mixedkv.formats`; a token's rows are converted as they are stored.
     options
-        num_layers, num_kv_heads, head_dim, head_dim_v, n_pad, n_seq_max, window_left, rope and
-        layer_filter, as in :class:`CacheConfig`.
+        num_layers, num_kv_heads, head_dim, head_dim_v, n_pad, n_seq_max, rotate, window_left,
+        rope and layer_filter, as in :class:`CacheConfig`.
     """
 
     @shows(_SHARED)

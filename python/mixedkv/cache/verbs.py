@@ -307,7 +307,8 @@ class KVCache:
 
         With a slot pending, its tokens are among the hot rows, wherever they will lie at commit:
         that is how they are attended. The layer is stored already then, and, of a slot with tokens
-        bound for cold, the layer stored last.
+        bound for cold, the layer stored last. Where the cache rotates rows (`rotate`), these are
+        rotated, as the queries that meet them are; :meth:`keys` and :meth:`values` turn them back.
 
         Raises
         ------

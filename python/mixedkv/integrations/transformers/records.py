@@ -22,7 +22,9 @@ class Observation(NamedTuple):
     """One attention of one layer, as it was computed; for `MixedCache.observer`.
 
     The tensors are the model's own: copy what is to be kept. `native` is in the midst of the step,
-    so that ``native.export_rows(place, row)`` gives the very keys and values that were attended.
+    so that ``native.export_rows(place, row)`` gives the very keys and values that were attended
+    (rotated ones where the cache was made with ``rotate=True``; query and out are as the model has
+    them).
 
     Attributes
     ----------
