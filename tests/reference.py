@@ -151,6 +151,117 @@ def dequantize_iq4_nl(b: np.ndarray) -> np.ndarray:
     return x.reshape(*b.shape[:-1], b.shape[-1] // 18 * 32)
 
 
+# --- NL4, NL3 -------------------------------------------------------------------------------------
+
+NL4_LEVELS = (-111, -88, -70, -55, -41, -28, -16, -5, 6, 17, 29, 42, 56, 73, 94, 127)
+NL4_MULTIPLIERS = (159, 149, 141, 134, 127, 121, 115, 110, 106)
+
+
+def search_levels(
+    blocks: np.ndarray, levels: tuple[int, ...], multipliers: tuple[int, ...], unit: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """d (float32) and level numbers of blocks [m, n] by least squared error, NaN where not finite.
+
+    Each value becomes an integer of 16 bits, 32767 for the block's largest magnitude; a candidate
+    multiplies it by +-m / 32768, rounded, halves up, to a byte, which takes the nearest level, the
+    lower one of two as near. The first candidate with the largest <x, c>^2 / <c, c> stays. A level
+    stands for ``unit`` times less than it says.
+    """
+    of = np.array(levels, np.int64)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(blocks).all(-1)
+        largest = np.abs(np.where(finite[:, None], blocks, 0)).max(-1).astype(np.float32)
+        inverse = np.where(largest < np.float32(1e-30), 0, np.float32(32767) / largest)
+        x = np.where(finite[:, None], blocks, 0) * inverse.astype(np.float32)[:, None]
+        x = np.rint(x).astype(np.int64)
+    best = np.full(len(x), -1, np.float32)
+    numbers = np.zeros(x.shape, np.int64)
+    scale = np.zeros(len(x), np.float32)
+    candidates = [0] + [s * m for m in multipliers for s in (1, -1)]
+    for m in candidates:  # 0 first: what stays where every other's levels are zeros
+        y = np.clip((x * m + 16384) >> 15, -128, 127)
+        q = np.abs(y[..., None] - of).argmin(-1)
+        c = of[q]
+        products = (x * c).sum(-1).astype(np.float32)
+        squares = (c * c).sum(-1).astype(np.float32)
+        with np.errstate(all="ignore"):
+            score = np.full(len(x), -1, np.float32) if m == 0 else products * products / squares
+        better = (score > best) | (m == 0)
+        numbers[better] = q[better]
+        scale[better] = (products / np.maximum(squares, np.float32(1)))[better]
+        best = np.where(better, score, best).astype(np.float32)
+    step = largest / np.float32(32767) * np.float32(unit)
+    with np.errstate(over="ignore"):
+        d = (scale * step).astype(np.float32)
+    d[~finite] = np.nan
+    numbers[~finite] = 0
+    return d, numbers
+
+
+def _nibbles(numbers: np.ndarray) -> np.ndarray:
+    """[m, n] to bytes [m, n / 2]: of every 32, value j low and value j + 16 high."""
+    of = numbers.reshape(len(numbers), -1, 2, 16)
+    return (of[:, :, 0] | of[:, :, 1] << 4).reshape(len(numbers), -1).astype(np.uint8)
+
+
+def _numbers(nibbles: np.ndarray) -> np.ndarray:
+    of = nibbles.reshape(len(nibbles), -1, 1, 16)
+    return np.concatenate([of & 15, of >> 4], 2).reshape(len(nibbles), -1)
+
+
+def quantize_nl4(x: np.ndarray) -> np.ndarray:
+    """float [..., n] -> uint8 [..., n / 64 * 34]: 64 values a block, f16 d, 32 bytes of nibbles."""
+    x = np.asarray(x, np.float32)
+    d, numbers = search_levels(x.reshape(-1, 64), NL4_LEVELS, NL4_MULTIPLIERS)
+    with np.errstate(over="ignore"):
+        head = d.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    out = np.concatenate([head, _nibbles(numbers)], -1)
+    return out.reshape(*x.shape[:-1], x.shape[-1] // 64 * 34)
+
+
+def dequantize_nl4(b: np.ndarray) -> np.ndarray:
+    """uint8 [..., m * 34] -> float32 [..., m * 64]: level * d."""
+    blocks = np.ascontiguousarray(b).reshape(-1, 34)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        x = np.array(NL4_LEVELS, np.float32)[_numbers(blocks[:, 2:])] * d
+    return x.reshape(*b.shape[:-1], b.shape[-1] // 34 * 64)
+
+
+NL3_LEVELS = (-104, -65, -34, -8, 17, 44, 76, 127)
+NL3_MULTIPLIERS = (148, 137, 127, 119, 111)
+
+
+def quantize_nl3(x: np.ndarray) -> np.ndarray:
+    """float [..., n] -> uint8 [..., n / 32 * 14]: blocks of 32 values, f16 d, 12 bytes.
+
+    Nibbles as NL4's, of which four bytes are spread: bit k of bytes 12 to 15's nibbles is the top
+    bit of those of bytes 4 k to 4 k + 3.
+    """
+    x = np.asarray(x, np.float32)
+    d, numbers = search_levels(x.reshape(-1, 32), NL3_LEVELS, NL3_MULTIPLIERS)
+    with np.errstate(over="ignore"):
+        head = d.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    nibbles = _nibbles(numbers)
+    rest = nibbles[:, 12:]
+    spread = np.concatenate([(rest >> k & 0x11) << 3 for k in range(3)], -1)
+    out = np.concatenate([head, nibbles[:, :12] | spread], -1)
+    return out.reshape(*x.shape[:-1], x.shape[-1] // 32 * 14)
+
+
+def dequantize_nl3(b: np.ndarray) -> np.ndarray:
+    """uint8 [..., m * 14] -> float32 [..., m * 32]: level * d."""
+    blocks = np.ascontiguousarray(b).reshape(-1, 14)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    qs = blocks[:, 2:]
+    top = (qs >> 3 & 0x11).reshape(-1, 3, 4)
+    rest = top[:, 0] | top[:, 1] << 1 | top[:, 2] << 2
+    with np.errstate(invalid="ignore"):
+        numbers = _numbers(np.concatenate([qs & 0x77, rest], -1))
+        x = np.array(NL3_LEVELS, np.float32)[numbers] * d
+    return x.reshape(*b.shape[:-1], b.shape[-1] // 14 * 32)
+
+
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """float [..., n] -> uint8 [..., 2 n]: the upper half, to nearest even; NaN stays one."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
@@ -171,6 +282,8 @@ PACKED = {
     "q8_0": (quantize_q8_0, dequantize_q8_0),
     "iq4_nl": (quantize_iq4_nl, dequantize_iq4_nl),
     "bf16": (to_bf16, from_bf16),
+    "nl4": (quantize_nl4, dequantize_nl4),
+    "nl3": (quantize_nl3, dequantize_nl3),
 }
 
 

@@ -31,6 +31,8 @@ struct RowKernels {
   /// rounded, in the order of the values. A block whose largest magnitude is below 1e-15 gets d = 0
   /// and every q = 8 (ggml leaves these q to what lay in memory). NaN and infinity as in q4_0, also
   /// where x * x is so large that d is NaN.
+  /// nl4, nl3: by least squared error among a few scales, in integers: docs/formats.md, bit for
+  /// bit.
   void (*from_f32)(const float *x, void *y, std::size_t n) noexcept;
   void (*from_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
   void (*to_f32)(const void *x, float *y, std::size_t n) noexcept;

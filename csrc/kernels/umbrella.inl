@@ -43,6 +43,16 @@
 
 #include "kernels/formats/iq4_nl_tiles.inl"
 
+#include "kernels/loops/level_search.inl"
+
+#include "kernels/formats/nl4.inl"
+
+#include "kernels/formats/nl4_tiles.inl"
+
+#include "kernels/formats/nl3.inl"
+
+#include "kernels/formats/nl3_tiles.inl"
+
 // --- the table ---------------------------------------------------------------------------------
 
 // A vector instruction set's kernels, made of what its page has included so far. A page defines
@@ -57,6 +67,8 @@
 constexpr TileKernels tiles_q4_0 = make_tiles_q4_0();
 constexpr TileKernels tiles_q8_0 = make_tiles_q8_0();
 constexpr TileKernels tiles_iq4_nl = make_tiles_iq4_nl();
+constexpr TileKernels tiles_nl4 = make_tiles_nl4();
+constexpr TileKernels tiles_nl3 = make_tiles_nl3();
 
 constexpr Kernels make_kernels() {
   Kernels k{};
@@ -67,9 +79,13 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::q8_0, rows_q8_0());
   set_rows(k, Format::bf16, rows_bf16());
   set_rows(k, Format::iq4_nl, rows_iq4_nl());
+  set_rows(k, Format::nl4, rows_nl4());
+  set_rows(k, Format::nl3, rows_nl3());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   set_tiles(k, Format::q8_0, &tiles_q8_0);
   set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);
+  set_tiles(k, Format::nl4, &tiles_nl4);
+  set_tiles(k, Format::nl3, &tiles_nl3);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
   k.largest_magnitude = largest_magnitude;

@@ -18,8 +18,8 @@ struct bf16_t {
 };
 
 /// Numbers are part of the C ABI (mixedkv/c.h): new ones go to the end.
-enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16, iq4_nl };
-enum : int { kNumFormats = 6 };
+enum class Format : std::uint8_t { f32, f16, q4_0, q8_0, bf16, iq4_nl, nl4, nl3 };
+enum : int { kNumFormats = 8 };
 
 /// rows: one after the other, as ggml, numpy and torch have them. tiles: the same bits, of several
 /// tokens together, as attention reads them fastest (inside caches only; formats/token_tile.h).
@@ -61,6 +61,8 @@ constexpr FormatInfo kFormats[kNumFormats] = {
     {"q8_0", 32, 34, 8, 127 * kF16Overflow, 0x1p-10},
     {"bf16", 1, 2, 30, kBf16Overflow, 0x1p-8},
     {"iq4_nl", 32, 18, 20, 113 * kF16Overflow, 0x1p-3},
+    {"nl4", 64, 34, -1, 64 * kF16Overflow, 1.0},
+    {"nl3", 32, 14, -1, 32 * kF16Overflow, 2.0},
 };
 // clang-format on
 
@@ -110,5 +112,30 @@ struct block_iq4_nl {
   std::uint8_t qs[QK4_NL / 2];
 };
 static_assert(format_info(Format::iq4_nl).block_bytes == sizeof(block_iq4_nl), "one truth");
+
+/// Values in one NL4 block.
+enum : int { QNL4 = 64 };
+
+/// mixedkv's own: element j is the low nibble of qs[j], element j + 16 the high one, for j < 16;
+/// the second 32 lie likewise in qs[16] on. A value is d times one of sixteen levels
+/// (docs/semantics.md), d of either sign.
+struct block_nl4 {
+  f16_t d;
+  std::uint8_t qs[QNL4 / 2];
+};
+static_assert(format_info(Format::nl4).block_bytes == sizeof(block_nl4), "one truth");
+
+/// Values in one NL3 block.
+enum : int { QNL3 = 32 };
+
+/// mixedkv's own: numbers of three bits, those of elements j and j + 16 in the lower bits of the
+/// nibbles of qs[j], for j < 12; bit k of elements 12 + j and 28 + j, for j < 4, is the top bit of
+/// the low and of the high nibble of qs[4 k + j]. A value is d times one of eight levels
+/// (docs/semantics.md), d of either sign.
+struct block_nl3 {
+  f16_t d;
+  std::uint8_t qs[12];
+};
+static_assert(format_info(Format::nl3).block_bytes == sizeof(block_nl3), "one truth");
 
 } // namespace mixedkv

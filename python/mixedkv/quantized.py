@@ -228,7 +228,9 @@ def quantize(
 
     "q4_0" as by :func:`quantize_q4_0`; "q8_0": 8 bits a value, ``d = largest magnitude / 127``;
     "iq4_nl": 4 bits, of sixteen levels that lie closer around zero, d by least weighted squares (as
-    ggml's caches convert); "bf16": the upper half of a float32, rounded to nearest even.
+    ggml's caches convert); "nl4" and "nl3", our own: 4.25 and 3.5 bits, sixteen and eight levels,
+    one scale for 64 and for 32 values by least squared error (docs/formats.md), for rows that are
+    rotated; "bf16": the upper half of a float32, rounded to nearest even.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-// Kernels that convert blocks of Q4_0, Q8_0 and IQ4_NL, of every instruction set that this machine
-// can run: against the scalar table bit for bit, and the scalar table against ggml's definitions.
-// Guard bytes and ends of allocations as in test_conversions.cpp.
+// Kernels that convert blocks of every format that has them, of every instruction set that this
+// machine can run: against the scalar table bit for bit, and the scalar table against ggml's
+// definitions. Guard bytes and ends of allocations as in test_conversions.cpp.
 //
 // Usage: test_block_conversions [part of a check's name]
 
@@ -184,17 +184,20 @@ void test_scalar_quantize(const Kernels &scalar) {
 template <typename Block>
 void test_blocks(const std::string &isa, const Kernels &kernels, const Kernels &scalar,
                  Format format) {
+  const std::size_t unit = static_cast<std::size_t>(format_info(format).block_values);
   const std::string name = isa + " " + format_name(format);
   const RowKernels &rows = kernels.of(format), &oracle = scalar.of(format);
   check(name + " from_f32 adversarial blocks", [&] {
-    const std::vector<std::vector<float>> blocks = adversarial_blocks();
+    std::vector<std::vector<float>> blocks = adversarial_blocks();
+    blocks.resize(blocks.size() / 2 * 2); // whole blocks of 64 too
     Input<float> x(blocks.size() * 32, 1);
     for (std::size_t b = 0; b < blocks.size(); ++b)
       std::copy(blocks[b].begin(), blocks[b].end(), x.data() + b * 32);
-    compare_rows<Block>(x, blocks.size(), 1, x.size(), rows.from_f32, oracle.from_f32);
+    compare_rows<Block>(x, x.size() / unit, 1, x.size(), rows.from_f32, oracle.from_f32);
   });
   check(name + " from_f16 adversarial blocks, and any bits", [&] {
-    const std::vector<std::vector<float>> blocks = adversarial_blocks();
+    std::vector<std::vector<float>> blocks = adversarial_blocks();
+    blocks.resize(blocks.size() / 2 * 2);
     Random random(3);
     Input<f16_t> x((blocks.size() + 6000) * 32, 1);
     for (std::size_t b = 0; b < blocks.size(); ++b)
@@ -204,13 +207,13 @@ void test_blocks(const std::string &isa, const Kernels &kernels, const Kernels &
       const bool any = i < (blocks.size() + 3000) * 32;
       x[i] = static_cast<f16_t>(any ? random() : random() & 0x83ff);
     }
-    compare_rows<Block>(x, x.size() / 32, 1, x.size(), rows.from_f16, oracle.from_f16);
+    compare_rows<Block>(x, x.size() / unit, 1, x.size(), rows.from_f16, oracle.from_f16);
   });
   check(name + " from values, rows of 1 to 17 blocks, misaligned", [&] {
     Random random(4);
     for (std::size_t num_blocks = 1; num_blocks <= 17; ++num_blocks)
       for (std::size_t misalignment : {0, 1, 3}) {
-        const std::size_t n = num_blocks * 32;
+        const std::size_t n = num_blocks * unit;
         Input<float> x(n, misalignment);
         Input<f16_t> h(n, misalignment);
         for (std::size_t i = 0; i < n; ++i)
@@ -231,8 +234,8 @@ void test_blocks(const std::string &isa, const Kernels &kernels, const Kernels &
         ++i;
       }
     }
-    compare_rows<float>(x, x.size() * 32, 1, x.size() * 32, rows.to_f32, oracle.to_f32);
-    compare_rows<f16_t>(x, x.size() * 32, 1, x.size() * 32, rows.to_f16, oracle.to_f16);
+    compare_rows<float>(x, x.size() * unit, 1, x.size() * unit, rows.to_f32, oracle.to_f32);
+    compare_rows<f16_t>(x, x.size() * unit, 1, x.size() * unit, rows.to_f16, oracle.to_f16);
   });
   check(name + " to values, rows of 1 to 17 blocks, misaligned", [&] {
     Random random(5);
@@ -244,9 +247,9 @@ void test_blocks(const std::string &isa, const Kernels &kernels, const Kernels &
           for (auto &q : x[b].qs)
             q = static_cast<std::remove_reference_t<decltype(q)>>(random());
         }
-        compare_rows<float>(x, num_blocks * 32, misalignment, num_blocks * 32, rows.to_f32,
+        compare_rows<float>(x, num_blocks * unit, misalignment, num_blocks * unit, rows.to_f32,
                             oracle.to_f32);
-        compare_rows<f16_t>(x, num_blocks * 32, misalignment, num_blocks * 32, rows.to_f16,
+        compare_rows<f16_t>(x, num_blocks * unit, misalignment, num_blocks * unit, rows.to_f16,
                             oracle.to_f16);
       }
   });
@@ -264,6 +267,8 @@ int main(int argc, char **argv) {
       test_blocks<block_q4_0>(isa, kernels, scalar, Format::q4_0);
       test_blocks<block_q8_0>(isa, kernels, scalar, Format::q8_0);
       test_blocks<block_iq4_nl>(isa, kernels, scalar, Format::iq4_nl);
+      test_blocks<block_nl4>(isa, kernels, scalar, Format::nl4);
+      test_blocks<block_nl3>(isa, kernels, scalar, Format::nl3);
     }
   });
   return summary();

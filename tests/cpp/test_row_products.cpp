@@ -21,6 +21,25 @@ double value_in_blocks(Format type, const char *row, int i) {
     const int q = i % 32 < 16 ? block.qs[i % 32] & 15 : block.qs[i % 32 - 16] >> 4;
     return kLevels[q] * value_of_half(block.d);
   }
+  if (type == Format::nl4) {
+    static const int levels[16] = {-111, -88, -70, -55, -41, -28, -16, -5,
+                                   6,    17,  29,  42,  56,  73,  94,  127};
+    const block_nl4 &block = reinterpret_cast<const block_nl4 *>(row)[i / 64];
+    const std::uint8_t byte = block.qs[i % 64 / 32 * 16 + i % 16];
+    return levels[i % 32 < 16 ? byte & 15 : byte >> 4] * value_of_half(block.d);
+  }
+  if (type == Format::nl3) {
+    static const int levels[8] = {-104, -65, -34, -8, 17, 44, 76, 127};
+    const block_nl3 &block = reinterpret_cast<const block_nl3 *>(row)[i / 32];
+    const int j = i % 16, shift = i % 32 / 16 * 4;
+    int q = 0;
+    if (j < 12)
+      q = block.qs[j] >> shift & 7;
+    else
+      for (int bit = 0; bit < 3; ++bit)
+        q |= (block.qs[4 * bit + j - 12] >> (shift + 3) & 1) << bit;
+    return levels[q] * value_of_half(block.d);
+  }
   const block_q8_0 &block = reinterpret_cast<const block_q8_0 *>(row)[i / 32];
   return block.qs[i % 32] * value_of_half(block.d);
 }
@@ -227,7 +246,8 @@ void test_attention(const std::string &isa, const Kernels &kernels, const Kernel
     const auto fuzz = [&](auto &&run) {
       Random random(20240229);
       for (int i = 0; i < 150; ++i) {
-        const int dim = blocks ? 32 * between(random, 1, 8) : between(random, 1, 200);
+        const int unit = format_info(type).block_values;
+        const int dim = blocks ? unit * between(random, 1, 8) : between(random, 1, 200);
         run(random, between(random, 1, 12), between(random, 1, 40), dim,
             kOrders[between(random, 0, 2)]);
       }

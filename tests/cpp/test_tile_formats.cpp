@@ -17,6 +17,8 @@ namespace {
 constexpr int kTokens = kTileTokens;
 
 std::size_t size(int n) { return static_cast<std::size_t>(n); }
+/// Values of a block, in which dims are counted here.
+int unit(Format format) { return format_info(format).block_values; }
 
 /// Rows of values and the tiles that scalar kernels pack them to.
 struct Tiles {
@@ -49,7 +51,7 @@ struct Tiles {
   /// By the layout, and by what a row's blocks mean.
   void read() {
     const TileLayout &layout = *tile_layout(format);
-    const int num_blocks = dim / 32;
+    const int num_blocks = dim / unit(format);
     values.resize(size(num * kTokens * dim));
     std::vector<unsigned char> row(row_bytes(format, size(dim)));
     for (int j = 0; j < num * kTokens; ++j) {
@@ -70,8 +72,8 @@ void test_layout(Format format) {
     check(name + (keys ? " keys" : " values") + ": tokens go into a tile and come back alone", [&] {
       Random random(1);
       const TileLayout &layout = *tile_layout(format);
-      for (int dim : {32, 64, 128, 288}) {
-        const int num_blocks = dim / 32;
+      for (int num_blocks : {1, 2, 4, 9}) {
+        const int dim = num_blocks * unit(format);
         std::vector<unsigned char> tile(tile_bytes(format, size(dim)));
         EXPECT(tile.size() == kTokens * row_bytes(format, size(dim)), "bytes, dim %d", dim);
         std::vector<std::vector<unsigned char>> rows(kTokens);
@@ -101,7 +103,7 @@ void test_conversion(const std::string &isa, const Kernels &kernels, Format form
     check(name + (keys ? " keys" : " values") + " are packed to the scalar bytes", [&] {
       Random random(2);
       for (int step = 0; step < 60; ++step) {
-        const int dim = 32 * (1 + step % 5);
+        const int dim = unit(format) * (1 + step % 5);
         const std::uint32_t seen = step % 3 ? 0xffffu : static_cast<std::uint32_t>(random());
         Tiles from(random, format, keys, 1, dim);
         std::vector<std::vector<f16_t>> halves;
@@ -132,7 +134,7 @@ void test_conversion(const std::string &isa, const Kernels &kernels, Format form
     });
     check(name + (keys ? " keys" : " values") + " are unpacked exactly", [&] {
       Random random(3);
-      for (int dim = 32; dim <= 288; dim += 32) {
+      for (int dim = unit(format); dim <= 9 * unit(format); dim += unit(format)) {
         Tiles from(random, format, keys, 1, dim);
         for (unsigned char &byte : from.bytes)
           byte = static_cast<unsigned char>(random() & 0xbb); // any codes, finite scales
@@ -185,9 +187,10 @@ void test_keys(const std::string &isa, const Kernels &kernels, Format format) {
   const TileKernels &of = *kernels.tiles_of(format);
   check(isa + " " + format_name(format) + " scores, of rows alone and together", [&] {
     Random random(4);
-    for (int dim : {32, 64, 128, 160, 512, 1056})
+    for (int blocks : {1, 2, 4, 5, 16, 33})
       for (int num_rows = 1; num_rows <= 7; ++num_rows)
         for (int outlier = 0; outlier < 3; ++outlier) {
+          const int dim = blocks * unit(format);
           Tiles keys(random, format, true, between(random, 1, 5), dim);
           std::vector<std::vector<float>> q(size(num_rows), std::vector<float>(size(dim)));
           for (auto &row : q)
@@ -234,9 +237,10 @@ void test_values(const std::string &isa, const Kernels &kernels, Format format) 
   };
   check(isa + " " + format_name(format) + " weighted values, of rows alone and together", [&] {
     Random random(5);
-    for (int dim : {32, 64, 160})
+    for (int blocks : {1, 2, 5})
       for (int num_rows = 1; num_rows <= 6; ++num_rows)
         for (int kind = 0; kind < 4; ++kind) {
+          const int dim = blocks * unit(format);
           Tiles values(random, format, false, kind == 3 ? 16 : between(random, 1, 19), dim);
           const int n = values.num * kTokens;
           std::vector<std::vector<float>> p(size(num_rows), std::vector<float>(size(n)));
@@ -271,7 +275,8 @@ void test_values(const std::string &isa, const Kernels &kernels, Format format) 
   check(isa + " " + format_name(format) + " sums of the largest codes don't overflow", [&] {
     Random random(6);
     for (unsigned char byte : {0x00, 0x11, 0x88, 0x7f, 0xf7, 0xff}) {
-      Tiles values(random, format, false, 16, 32);
+      const int dim = unit(format);
+      Tiles values(random, format, false, 16, dim);
       const std::size_t scales = kTokens * 2;
       for (int t = 0; t < values.num; ++t) {
         std::memset(values.tile(t), byte, values.bytes.size() / 16 - scales);
@@ -282,7 +287,7 @@ void test_values(const std::string &isa, const Kernels &kernels, Format format) 
       }
       values.read();
       const std::vector<float> acc = run({std::vector<float>(256, 1.0f)}, values);
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < dim; ++i) {
         double want = 0;
         for (int j = 0; j < 256; ++j)
           want += values.value(j)[i];
@@ -294,17 +299,19 @@ void test_values(const std::string &isa, const Kernels &kernels, Format format) 
   check(isa + " " + format_name(format) + " NaN and infinity reach the rows that see them", [&] {
     Random random(7);
     for (f16_t bad : {0x7e00, 0x7c00, 0xfc00}) {
-      Tiles values(random, format, false, 2, 64);
-      unsigned char *scale = values.tile(1) + tile_bytes(format, 64) - 2 * kTokens * 2 + 2 * 5;
+      const int dim = 2 * unit(format);
+      Tiles values(random, format, false, 2, dim);
+      unsigned char *scale =
+          values.tile(1) + tile_bytes(format, size(dim)) - 2 * kTokens * 2 + 2 * 5;
       std::memcpy(scale, &bad, 2); // token 21, block 0
       std::vector<std::vector<float>> p(3, std::vector<float>(32, 0.5f));
       p[1][21] = 0.0f;
       const std::vector<float> acc = run(p, values);
       for (int r = 0; r < 3; ++r)
-        for (int i = 0; i < 64; ++i)
-          EXPECT(r == 1 || i >= 32 ? std::isfinite(acc[size(r * 64 + i)]) != 0
-                 : bad == 0x7e00   ? std::isnan(acc[size(r * 64 + i)]) != 0
-                                   : true,
+        for (int i = 0; i < dim; ++i)
+          EXPECT(r == 1 || i >= dim / 2 ? std::isfinite(acc[size(r * dim + i)]) != 0
+                 : bad == 0x7e00        ? std::isnan(acc[size(r * dim + i)]) != 0
+                                        : true,
                  "row %d dim %d", r, i);
     }
   });

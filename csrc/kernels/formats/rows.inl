@@ -2,13 +2,13 @@
 
 template <typename T> void row_to_f32(const void *x, float *y, size_t n) noexcept {
   const T *blocks = static_cast<const T *>(x);
-  for (size_t b = 0; b < n / kBlockValues; ++b)
-    store_block<T, true>(BlockWords<T>::open(blocks + b), y + b * kBlockValues);
+  for (int b = 0; b < static_cast<int>(n / kBlockValues); ++b)
+    store_block<T, true>(open_part(blocks, b), y + static_cast<size_t>(b) * kBlockValues);
 }
 template <typename T> void row_to_f16(const void *x, f16_t *y, size_t n) noexcept {
   const T *blocks = static_cast<const T *>(x);
-  for (size_t b = 0; b < n / kBlockValues; ++b)
-    store_block<T, true>(BlockWords<T>::open(blocks + b), y + b * kBlockValues);
+  for (int b = 0; b < static_cast<int>(n / kBlockValues); ++b)
+    store_block<T, true>(open_part(blocks, b), y + static_cast<size_t>(b) * kBlockValues);
 }
 
 /// What attention needs of rows of T.
@@ -35,11 +35,12 @@ template <typename T> constexpr RowKernels block_rows() {
 /// Rows from values by quantize_blocks, which a format of blocks may have.
 template <typename T, typename B> void row_from(const T *x, void *y, size_t n) noexcept {
   B *blocks = static_cast<B *>(y);
-  const size_t num_blocks = n / kBlockValues;
+  constexpr int kValues = kBlockValues * kParts<B>;
+  const size_t num_blocks = n / kValues;
   for (size_t b = 0; b < num_blocks; b += kLanes) {
-    const T *part = x + b * kBlockValues;
+    const T *part = x + b * kValues;
     const size_t rest = num_blocks - b;
-    quantize_blocks([part](int i) { return part + i * kBlockValues; },
+    quantize_blocks([part](int i) { return part + i * kValues; },
                     rest < kLanes ? static_cast<int>(rest) : kLanes, blocks + b);
   }
 }

@@ -4,11 +4,14 @@
 // arithmetic, exp and tanh go through double.
 
 #include "formats/byte_tile.h"
+#include "formats/levels.h"
 #include "formats/nibble_tile.h"
+#include "formats/nl3_tile.h"
 #include "kernels/isa_tables.h"
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 namespace mixedkv {
@@ -32,9 +35,17 @@ namespace {
 
 #include "kernels/scalar/iq4_nl.inl"
 
+#include "kernels/scalar/level_search.inl"
+
+#include "kernels/scalar/nl4.inl"
+
+#include "kernels/scalar/nl3.inl"
+
 constexpr TileKernels tiles_q4_0 = tiles_of<block_q4_0>();
 constexpr TileKernels tiles_q8_0 = tiles_of<block_q8_0>();
 constexpr TileKernels tiles_iq4_nl = tiles_of<block_iq4_nl>();
+constexpr TileKernels tiles_nl4 = tiles_of<block_nl4>();
+constexpr TileKernels tiles_nl3 = tiles_of<block_nl3>();
 
 constexpr Kernels make_kernels() {
   Kernels k{};
@@ -45,9 +56,13 @@ constexpr Kernels make_kernels() {
   set_rows(k, Format::q8_0, block_rows<block_q8_0>());
   set_rows(k, Format::bf16, rows_bf16());
   set_rows(k, Format::iq4_nl, block_rows<block_iq4_nl>());
+  set_rows(k, Format::nl4, block_rows<block_nl4>());
+  set_rows(k, Format::nl3, block_rows<block_nl3>());
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   set_tiles(k, Format::q8_0, &tiles_q8_0);
   set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);
+  set_tiles(k, Format::nl4, &tiles_nl4);
+  set_tiles(k, Format::nl3, &tiles_nl3);
   k.all_finite_f32 = all_finite_f32;
   k.all_finite_f16 = all_finite_f16;
   k.largest_magnitude = largest_magnitude;

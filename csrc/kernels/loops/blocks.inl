@@ -15,6 +15,19 @@ constexpr int kVectors = kBlockValues / kLanes; // in a block
 template <typename T> struct BlockWords;
 template <typename T> using Opened = typename BlockWords<T>::Opened;
 
+/// Blocks of more values are read in parts of kBlockValues: how many of these there are in one.
+/// open(block, part) opens one then.
+template <typename T> constexpr int kParts = 1;
+template <> constexpr int kParts<block_nl4> = QNL4 / kBlockValues;
+
+/// Values b * kBlockValues on of a row.
+template <typename T> MIXEDKV_INLINE Opened<T> open_part(const T *row, int b) {
+  if constexpr (kParts<T> == 1)
+    return BlockWords<T>::open(row + b);
+  else
+    return BlockWords<T>::open(row + b / kParts<T>, b % kParts<T>);
+}
+
 template <typename B, bool Exact, int V = 0, typename T>
 MIXEDKV_INLINE void store_block(const Opened<B> &opened, T *y) {
   store(y + V * kLanes, Exact ? BlockWords<B>::template exact<V>(opened)

@@ -66,10 +66,10 @@ MIXEDKV_INLINE void pv_blocks(const float *p, size_t ld_p, const Rows &v, int nu
     for (int b = 0; b < B; ++b)
       sum[r][b] = load(acc + at(r, ld_acc, i + b * kLanes));
   for (int j = 0; j < num_keys; ++j) {
-    const T *row = row_at<T>(v, j) + block;
+    const T *row = row_at<T>(v, j);
     f32v x[B];
     for (int b = 0; b < NB; ++b)
-      unpack_vectors<T, V, N>(BlockWords<T>::open(row + b), x + b * N);
+      unpack_vectors<T, V, N>(open_part(row, block + b), x + b * N);
     for (int r = 0; r < R; ++r) {
       const f32v weight = set1(p[at(r, ld_p, j)]);
       for (int b = 0; b < B; ++b)

@@ -48,7 +48,7 @@ MIXEDKV_INLINE void ask_ahead(const Rows &rows, const void *part, size_t bytes) 
 /// Rows of blocks as f32, but for the sign of zeros and the like (blocks.inl).
 template <typename T> MIXEDKV_INLINE void unpack_row(const T *x, float *y, int n) {
   for (int b = 0; b < n / kBlockValues; ++b)
-    store_block<T, false>(BlockWords<T>::open(x + b), y + b * kBlockValues);
+    store_block<T, false>(open_part(x, b), y + b * kBlockValues);
 }
 /// What rows of T are read as once they are on the stack. Halves stay as they are: converting them
 /// in a load costs less than a store and a second load.
@@ -115,13 +115,13 @@ MIXEDKV_INLINE void add_block_products(const float *q, size_t ld_q, const T *con
     for (int c = 0; c < C; c += G) {
       Opened<T> blocks[G];
       for (int g = 0; g < G; ++g)
-        blocks[g] = BlockWords<T>::open(keys[c + g] + b);
+        blocks[g] = open_part(keys[c + g], b);
       add_block_vectors<T, 0>(q + b * kBlockValues, ld_q, blocks, c, sum);
     }
 }
 
 template <typename T> MIXEDKV_INLINE size_t bytes_of_row(int n) {
-  return static_cast<size_t>(n) / (is_blocks<T> ? kBlockValues : 1) * sizeof(T);
+  return static_cast<size_t>(n) / (is_blocks<T> ? kBlockValues * kParts<T> : 1) * sizeof(T);
 }
 
 template <int R, typename T>

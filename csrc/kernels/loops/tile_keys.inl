@@ -184,12 +184,14 @@ MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
     i32v codes[V][kWordsOfBlock];
     f32v d[V];
     for (int v = 0; v < V; ++v) {
-      i32v x[K::kCodeBytes / 4];
+      i32v x[kOpenWords<K>];
       for (int w = 0; w < K::kCodeBytes / 4; ++w)
         x[w] = load_i32(tokens.words[v] + (b * K::kCodeBytes + w * 4) * kTileTokens);
+      if constexpr (kOpenWords<K> * 4 != K::kCodeBytes)
+        K::complete(x);
       K::Products::arrange(x);
       K::open(x, codes[v]);
-      d[v] = load(tokens.scales[v] + b * kTileTokens);
+      d[v] = load(tokens.scales[v] + b / kScaleBlocks<K> * kTileTokens);
       largest[v] = max_bits(abs_of(d[v]), largest[v]);
     }
     for (int r = 0; r < R; ++r) {
@@ -214,14 +216,14 @@ MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
 
 /// Whether the errors of one row's scores may be above the limit, token by token: where square[v]
 /// is above 1.
-template <int V>
+template <typename K, int V>
 MIXEDKV_INLINE bool row_errors(const i32 *row, const TokenVectors<V> &tokens, int num_blocks,
                                f32v (&square)[V]) {
   bool any = false;
   for (int v = 0; v < V; ++v) {
     square[v] = zero();
     for (int b = 0; b < num_blocks; ++b) {
-      const f32v d = load(tokens.scales[v] + b * kTileTokens);
+      const f32v d = load(tokens.scales[v] + b / kScaleBlocks<K> * kTileTokens);
       square[v] = fma(mul(d, d), set1(square_error(row + b * kPreparedBlock)), square[v]);
     }
     any |= any_below(set1(1.0f), square[v]);
@@ -236,7 +238,7 @@ MIXEDKV_RARE void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V>
                                 size_t ld_scores) noexcept {
   for (int r = 0; r < R; ++r, q += ld_q) {
     f32v square[V], sum[V];
-    if (!row_errors(q, tokens, num_blocks, square))
+    if (!row_errors<K>(q, tokens, num_blocks, square))
       continue;
     for (int v = 0; v < V; ++v)
       sum[v] = load(tokens.scores[v] + at(r, ld_scores, 0));
@@ -248,7 +250,7 @@ MIXEDKV_RARE void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V>
       TokenVectors<V> part = tokens;
       for (int v = 0; v < V; ++v) {
         part.words[v] += b * K::kCodeBytes * kTileTokens;
-        part.scales[v] += b * kTileTokens;
+        part.scales[v] += b / kScaleBlocks<K> * kTileTokens;
         part.scores[v] = scores[v];
       }
       tile_scores<K, 1>(rests[r].words, 0, 0.0f, part, count, 0);
@@ -264,7 +266,8 @@ template <typename K, int R>
 void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, int num_blocks,
                    float *scores, size_t ld_scores) noexcept {
   constexpr int V = kPackedVectors;
-  const ptrdiff_t tile_bytes = num_blocks * (kTileTokens * K::kCodeBytes + kTileScaleBytes);
+  const ptrdiff_t tile_bytes =
+      num_blocks * (kTileTokens * K::kCodeBytes + kTileScaleBytes / kScaleBlocks<K>);
   const int n = num_tiles * kTileVectors;
   const float error = largest_error(q, ld_q, R, num_blocks);
   QueryRest<K> rests[R];
@@ -276,7 +279,7 @@ void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, 
       const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
       const int token = vector % kTileVectors * kLanes;
       tokens.words[v] = tile + token * 4;
-      tokens.scales[v] = tile_scale(tile, K::kCodeBytes, num_blocks, 0, token);
+      tokens.scales[v] = scale_at<K>(tile, num_blocks, 0, token);
       tokens.scores[v] = scores + vector * kLanes;
       if (token == 0)
         prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);

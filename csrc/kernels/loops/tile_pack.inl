@@ -12,6 +12,9 @@
 //   quantize<T>(source, y)   kTileTokens blocks, y[i] from 32 values T at source(i)
 //   kFlipKeys, kFlipValues   what bytes of codes are changed by in tiles
 
+/// Values of F's block.
+template <typename F> constexpr int kPackedValues = kTileBlock *kParts<typename F::Block>;
+
 /// Block b of the rows that there are; the others become blocks of codes that pack to zeros where
 /// they are values.
 template <typename T, typename F>
@@ -26,7 +29,9 @@ MIXEDKV_INLINE void tile_blocks(const void *const *rows, int b,
   if (!some)
     return;
   F::template quantize<T>(
-      [=](int i) { return static_cast<const T *>(rows[i] ? rows[i] : some) + b * kTileBlock; },
+      [=](int i) {
+        return static_cast<const T *>(rows[i] ? rows[i] : some) + b * kPackedValues<F>;
+      },
       blocks);
   for (int t = 0; t < kTileTokens && !all; ++t)
     if (!rows[t])
@@ -46,7 +51,7 @@ void pack_keys(const void *const *rows, int head_dim, void *tile) noexcept {
   using Block = typename F::Block;
   constexpr int kCodeBytes = static_cast<int>(sizeof(Block::qs));
   uint8_t *bytes = static_cast<uint8_t *>(tile);
-  const int num_blocks = head_dim / kTileBlock;
+  const int num_blocks = head_dim / kPackedValues<F>;
   Block blocks[kTileTokens];
   for (int b = 0; b < num_blocks; ++b) {
     tile_blocks<T, F>(rows, b, blocks);
@@ -88,6 +93,7 @@ MIXEDKV_INLINE void pack_words(b16 (&x)[4], uint32_t keep, uint8_t *words) {
 template <typename T, typename F>
 void pack_nibbles(const void *const *rows, int head_dim_v, void *tile) noexcept {
   uint8_t *bytes = static_cast<uint8_t *>(tile);
+  constexpr int kOfBlock = kParts<typename F::Block>;
   const int num_blocks = head_dim_v / kTileBlock;
   uint32_t keep[2] = {0, 0};
   for (int t = 0; t < kTileTokens; ++t)
@@ -96,7 +102,9 @@ void pack_nibbles(const void *const *rows, int head_dim_v, void *tile) noexcept 
   const b16 flip = set1_b16(F::kFlipValues);
   typename F::Block blocks[kTileTokens];
   for (int b = 0; b < num_blocks; ++b) {
-    tile_blocks<T, F>(rows, b, blocks);
+    const int part = b % kOfBlock;
+    if (part == 0)
+      tile_blocks<T, F>(rows, b / kOfBlock, blocks);
     for (int g = 0; g < 2; ++g) {
       if (keep[g] == 0xffffffffu)
         continue;
@@ -104,8 +112,10 @@ void pack_nibbles(const void *const *rows, int head_dim_v, void *tile) noexcept 
       static constexpr int kFirst[4] = {0, 4, 1, 5};
       b16 low[4], high[4];
       for (int i = 0; i < 4; ++i) {
-        const b16 a = xor_b16(load_b16(blocks[g * 8 + kFirst[i]].qs), flip);
-        const b16 c = xor_b16(load_b16(blocks[g * 8 + kFirst[i] + 2].qs), flip);
+        const b16 a =
+            xor_b16(load_b16(blocks[g * 8 + kFirst[i]].qs + part * kNibbleCodeBytes), flip);
+        const b16 c =
+            xor_b16(load_b16(blocks[g * 8 + kFirst[i] + 2].qs + part * kNibbleCodeBytes), flip);
         low[i] = low_nibbles_of(a, c);
         high[i] = high_nibbles_of(a, c);
       }
@@ -113,7 +123,10 @@ void pack_nibbles(const void *const *rows, int head_dim_v, void *tile) noexcept 
       pack_words(low, keep[g], words);
       pack_words(high, keep[g], words + kTileBlock / 2 * 4);
     }
-    pack_scales(rows, blocks, nibble_scale(bytes, num_blocks, b, 0));
+    if (part == 0)
+      pack_scales(
+          rows, blocks,
+          tile_scale(bytes, kOfBlock * kNibbleCodeBytes, num_blocks / kOfBlock, b / kOfBlock, 0));
   }
 }
 

@@ -9,10 +9,24 @@
 using i32 = int32_t;
 
 enum : int {
-  kTileBlock = 32, ///< values of a block, in every format that has tiles
+  kTileBlock = 32, ///< values of a block; two of them share a scale where blocks are larger
   kWordsOfBlock = kTileBlock / 4,
   kNumberWords = 2 * kWordsOfBlock,
 };
+
+/// Of keys K or values V of a format: blocks that share a scale.
+template <typename KV> constexpr int kScaleBlocks = 1;
+
+/// Words of keys that K::open takes; where these are more than lie in a tile, K::complete makes the
+/// others.
+template <typename K> constexpr int kOpenWords = K::kCodeBytes / 4;
+
+/// Where the scale of a token's block is.
+template <typename KV>
+MIXEDKV_INLINE const f16_t *scale_at(const uint8_t *tile, int num_blocks, int block, int token) {
+  return tile_scale(tile, KV::kCodeBytes * kScaleBlocks<KV>, num_blocks / kScaleBlocks<KV>,
+                    block / kScaleBlocks<KV>, token);
+}
 
 #if !defined(MIXEDKV_I8MM)
 /// Numbers of 15 bits, 128 * hi + lo: hi bytes, then lo bytes, each multiplied by bytes of codes.

@@ -17,10 +17,12 @@ MIXEDKV_INLINE void for_keys(const void *tile, int head_dim, F take) {
   const int num_blocks = head_dim / kTileBlock;
   for (int b = 0; b < num_blocks; ++b)
     for (int token = 0; token < kTileTokens; token += kLanes) {
-      const f32v d = load(tile_scale(bytes, K::kCodeBytes, num_blocks, b, token));
-      i32v words[K::kCodeBytes / 4], codes[kWordsOfBlock];
+      const f32v d = load(scale_at<K>(bytes, num_blocks, b, token));
+      i32v words[kOpenWords<K>], codes[kWordsOfBlock];
       for (int w = 0; w < K::kCodeBytes / 4; ++w)
         words[w] = load_i32(bytes + ((b * K::kCodeBytes + w * 4) * kTileTokens + token * 4));
+      if constexpr (kOpenWords<K> * 4 != K::kCodeBytes)
+        K::complete(words);
       K::open(words, codes);
       for (int w = 0; w < kWordsOfBlock; ++w) {
         const f32v x[4] = {mul(key_codes<K, 0>(codes[w]), d), mul(key_codes<K, 1>(codes[w]), d),
@@ -38,8 +40,8 @@ template <typename K> void any_keys_to_f32(const void *tile, int head_dim, float
 }
 
 /// take(token, dim, x, y): a vector of dims of tokens `token` and `token` + 1.
-template <typename V, int P, typename F>
-MIXEDKV_INLINE void value_pairs(i32v words, const float *d, int token, int dim, F take) {
+template <typename V, int P, typename X, typename F>
+MIXEDKV_INLINE void value_pairs(const X &words, const float *d, int token, int dim, F take) {
   constexpr int kShift = P % 2 ? V::kHighShift : 0;
   const i32v pair = V::template pair<P>(words);
   const i32v offset = set1_i32(V::kOffset);
@@ -57,11 +59,16 @@ MIXEDKV_INLINE void for_values(const void *tile, int head_dim_v, F take) {
   const int num_blocks = head_dim_v / kTileBlock;
   for (int b = 0; b < num_blocks; ++b) {
     float d[kTileTokens];
-    f16_to_f32(tile_scale(bytes, V::kCodeBytes, num_blocks, b, 0), d, kTileTokens);
+    f16_to_f32(scale_at<V>(bytes, num_blocks, b, 0), d, kTileTokens);
     for (int token = 0; token < kTileTokens; token += V::kWordTokens)
       for (int i = b * kTileBlock; i < (b + 1) * kTileBlock; i += kLanes) {
-        const uint8_t *words = bytes + (token / V::kWordTokens * head_dim_v + i) * 4;
-        value_pairs<V, 0>(V::open(load_i32(words)), d, token, i, take);
+        if constexpr (V::kWordTokens == kTileTokens) {
+          const uint8_t *block = bytes + b * kTileTokens * V::kCodeBytes;
+          value_pairs<V, 0>(V::open_block(block, i % kTileBlock), d, token, i, take);
+        } else {
+          const uint8_t *words = bytes + (token / V::kWordTokens * head_dim_v + i) * 4;
+          value_pairs<V, 0>(V::open(load_i32(words)), d, token, i, take);
+        }
       }
   }
 }

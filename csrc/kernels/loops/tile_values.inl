@@ -20,6 +20,9 @@
 //   kHighShift     opened codes of odd pairs are shifted left by so many bits
 //   open(x)        a vector of words, changed in what all of its pairs share
 //   pair<K>(x)     the codes of tokens 2 K and 2 K + 1 as halves
+//                  where a word of theirs would hold all of a tile, kWordTokens is kTileTokens and
+//   open_block(block, dim)   opens a vector of dims from the bytes of a block of values instead, to
+//                  what pair<K> takes, V::Opened
 //   code(tile, num_blocks, block, i, token)   one code, by itself
 
 enum : int {
@@ -51,9 +54,12 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
                   int b, PvWeights (&weights)[B][R]) noexcept {
   alignas(64) float scales[B][kPvTokens];
   for (int i = 0; i < num_tiles; ++i) {
-    const f16_t *d = tile_scale(tile_at(tiles, i), V::kCodeBytes, num_blocks, b, 0);
-    for (int j = 0; j < B * kTileTokens; j += kLanes)
-      store(scales[j / kTileTokens] + i * kTileTokens + j % kTileTokens, load(d + j));
+    const f16_t *d = scale_at<V>(tile_at(tiles, i), num_blocks, b, 0);
+    for (int j = 0; j < B * kTileTokens; j += kLanes) {
+      const int block = j / kTileTokens, token = j % kTileTokens;
+      store(scales[block] + i * kTileTokens + token,
+            load(d + block / kScaleBlocks<V> * kTileTokens + token));
+    }
   }
   const auto products = [&](int t, int block, f32v(&x)[R]) {
     const f32v d = load(scales[block] + t);
@@ -119,8 +125,8 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
 }
 
 /// Adds pairs P to the last one of N vectors of words, whose first token is `token`.
-template <typename V, int P, int R, int N>
-MIXEDKV_INLINE void add_pairs(const i32v (&x)[N], const PvWeights (&weights)[R], int token,
+template <typename V, int P, int R, int N, typename X>
+MIXEDKV_INLINE void add_pairs(const X (&x)[N], const PvWeights (&weights)[R], int token,
                               i32v (&even)[R][N], i32v (&odd)[R][N]) {
   i32v pairs[N];
   for (int n = 0; n < N; ++n)
@@ -148,12 +154,21 @@ MIXEDKV_INLINE void pv_tiles_dims(const PvWeights (&weights)[R], const Rows &til
       odd[r][n] = zero_i32();
     }
   for (int t = 0; t < num_tiles; ++t) {
-    const uint8_t *words = tile_at(tiles, t) + i * 4;
-    for (int token = 0; token < kTileTokens; token += V::kWordTokens, words += word_bytes) {
-      i32v x[N];
+    if constexpr (V::kWordTokens == kTileTokens) {
+      const uint8_t *block = tile_at(tiles, t) + i / kTileBlock * kTileTokens * V::kCodeBytes;
+      const int dim = N * kLanes == kTileBlock ? 0 : i % kTileBlock;
+      typename V::Opened x[N];
       for (int n = 0; n < N; ++n)
-        x[n] = V::open(load_i32(words + n * kLanes * 4));
-      add_pairs<V, 0>(x, weights, t * kTileTokens + token, even, odd);
+        x[n] = V::open_block(block, dim + n * kLanes);
+      add_pairs<V, 0>(x, weights, t * kTileTokens, even, odd);
+    } else {
+      const uint8_t *words = tile_at(tiles, t) + i * 4;
+      for (int token = 0; token < kTileTokens; token += V::kWordTokens, words += word_bytes) {
+        i32v x[N];
+        for (int n = 0; n < N; ++n)
+          x[n] = V::open(load_i32(words + n * kLanes * 4));
+        add_pairs<V, 0>(x, weights, t * kTileTokens + token, even, odd);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -188,7 +203,7 @@ void pv_tiles_odd(const float *p, const Rows &tiles, int num_tiles, int num_bloc
     const uint8_t *tile = tile_at(tiles, t / kTileTokens);
     const int token = t % kTileTokens;
     float d[1];
-    f16_to_f32(tile_scale(tile, V::kCodeBytes, num_blocks, block, token), d, 1);
+    f16_to_f32(scale_at<V>(tile, num_blocks, block, token), d, 1);
     for (int i = 0; i < kTileBlock; ++i) {
       const int code = V::code(tile, num_blocks, block, i, token);
       acc[block * kTileBlock + i] += p[t] * (static_cast<float>(code) * d[0]);
@@ -206,8 +221,7 @@ MIXEDKV_RARE void pv_tiles_rest(const PvWeights &rounded, const float *p, const 
   i32v sum = zero_i32();
   for (int t = 0; t < num_tiles * kTileTokens; t += kLanes) {
     const int token = t % kTileTokens;
-    const f16_t *d =
-        tile_scale(tile_at(tiles, t / kTileTokens), V::kCodeBytes, num_blocks, b, token);
+    const f16_t *d = scale_at<V>(tile_at(tiles, t / kTileTokens), num_blocks, b, token);
     const f32v weight = load(p + t);
     const f32v x = mul(mul(weight, load(d)), set1(rounded.inverse));
     const f32v seen = select_below(zero(), weight, x, zero());

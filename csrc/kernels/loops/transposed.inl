@@ -73,7 +73,7 @@ MIXEDKV_INLINE void unpack_row(const float *x, float *y, int n) {
 
 /// Where dim `begin` of a row of T starts, counted in T.
 template <typename T> MIXEDKV_INLINE const T *from_dim(const T *row, int begin) {
-  return row + begin / (is_blocks<T> ? kBlockValues : 1);
+  return row + begin / (is_blocks<T> ? kBlockValues * kParts<T> : 1);
 }
 
 template <typename T>

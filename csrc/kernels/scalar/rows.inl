@@ -1,20 +1,22 @@
 // Rows of any format: conversion, and attention over them. A format of blocks specialises
-// BlockMath: quantize(x, block) of kBlockValues values, value(block, i).
+// BlockMath: quantize(x, block) of its values, value(block, i).
 
 template <typename Block> struct BlockMath;
 
-enum : int { kBlockValues = 32 };
+/// Values of a block.
+template <typename Block> constexpr int kValuesOf = 32;
+template <> constexpr int kValuesOf<block_nl4> = QNL4;
 
 template <typename Block> void from_f32(const float *x, void *y, size_t n) noexcept {
-  for (size_t b = 0; b < n / kBlockValues; ++b)
-    BlockMath<Block>::quantize(x + b * kBlockValues, static_cast<Block *>(y) + b);
+  for (size_t b = 0; b < n / kValuesOf<Block>; ++b)
+    BlockMath<Block>::quantize(x + b * kValuesOf<Block>, static_cast<Block *>(y) + b);
 }
 
 template <typename Block> void from_f16(const f16_t *x, void *y, size_t n) noexcept {
-  for (size_t b = 0; b < n / kBlockValues; ++b) {
-    float block[kBlockValues];
-    for (int i = 0; i < kBlockValues; ++i)
-      block[i] = half_to_float(x[b * kBlockValues + static_cast<size_t>(i)]);
+  for (size_t b = 0; b < n / kValuesOf<Block>; ++b) {
+    float block[kValuesOf<Block>];
+    for (int i = 0; i < kValuesOf<Block>; ++i)
+      block[i] = half_to_float(x[b * kValuesOf<Block> + static_cast<size_t>(i)]);
     BlockMath<Block>::quantize(block, static_cast<Block *>(y) + b);
   }
 }
@@ -23,7 +25,7 @@ float value_at(const float *row, int i) { return row[i]; }
 float value_at(const f16_t *row, int i) { return half_to_float(row[i]); }
 float value_at(const bf16_t *row, int i) { return bf16_to_float(row[i]); }
 template <typename Block> float value_at(const Block *row, int i) {
-  return BlockMath<Block>::value(row[i / kBlockValues], i % kBlockValues);
+  return BlockMath<Block>::value(row[i / kValuesOf<Block>], i % kValuesOf<Block>);
 }
 
 template <typename T> const T *row_at(const Rows &rows, int j) {

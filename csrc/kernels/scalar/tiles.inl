@@ -3,44 +3,48 @@
 
 template <typename Block> struct InTile;
 
-/// Nibbles as nibble_tile.h has them; Flip: what values' nibbles are changed by.
+/// Nibbles as nibble_tile.h has them, 32 values after the other; Flip: what values' nibbles are
+/// changed by.
 template <typename Block, uint8_t Flip> struct NibbleInTile {
+  enum : int { kCodes = sizeof(Block::qs), kParts = kCodes / kNibbleCodeBytes };
   static size_t key_byte(int block, int i, int token) {
-    return static_cast<size_t>(block * kNibbleBlockBytes + (i / 4 * kTileTokens + token) * 4 +
+    return static_cast<size_t>(block * kCodes * kTileTokens + (i / 4 * kTileTokens + token) * 4 +
                                i % 4);
   }
   static Block key(const uint8_t *tile, int num_blocks, int block, int token) {
     Block out;
-    for (int i = 0; i < kNibbleCodeBytes; ++i)
+    for (int i = 0; i < kCodes; ++i)
       out.qs[i] = tile[key_byte(block, i, token)];
-    out.d = *nibble_scale(tile, num_blocks, block, token);
+    out.d = *tile_scale(tile, kCodes, num_blocks, block, token);
     return out;
   }
   static void put_key(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
-    for (int i = 0; i < kNibbleCodeBytes; ++i)
+    for (int i = 0; i < kCodes; ++i)
       tile[key_byte(block, i, token)] = from.qs[i];
-    *nibble_scale(tile, num_blocks, block, token) = from.d;
+    *tile_scale(tile, kCodes, num_blocks, block, token) = from.d;
   }
   static const uint8_t *word(const uint8_t *tile, int num_blocks, int block, int i, int token) {
-    return tile + (token / 8 * num_blocks * kBlockValues + block * kBlockValues + i) * 4;
+    return tile + ((token / 8 * num_blocks + block) * kParts * 32 + i) * 4;
   }
+  /// Which byte of a block's holds value i, and from which bit on.
+  static int byte_of(int i) { return i / 32 * kNibbleCodeBytes + i % kNibbleCodeBytes; }
+  static int shift_of(int i) { return i % 32 / kNibbleCodeBytes * 4; }
   static Block value(const uint8_t *tile, int num_blocks, int block, int token) {
     Block out;
     memset(out.qs, 0, sizeof out.qs);
-    for (int i = 0; i < kBlockValues; ++i) {
+    for (int i = 0; i < kValuesOf<Block>; ++i) {
       uint32_t bits;
       memcpy(&bits, word(tile, num_blocks, block, i, token), sizeof bits);
       const uint32_t nibble = (bits >> nibble_shift(token) & 15u) ^ Flip;
-      out.qs[i % kNibbleCodeBytes] |= static_cast<uint8_t>(nibble << i / kNibbleCodeBytes * 4);
+      out.qs[byte_of(i)] |= static_cast<uint8_t>(nibble << shift_of(i));
     }
-    out.d = *nibble_scale(tile, num_blocks, block, token);
+    out.d = *tile_scale(tile, kCodes, num_blocks, block, token);
     return out;
   }
   static void put_value(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
-    for (int i = 0; i < kBlockValues; ++i) {
+    for (int i = 0; i < kValuesOf<Block>; ++i) {
       const uint32_t nibble =
-          (static_cast<uint32_t>(from.qs[i % kNibbleCodeBytes]) >> i / kNibbleCodeBytes * 4 & 15u) ^
-          Flip;
+          (static_cast<uint32_t>(from.qs[byte_of(i)]) >> shift_of(i) & 15u) ^ Flip;
       uint8_t *at = const_cast<uint8_t *>(word(tile, num_blocks, block, i, token));
       uint32_t bits;
       memcpy(&bits, at, sizeof bits);
@@ -48,7 +52,7 @@ template <typename Block, uint8_t Flip> struct NibbleInTile {
       bits |= nibble << nibble_shift(token);
       memcpy(at, &bits, sizeof bits);
     }
-    *nibble_scale(tile, num_blocks, block, token) = from.d;
+    *tile_scale(tile, kCodes, num_blocks, block, token) = from.d;
   }
 };
 
@@ -59,30 +63,30 @@ template <typename Block> struct ByteInTile {
   }
   static size_t value_byte(int num_blocks, int block, int i, int token) {
     static const int place[4] = {0, 2, 1, 3};
-    return static_cast<size_t>(((token / 4 * num_blocks + block) * kBlockValues + i) * 4 +
+    return static_cast<size_t>(((token / 4 * num_blocks + block) * kByteCodeBytes + i) * 4 +
                                place[token % 4]);
   }
   static Block key(const uint8_t *tile, int num_blocks, int block, int token) {
     Block out;
-    for (int i = 0; i < kBlockValues; ++i)
+    for (int i = 0; i < kByteCodeBytes; ++i)
       out.qs[i] = static_cast<int8_t>(tile[key_byte(block, i, token)] - 128);
     out.d = *tile_scale(tile, kByteCodeBytes, num_blocks, block, token);
     return out;
   }
   static void put_key(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
-    for (int i = 0; i < kBlockValues; ++i)
+    for (int i = 0; i < kByteCodeBytes; ++i)
       tile[key_byte(block, i, token)] = static_cast<uint8_t>(from.qs[i] + 128);
     *tile_scale(tile, kByteCodeBytes, num_blocks, block, token) = from.d;
   }
   static Block value(const uint8_t *tile, int num_blocks, int block, int token) {
     Block out;
-    for (int i = 0; i < kBlockValues; ++i)
+    for (int i = 0; i < kByteCodeBytes; ++i)
       out.qs[i] = static_cast<int8_t>(tile[value_byte(num_blocks, block, i, token)] - 128);
     out.d = *tile_scale(tile, kByteCodeBytes, num_blocks, block, token);
     return out;
   }
   static void put_value(uint8_t *tile, int num_blocks, int block, int token, const Block &from) {
-    for (int i = 0; i < kBlockValues; ++i)
+    for (int i = 0; i < kByteCodeBytes; ++i)
       tile[value_byte(num_blocks, block, i, token)] = static_cast<uint8_t>(from.qs[i] + 128);
     *tile_scale(tile, kByteCodeBytes, num_blocks, block, token) = from.d;
   }
@@ -90,15 +94,15 @@ template <typename Block> struct ByteInTile {
 
 template <typename Block> float tile_key(const void *tile, int head_dim, int i, int token) {
   return BlockMath<Block>::value(InTile<Block>::key(static_cast<const uint8_t *>(tile),
-                                                    head_dim / kBlockValues, i / kBlockValues,
-                                                    token),
-                                 i % kBlockValues);
+                                                    head_dim / kValuesOf<Block>,
+                                                    i / kValuesOf<Block>, token),
+                                 i % kValuesOf<Block>);
 }
 template <typename Block> float tile_value(const void *tile, int head_dim, int i, int token) {
   return BlockMath<Block>::value(InTile<Block>::value(static_cast<const uint8_t *>(tile),
-                                                      head_dim / kBlockValues, i / kBlockValues,
-                                                      token),
-                                 i % kBlockValues);
+                                                      head_dim / kValuesOf<Block>,
+                                                      i / kValuesOf<Block>, token),
+                                 i % kValuesOf<Block>);
 }
 
 void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
@@ -131,11 +135,11 @@ void qk_tiles(const float *prepared, int num_rows, const Rows *tiles, int num_ti
       for (int r = 0; r < num_rows; ++r) {
         const float *q = prepared + static_cast<size_t>(r) * ld;
         float sum = 0.0f;
-        for (int b = 0; b < head_dim / kBlockValues; ++b) {
+        for (int b = 0; b < head_dim / kValuesOf<Block>; ++b) {
           const Block block =
-              InTile<Block>::key(row_at<uint8_t>(*tiles, t), head_dim / kBlockValues, b, token);
-          for (int i = 0; i < kBlockValues; ++i)
-            sum += q[b * kBlockValues + i] * BlockMath<Block>::value(block, i);
+              InTile<Block>::key(row_at<uint8_t>(*tiles, t), head_dim / kValuesOf<Block>, b, token);
+          for (int i = 0; i < kValuesOf<Block>; ++i)
+            sum += q[b * kValuesOf<Block> + i] * BlockMath<Block>::value(block, i);
         }
         scores[static_cast<size_t>(r) * ld_scores + static_cast<size_t>(t * kTileTokens + token)] =
             sum;
@@ -150,31 +154,32 @@ void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int 
       const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
       if (weight == 0.0f)
         continue;
-      for (int b = 0; b < head_dim_v / kBlockValues; ++b) {
+      for (int b = 0; b < head_dim_v / kValuesOf<Block>; ++b) {
         const Block block = InTile<Block>::value(row_at<uint8_t>(*tiles, j / kTileTokens),
-                                                 head_dim_v / kBlockValues, b, j % kTileTokens);
-        float *a = acc + static_cast<size_t>(r) * ld_acc + static_cast<size_t>(b * kBlockValues);
-        for (int i = 0; i < kBlockValues; ++i)
+                                                 head_dim_v / kValuesOf<Block>, b, j % kTileTokens);
+        float *a =
+            acc + static_cast<size_t>(r) * ld_acc + static_cast<size_t>(b * kValuesOf<Block>);
+        for (int i = 0; i < kValuesOf<Block>; ++i)
           a[i] += weight * BlockMath<Block>::value(block, i);
       }
     }
 }
 
-void read_block(const float *row, int b, float *x) {
-  memcpy(x, row + b * kBlockValues, kBlockValues * sizeof(float));
+void read_values(const float *row, int n, float *x) {
+  memcpy(x, row, static_cast<size_t>(n) * sizeof(float));
 }
-void read_block(const f16_t *row, int b, float *x) {
-  for (int i = 0; i < kBlockValues; ++i)
-    x[i] = half_to_float(row[b * kBlockValues + i]);
+void read_values(const f16_t *row, int n, float *x) {
+  for (int i = 0; i < n; ++i)
+    x[i] = half_to_float(row[i]);
 }
 
 template <typename Block, typename T, bool Keys>
 void pack(const void *const *rows, int head_dim, void *tile) noexcept {
-  const int num_blocks = head_dim / kBlockValues;
+  const int num_blocks = head_dim / kValuesOf<Block>;
   for (int token = 0; token < kTileTokens; ++token)
     for (int b = 0; rows[token] && b < num_blocks; ++b) {
-      float x[kBlockValues];
-      read_block(static_cast<const T *>(rows[token]), b, x);
+      float x[kValuesOf<Block>];
+      read_values(static_cast<const T *>(rows[token]) + b * kValuesOf<Block>, kValuesOf<Block>, x);
       Block block;
       BlockMath<Block>::quantize(x, &block);
       (Keys ? InTile<Block>::put_key : InTile<Block>::put_value)(static_cast<uint8_t *>(tile),

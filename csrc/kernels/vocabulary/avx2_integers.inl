@@ -73,6 +73,22 @@ MIXEDKV_INLINE int32_t sum_lanes(i32v x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
+/// Bits of a where mask has them, of b elsewhere.
+MIXEDKV_INLINE i32v merge_i32(i32v mask, i32v a, i32v b) {
+  return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+MIXEDKV_INLINE void store_i32(void *p, i32v x) {
+  _mm256_storeu_si256(static_cast<__m256i *>(p), x);
+}
+MIXEDKV_INLINE i32v set1_halves(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+MIXEDKV_INLINE i32v scale_halves(i32v x, i32v m) { return _mm256_mulhrs_epi16(x, m); }
+MIXEDKV_INLINE i32v narrow(i32v a, i32v b) { return _mm256_packs_epi16(a, b); }
+MIXEDKV_INLINE i32v widen_low(i32v x) { return _mm256_srai_epi16(_mm256_unpacklo_epi8(x, x), 8); }
+MIXEDKV_INLINE i32v widen_high(i32v x) { return _mm256_srai_epi16(_mm256_unpackhi_epi8(x, x), 8); }
+MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
+  return _mm256_sub_epi8(n, _mm256_cmpgt_epi8(x, y));
+}
+
 MIXEDKV_INLINE void prefetch(const void *p) {
   _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
 }

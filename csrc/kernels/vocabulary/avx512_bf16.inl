@@ -27,4 +27,3 @@ MIXEDKV_INLINE f32v add_pair_products(f32v sum, i32v a, i32v b) {
   return _mm512_dpbf16_ps(sum, as_pairs(a), as_pairs(b));
 }
 MIXEDKV_INLINE i32v pairs_of_ones() { return set1_i32(0x3f803f80); }
-MIXEDKV_INLINE void store_i32(void *p, i32v x) { _mm512_storeu_si512(p, x); }

@@ -65,6 +65,20 @@ MIXEDKV_INLINE void store_bytes(int8_t *p, i32v x) {
 }
 MIXEDKV_INLINE int32_t sum_lanes(i32v x) { return _mm512_reduce_add_epi32(x); }
 
+/// Bits of a where mask has them, of b elsewhere.
+MIXEDKV_INLINE i32v merge_i32(i32v mask, i32v a, i32v b) {
+  return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
+}
+MIXEDKV_INLINE void store_i32(void *p, i32v x) { _mm512_storeu_si512(p, x); }
+MIXEDKV_INLINE i32v set1_halves(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }
+MIXEDKV_INLINE i32v scale_halves(i32v x, i32v m) { return _mm512_mulhrs_epi16(x, m); }
+MIXEDKV_INLINE i32v narrow(i32v a, i32v b) { return _mm512_packs_epi16(a, b); }
+MIXEDKV_INLINE i32v widen_low(i32v x) { return _mm512_srai_epi16(_mm512_unpacklo_epi8(x, x), 8); }
+MIXEDKV_INLINE i32v widen_high(i32v x) { return _mm512_srai_epi16(_mm512_unpackhi_epi8(x, x), 8); }
+MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
+  return _mm512_mask_sub_epi8(n, _mm512_cmpgt_epi8_mask(x, y), n, _mm512_set1_epi8(-1));
+}
+
 MIXEDKV_INLINE void prefetch(const void *p) {
   _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
 }

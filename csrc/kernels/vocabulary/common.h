@@ -49,6 +49,12 @@
 //   madd16(acc, a, b)       acc gains, lane by lane, the two products of signed halves
 //   to_i32(x)               rounded to nearest even
 //   store_halves, store_bytes(p, x)   kLanes halves or bytes, saturated
+//   store_i32               back to memory
+//   merge_i32(mask, a, b)   bits of a where mask has them, of b elsewhere
+//   set1_halves(x), scale_halves(x, m)   halves; (x * m + 2^14) >> 15 of each
+//   narrow(a, b)            halves as bytes, saturated; widen_low, widen_high(narrow(a, b)) are
+//                           halves of a and of b again
+//   count_above(n, x, y)    bytes n + (x > y), x and y signed
 //   prefetch(p)             a hint; p may lie anywhere
 //   kPackedVectors          vectors of tokens that qk_packed works on at a time
 //   kValueVectors           vectors of dims that pv_packed works on at a time
@@ -65,7 +71,9 @@
 #pragma once
 
 #include "formats/byte_tile.h"
+#include "formats/levels.h"
 #include "formats/nibble_tile.h"
+#include "formats/nl3_tile.h"
 #include "kernels/isa_tables.h"
 
 #include <math.h>

@@ -23,6 +23,3 @@ MIXEDKV_INLINE i32v pairs_of_ones() {
 #endif
   return ones;
 }
-MIXEDKV_INLINE void store_i32(void *p, i32v x) {
-  vst1q_u8(static_cast<uint8_t *>(p), vreinterpretq_u8_s32(x));
-}

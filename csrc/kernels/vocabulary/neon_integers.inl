@@ -84,4 +84,32 @@ MIXEDKV_INLINE void store_bytes(int8_t *p, i32v x) {
 }
 MIXEDKV_INLINE int32_t sum_lanes(i32v x) { return vaddvq_s32(x); }
 
+/// Bits of a where mask has them, of b elsewhere.
+MIXEDKV_INLINE i32v merge_i32(i32v mask, i32v a, i32v b) {
+  return vbslq_s32(vreinterpretq_u32_s32(mask), a, b);
+}
+MIXEDKV_INLINE void store_i32(void *p, i32v x) {
+  vst1q_u8(static_cast<uint8_t *>(p), vreinterpretq_u8_s32(x));
+}
+MIXEDKV_INLINE i32v set1_halves(int x) {
+  return vreinterpretq_s32_s16(vdupq_n_s16(static_cast<int16_t>(x)));
+}
+MIXEDKV_INLINE i32v scale_halves(i32v x, i32v m) {
+  return vreinterpretq_s32_s16(vqrdmulhq_s16(vreinterpretq_s16_s32(x), vreinterpretq_s16_s32(m)));
+}
+MIXEDKV_INLINE i32v narrow(i32v a, i32v b) {
+  return vreinterpretq_s32_s8(
+      vcombine_s8(vqmovn_s16(vreinterpretq_s16_s32(a)), vqmovn_s16(vreinterpretq_s16_s32(b))));
+}
+MIXEDKV_INLINE i32v widen_low(i32v x) {
+  return vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(vreinterpretq_s8_s32(x))));
+}
+MIXEDKV_INLINE i32v widen_high(i32v x) {
+  return vreinterpretq_s32_s16(vmovl_high_s8(vreinterpretq_s8_s32(x)));
+}
+MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
+  const uint8x16_t above = vcgtq_s8(vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(y));
+  return vreinterpretq_s32_u8(vsubq_u8(vreinterpretq_u8_s32(n), above));
+}
+
 MIXEDKV_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
