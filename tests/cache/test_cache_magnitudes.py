@@ -10,7 +10,7 @@ import pytest
 import reference as ref
 from conftest import as_kind, normal, values_of
 
-HKV, HQ, D = 2, 4, 32
+HKV, HQ, D = 2, 4, 64
 #: Half a step above the largest f16: from here on rounding gives infinity.
 F16_LIMIT = np.float32(65520)
 LIMITS = {"f16": F16_LIMIT, "q4_0": 8 * F16_LIMIT, "f32": np.float32(np.inf)}
