@@ -87,14 +87,16 @@ find_slot(Handle &handle, const py::array &pos_array, const py::array &begin_arr
   return std::make_tuple(slot->num_tokens, slot->num_hot, slot->num_cold, slot->num_moved);
 }
 
-RowsView rows_view(const py::array &array, const char *name, std::int64_t heads,
-                   std::int64_t tokens, std::int64_t width) {
-  const ArrayView view = view_array(array, name, 3, {DType::f32, DType::f16});
-  check_shape(view, name, {heads, tokens, width});
-  return {view.data, plain_format(view.dtype), view.strides[0], view.strides[1]};
+RowsView rows_view(const py::array &array, const std::string &format, const char *name,
+                   std::int64_t heads, std::int64_t tokens, std::int64_t width) {
+  RowsArray rows = view_rows(array, name, 3, parse_format(format, name));
+  rows.shape[2] = rows.width;
+  check_shape(rows, name, {heads, tokens, width});
+  return {rows.data, rows.format, rows.strides[0], rows.strides[1]};
 }
 
-void store(Handle &handle, std::int64_t layer, const py::array &k, const py::array &v) {
+void store(Handle &handle, std::int64_t layer, const py::array &k, const py::array &v,
+           const std::string &k_format, const std::string &v_format) {
   const std::int64_t n = handle.quickly([](MixedCache &cache) {
     if (!cache.has_slot()) {
       throw std::invalid_argument("store without a slot: call find_slot first");
@@ -102,8 +104,8 @@ void store(Handle &handle, std::int64_t layer, const py::array &k, const py::arr
     return cache.slot_tokens();
   });
   const CacheConfig &config = handle.config();
-  const RowsView k_rows = rows_view(k, "k", config.num_kv_heads, n, config.head_dim);
-  const RowsView v_rows = rows_view(v, "v", config.num_kv_heads, n, config.head_dim_v);
+  const RowsView k_rows = rows_view(k, k_format, "k", config.num_kv_heads, n, config.head_dim);
+  const RowsView v_rows = rows_view(v, v_format, "v", config.num_kv_heads, n, config.head_dim_v);
   const int layer_index = narrow(layer, "layer");
   handle.with([&](MixedCache &cache) {
     handle.need_unchanged(cache.slot_tokens() == n);
@@ -279,7 +281,8 @@ void register_cache(py::module_ &m) {
           [](const py::kwargs &options) { return std::make_unique<Handle>(read_config(options)); }))
       .def("config", [](const Handle &h) { return config_dict(h.config()); })
       .def("find_slot", &find_slot, py::arg("pos"), py::arg("begin"), py::arg("ids"))
-      .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"))
+      .def("store", &store, py::arg("layer"), py::arg("k"), py::arg("v"), py::arg("k_format"),
+           py::arg("v_format"))
       .def("attend", &attend_layer, py::arg("layer"), py::arg("q"), py::arg("out"), py::arg("lse"),
            py::arg("sm_scale"), py::arg("logits_soft_cap"), py::arg("window_left"),
            py::arg("alibi_slopes"), py::arg("sinks"), py::arg("threads"), py::arg("compute_type"))

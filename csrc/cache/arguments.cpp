@@ -104,10 +104,14 @@ void check_tokens(const std::int64_t *pos, const TokenOwners &owners, std::int64
   }
 }
 
-void check_rows(const char *name, const RowsView &rows) {
+void check_rows(const char *name, const RowsView &rows, int width) {
   check(rows.data != nullptr, name, "not be null", "null");
-  check(rows.type == Format::f32 || rows.type == Format::f16, name, "be rows of f32 or f16",
-        format_name(rows.type));
+  const int type = static_cast<int>(rows.type);
+  check(type < kNumFormats, name, "be rows of a format", type);
+  if (!format_info(rows.type).holds(width)) {
+    refuse(name, "be of a format that holds rows of " + std::to_string(width) + " values",
+           format_name(rows.type));
+  }
 }
 
 void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as) {
@@ -128,9 +132,10 @@ void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as
       in_hot = false;
     }
   }
-  const double reach = rows.type == Format::f16 ? 65504.0 : std::numeric_limits<float>::max();
   const bool changed = as.unchanged != nullptr;
-  if ((reach < limit && !changed) || all_below(rows, as, limit, changed)) {
+  // A plain type that holds no more than the tiers' do is let through unseen.
+  const bool harmless = format_info(rows.type).plain() && limit_of(rows.type) <= limit;
+  if ((harmless && !changed) || all_below(rows, as, limit, changed)) {
     return;
   }
   const std::size_t width = static_cast<std::size_t>(as.width);

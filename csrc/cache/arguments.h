@@ -13,7 +13,7 @@ void check_tokens(const std::int64_t *pos, const TokenOwners &owners, std::int64
                   int n_seq_max);
 
 /// Of store.
-void check_rows(const char *name, const RowsView &rows);
+void check_rows(const char *name, const RowsView &rows, int width);
 
 /// What the rows of a layer become.
 struct StoredAs {

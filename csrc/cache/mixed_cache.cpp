@@ -159,11 +159,11 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
   Impl &m = *impl_;
   m.need_slot("store");
   const int number = m.layer_number(layer);
-  check_rows("k", new_k);
-  check_rows("v", new_v);
-
   PendingSlot &slot = m.slot;
   const RowShape &shape = m.hot.rows.shape();
+  check_rows("k", new_k, shape.head_dim);
+  check_rows("v", new_v, shape.head_dim_v);
+
   const std::int64_t num_tokens = slot.num_tokens();
   const RowsView k = m.changed_k.apply(m.transforms.keys.get(), new_k, shape.num_kv_heads,
                                        num_tokens, shape.head_dim);

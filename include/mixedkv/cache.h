@@ -33,7 +33,7 @@ struct Slot {
 };
 
 /// New rows of a layer: token i of kv head h at data + h * head_stride + i * row_stride (bytes),
-/// values side by side; f32 or f16.
+/// values side by side; of any format whose blocks the row holds whole.
 struct RowsView {
   const void *data = nullptr;
   Format type = Format::f32;

@@ -109,7 +109,9 @@ class MixedCache(metaclass=_Pybind11Type):
     def find_slot(
         self, pos: NDArray[np.int64], begin: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> tuple[int, int, int, int] | None: ...
-    def store(self, layer: int, k: NDArray[Any], v: NDArray[Any]) -> None: ...
+    def store(
+        self, layer: int, k: NDArray[Any], v: NDArray[Any], k_format: str, v_format: str
+    ) -> None: ...
     def attend(
         self,
         layer: int,

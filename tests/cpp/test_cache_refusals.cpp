@@ -151,9 +151,17 @@ bool wrong_calls() {
   bad.data = nullptr;
   REQUIRE(throws<Bad>([&] { cache.store(0, bad, v.view); }, "k must not be null"));
   bad = v.view;
-  bad.type = Format::q4_0;
-  REQUIRE(
-      throws<Bad>([&] { cache.store(0, k.view, bad); }, "v must be rows of f32 or f16, got q4_0"));
+  bad.type = static_cast<Format>(99);
+  REQUIRE(throws<Bad>([&] { cache.store(0, k.view, bad); }, "v must be rows of a format, got 99"));
+  CacheConfig odd = small_config(16, 64, 8, 8);
+  odd.head_dim = 3;
+  odd.quantize = false;
+  MixedCache narrow(odd);
+  REQUIRE(find_slot(narrow, two).has_value());
+  bad = k.view;
+  bad.type = Format::q8_0;
+  REQUIRE(throws<Bad>([&] { narrow.store(0, bad, v.view); },
+                      "k must be of a format that holds rows of 3 values, got q8_0"));
   REQUIRE(
       throws<Bad>([&] { cache.store(-1, k.view, v.view); }, "layer must be from 0 to 2, got -1"));
   REQUIRE(throws<Bad>([&] { cache.store(3, k.view, v.view); }, "got 3"));

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import formats
 from .._arrays import Array
+from ..quantized import QuantizedArray, rows_of
 
 
 def integer(value: int, name: str) -> int:
@@ -108,3 +110,14 @@ def owners(
         ids.extend(sorted(integer(one, f"seq_id[{i}]") for one in owners))
         begin.append(len(ids))
     return np.array(begin, np.int64), np.array(ids, np.int64)
+
+
+def new_rows(x: Array | QuantizedArray, name: str) -> tuple[NDArray[Any], formats.Format]:
+    """Return rows to be stored as the core takes them, and their format; TypeError names them."""
+    rows, kind = rows_of(x, name)
+    if kind.name == "q4_0" and not isinstance(x, QuantizedArray):
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 (torch) or a QuantizedArray, which says "
+            "what its bytes mean, got uint8"
+        )
+    return rows, kind

@@ -23,7 +23,8 @@ from .._options import (
     soft_cap,
     window,
 )
-from .arguments import int_array, integer, owners
+from ..quantized import QuantizedArray
+from .arguments import int_array, integer, new_rows, owners
 from .config import CacheConfig, core_options
 from .log import logger
 from .records import CacheFull, CacheStats, Slot, StoredRows, stored_rows
@@ -79,7 +80,7 @@ class KVCache:
             self._log_moves()
         return Slot(*found)
 
-    def store(self, layer: int, k: Array, v: Array) -> None:
+    def store(self, layer: int, k: Array | QuantizedArray, v: Array | QuantizedArray) -> None:
         """Store a layer's keys and values of the slot's tokens.
 
         Parameters
@@ -87,8 +88,9 @@ class KVCache:
         layer
             Model layer.
         k, v
-            [Hkv, n, D] and [Hkv, n, Dv], n the tokens of the slot in find_slot's order; float32
-            or float16 (torch also bfloat16), converted to the type of the tier.
+            [Hkv, n, D] and [Hkv, n, Dv], n the tokens of the slot in find_slot's order: float32,
+            float16, bfloat16 (torch), or a QuantizedArray of any format. Read as they are and
+            converted to the type of the tier; rows of the tier's own type keep their bits.
 
         Raises
         ------
@@ -98,9 +100,9 @@ class KVCache:
             65,520 on, q4_0 from 524,160 on), naming layer, head and value: it would turn into an
             infinity or NaN. Nothing is stored then. Infinities and NaN are stored as they are.
         """
-        self._core.store(
-            integer(layer, "layer"), to_numpy(k, "k", FLOATS), to_numpy(v, "v", FLOATS)
-        )
+        k_rows, k_format = new_rows(k, "k")
+        v_rows, v_format = new_rows(v, "v")
+        self._core.store(integer(layer, "layer"), k_rows, v_rows, k_format.name, v_format.name)
 
     def attend(
         self,
@@ -184,8 +186,8 @@ class KVCache:
         self,
         pos: Sequence[int] | Array,
         seq_id: Sequence[int | Iterable[int]] | Array,
-        ks: Sequence[Array] | Array,
-        vs: Sequence[Array] | Array,
+        ks: Sequence[Array | QuantizedArray] | Array | QuantizedArray,
+        vs: Sequence[Array | QuantizedArray] | Array | QuantizedArray,
     ) -> None:
         """Add tokens in one go: find_slot, store every layer, commit.
 
