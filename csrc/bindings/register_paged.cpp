@@ -43,8 +43,10 @@ std::vector<std::int32_t> page_numbers(const ArrayView &indices, std::int64_t co
   const auto *from = indices.as<const std::int64_t>();
   for (std::int64_t i = 0; i < count; ++i) {
     if (from[i] < 0 || from[i] >= num_pages || from[i] > std::numeric_limits<std::int32_t>::max()) {
-      throw std::invalid_argument("indices must be from 0 to " + std::to_string(num_pages - 1) +
-                                  ", the number of pages less 1, got indices[" + std::to_string(i) +
+      const std::string wanted = num_pages == 0 ? "name no page, since there are none"
+                                                : "be from 0 to " + std::to_string(num_pages - 1) +
+                                                      ", the number of pages less 1";
+      throw std::invalid_argument("indices must " + wanted + ", got indices[" + std::to_string(i) +
                                   "] = " + std::to_string(from[i]));
     }
     numbers[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(from[i]);

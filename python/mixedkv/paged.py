@@ -120,19 +120,14 @@ def attention_paged(
     k_pages, v_pages = (_Pages(x, name, layout) for x, name in _keys_and_values(kv_pages))
     _check_pages(k_pages, v_pages, num_qo_heads, head_dim)
 
-    last = _integers(last_page_len, "last_page_len")
-    batch = len(last)
-    starts = _integers(indptr, "indptr", batch + 1)
+    starts = _integers(indptr, "indptr")
     numbers = _integers(indices, "indices")
+    last = _integers(last_page_len, "last_page_len")
     if qo_indptr is None:
-        if num_queries != batch:
-            raise ValueError(
-                f"q must have one query for each of {batch} sequences where there is no qo_indptr, "
-                f"got shape {q_array.shape}"
-            )
-        queries = np.arange(batch + 1, dtype=_I64)
+        queries = np.arange(num_queries + 1, dtype=_I64)
     else:
-        queries = _integers(qo_indptr, "qo_indptr", batch + 1)
+        queries = _integers(qo_indptr, "qo_indptr")
+    _check_batch(starts, last, queries, qo_indptr is not None)
 
     shape = (num_queries, num_qo_heads, v_pages.width)
     result = Result(q, shape, out)
@@ -239,16 +234,56 @@ def _check_pages(k: _Pages, v: _Pages, num_qo_heads: int, head_dim: int) -> None
             )
 
 
-def _integers(x: Array, name: str, size: int | None = None) -> NDArray[np.int64]:
-    """Return a list of integers as a contiguous int64 array of `size`."""
+def _integers(x: Array, name: str) -> NDArray[np.int64]:
+    """Return a list of integers as a contiguous int64 array."""
     if isinstance(x, (list, tuple)):
-        x = np.array(x, _I64) if len(x) == 0 else np.array(x)
+        nested = next((i for i, one in enumerate(x) if np.ndim(one) != 0), None)
+        if nested is not None:
+            raise ValueError(
+                f"{name} must have one axis, that of all sequences one after the other, got "
+                f"{name}[{nested}] of shape {np.shape(x[nested])}"
+            )
+        wrong = next((i for i, one in enumerate(x) if not _is_integer(one)), None)
+        if wrong is not None:
+            raise TypeError(f"{name} must hold ints of 64 bits, got {name}[{wrong}] = {x[wrong]!r}")
+        x = np.array([int(one) for one in x], _I64)
     array = to_numpy(x, name, _INTEGERS)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {array.shape}")
-    if size is not None and len(array) != size:
-        raise ValueError(
-            f"{name} must have an entry more than there are sequences in last_page_len, "
-            f"{size}, got {len(array)}"
-        )
     return np.ascontiguousarray(array, _I64)
+
+
+def _is_integer(x: Any) -> bool:
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__"):
+        return False
+    return -(2**63) <= int(x) < 2**63
+
+
+def _check_batch(
+    starts: NDArray[np.int64], last: NDArray[np.int64], queries: NDArray[np.int64], listed: bool
+) -> None:
+    """Refuse whichever of three arguments does not have the number of sequences of the others."""
+    for name, offsets in (("indptr", starts), ("qo_indptr", queries)):
+        if not len(offsets):
+            raise ValueError(f"{name} must have an entry more than there are sequences, got none")
+    batch = {
+        "indptr": len(starts) - 1,
+        "last_page_len": len(last),
+        "qo_indptr" if listed else "q": len(queries) - 1,
+    }
+    if len(set(batch.values())) == 1:
+        return
+    if len(set(batch.values())) == len(batch):
+        each = ", ".join(f"{name} of {n}" for name, n in batch.items())
+        raise ValueError(f"indptr, last_page_len and the queries must be of one batch, got {each}")
+    odd = next(name for name, n in batch.items() if [*batch.values()].count(n) == 1)
+    agree = [name for name in batch if name != odd]
+    wanted = batch[agree[0]]
+    of = f"the {wanted} sequences of {agree[0]} and {agree[1]}"
+    if odd.endswith("indptr"):
+        raise ValueError(
+            f"{odd} must have {wanted + 1} entries, one more than {of}, got {batch[odd] + 1}"
+        )
+    what = "one query" if odd == "q" else "an entry"
+    hint = " (qo_indptr tells of several)" if odd == "q" else ""
+    raise ValueError(f"{odd} must have {what} for each of {of}{hint}, got {batch[odd]}")

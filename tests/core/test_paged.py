@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mixedkv as mkv
@@ -13,66 +11,15 @@ import pytest
 import reference as ref
 from conftest import (
     KV_TYPES,
-    as_kind,
     assert_close,
     assert_lse_close,
     normal,
     tolerance,
     values_of,
 )
+from paged_cases import DIM, DIM_V, HEADS, KV_HEADS, Batch, make_batch
 
 PAGE_SIZES = (1, 3, 16, 17, 64)
-HEADS, KV_HEADS, DIM, DIM_V = 6, 2, 64, 96
-
-
-@dataclass
-class Batch:
-    """Sequences of keys and values [Hkv, len, row], and the same in pages."""
-
-    keys: list[np.ndarray]
-    values: list[np.ndarray]
-    k_pages: np.ndarray
-    v_pages: np.ndarray
-    indptr: np.ndarray
-    indices: np.ndarray
-    last_page_len: np.ndarray
-
-    @property
-    def pages(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.k_pages, self.v_pages
-
-    @property
-    def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.indptr, self.indices, self.last_page_len
-
-
-def make_batch(
-    rng: np.random.Generator,
-    lengths: list[int],
-    page_size: int,
-    k_kind: str = "f16",
-    v_kind: str = "f16",
-    dims: tuple[int, int] = (DIM, DIM_V),
-) -> Batch:
-    """Random sequences, in pages (HND) that lie anywhere in a pool whose other places hold NaN."""
-    counts = [-(-n // page_size) for n in lengths]
-    num_pages = sum(counts) + 3
-    indices = rng.permutation(num_pages)[: sum(counts)].astype(np.int32)
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    sides: list[tuple[list[np.ndarray], np.ndarray]] = []
-    for kind, dim in ((k_kind, dims[0]), (v_kind, dims[1])):
-        rows = [as_kind(normal(rng, KV_HEADS, n, dim), kind) for n in lengths]
-        nothing = as_kind(np.full((KV_HEADS, page_size, dim), np.nan, np.float32), kind)
-        pool = np.stack([nothing] * num_pages)
-        for sequence, first in zip(rows, indptr, strict=False):
-            for j in range(sequence.shape[1]):
-                pool[indices[first + j // page_size], :, j % page_size] = sequence[:, j]
-        sides.append((rows, pool))
-    last = [
-        n - (count - 1) * page_size if n else 0 for n, count in zip(lengths, counts, strict=True)
-    ]
-    (keys, k_pages), (values, v_pages) = sides
-    return Batch(keys, values, k_pages, v_pages, indptr, indices, np.array(last, np.int32))
 
 
 def side_by_side(q: np.ndarray, batch: Batch, qo_lens: list[int], **options: Any) -> Any:
@@ -271,152 +218,3 @@ def test_paged_torch(rng: np.random.Generator, name: str) -> None:
     want, want_lse = mkv.attention_paged(same[0], same[1:], *batch.table, return_lse=True)
     assert_close(out.double().numpy(), want, 1e-6 if name == "float32" else 5e-3)
     assert_lse_close(lse.numpy(), want_lse, 1e-6)
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-def set_at(position: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
-    def change(array: np.ndarray) -> np.ndarray:
-        array = array.copy()
-        array[position] = value
-        return array
-
-    return change
-
-
-BAD_TABLES: dict[str, tuple[str, Callable[[np.ndarray], Any], str]] = {
-    "page_beyond": ("indices", set_at(2, 99), r"indices\[2\] = 99"),
-    "page_just_beyond": (
-        "indices",
-        set_at(1, 13),
-        r"indices must be from 0 to 12.*indices\[1\] = 13",
-    ),
-    "page_negative": ("indices", set_at(0, -1), r"indices\[0\] = -1"),
-    "indptr_start": ("indptr", set_at(0, 1), r"indptr must begin with 0, got indptr\[0\] = 1"),
-    "indptr_descends": ("indptr", set_at(1, 11), r"indptr\[1\] = 11 and indptr\[2\] = 10"),
-    "indptr_beyond": (
-        "indptr",
-        set_at(2, 11),
-        r"indptr must end within indices, 10, got indptr\[2\] = 11",
-    ),
-    "indptr_short": ("indptr", lambda x: x[:-1], r"indptr must have an entry more .* 3, got 2"),
-    "indptr_float": (
-        "indptr",
-        lambda x: x.astype(np.float32),
-        "indptr must be int32 or int64, got float32",
-    ),
-    "indices_2d": (
-        "indices",
-        lambda x: x[None],
-        r"indices must have one axis, got shape \(1, 10\)",
-    ),
-    "last_zero": (
-        "last_page_len",
-        set_at(1, 0),
-        r"from 1 to page_size, 16, got last_page_len\[1\] = 0",
-    ),
-    "last_negative": ("last_page_len", set_at(0, -2), r"last_page_len\[0\] = -2"),
-    "last_beyond": ("last_page_len", set_at(0, 17), r"last_page_len\[0\] = 17"),
-    "last_uint8": (
-        "last_page_len",
-        lambda x: x.astype(np.uint8),
-        "last_page_len must be int32 or int64",
-    ),
-}
-
-
-@pytest.mark.parametrize(("name", "change", "match"), BAD_TABLES.values(), ids=BAD_TABLES)
-def test_paged_bad_table(
-    rng: np.random.Generator, name: str, change: Callable[[np.ndarray], Any], match: str
-) -> None:
-    batch = make_batch(rng, [50, 90], 16)
-    table = {key: getattr(batch, key) for key in ("indptr", "indices", "last_page_len")}
-    table[name] = change(table[name])
-    out = np.full((2, HEADS, DIM_V), 7.0, np.float32)
-    with pytest.raises((ValueError, TypeError), match=match):
-        mkv.attention_paged(normal(rng, 2, HEADS, DIM), batch.pages, **table, out=out)
-    np.testing.assert_array_equal(out, 7.0)
-
-
-BAD_PAGES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "one": (lambda k, v: (k,), "kv_pages must be .* got 1 of them"),
-    "none": (lambda k, v: None, "kv_pages must be .* got NoneType"),
-    "one_array_4d": (lambda k, v: k, r"\[num_pages, 2, ...\] of 5 axes, got shape"),
-    "k_3d": (
-        lambda k, v: (k[0], v),
-        r"k_pages must be \[num_pages, Hkv, page_size, D\], got shape",
-    ),
-    "fewer_v": (
-        lambda k, v: (k, v[1:]),
-        r"v_pages must have the pages, heads and page size of k_pages",
-    ),
-    "heads": (lambda k, v: (k[:, [0] * 4], v[:, [0] * 4]), "the heads of q must be a multiple"),
-    "no_heads": (lambda k, v: (k[:, :0], v[:, :0]), "the heads of q must be a multiple"),
-    "no_size": (lambda k, v: (k[:, :, :0], v[:, :, :0]), "pages must hold one key at least"),
-    "k_dim": (lambda k, v: (k[..., :32], v), "k_pages must have q's head_dim 64, got 32"),
-    "v_dim": (lambda k, v: (k, v[..., :0]), "the head_dim of v_pages must be from 1"),
-    "int_pages": (
-        lambda k, v: (np.zeros(k.shape, np.int32), v),
-        "k_pages must be float32, float16",
-    ),
-    "q4_0_bytes": (
-        lambda k, v: (np.zeros((*k.shape[:3], 35), np.uint8), v),
-        "multiple of 18 bytes",
-    ),
-    "strided": (lambda k, v: (k.repeat(2, -1)[..., ::2], v), "contiguous in its last axis"),
-    "float64": (lambda k, v: (k, v.astype(np.float64)), "v_pages must be float32, float16"),
-}
-
-
-@pytest.mark.parametrize(("change", "match"), BAD_PAGES.values(), ids=BAD_PAGES)
-def test_paged_bad_pages(
-    rng: np.random.Generator, change: Callable[[Any, Any], Any], match: str
-) -> None:
-    batch = make_batch(rng, [50, 90], 16)
-    with pytest.raises((ValueError, TypeError), match=match):
-        mkv.attention_paged(normal(rng, 2, HEADS, DIM), change(*batch.pages), *batch.table)
-
-
-BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "queries": (
-        {"qo_indptr": [0, 1, 3]},
-        r"qo_indptr must end at the number of queries, 2, got qo_indptr\[2\] = 3",
-    ),
-    "queries_descend": ({"qo_indptr": [0, 3, 2]}, r"qo_indptr\[1\] = 3 and qo_indptr\[2\] = 2"),
-    "queries_short": ({"qo_indptr": [0, 2]}, "qo_indptr must have an entry more"),
-    "layout": ({"layout": "DHN"}, "layout must be 'HND' or 'NHD', got 'DHN'"),
-    "causal": ({"causal": 1}, "causal must be a bool"),
-    "window": ({"window_left": -2}, "window_left must be from -1"),
-    "scale": ({"sm_scale": float("nan")}, "sm_scale must be a finite number"),
-    "soft_cap": ({"logits_soft_cap": -1.0}, "logits_soft_cap must be a finite number of 0 or more"),
-    "sinks": ({"sinks": np.zeros(5, np.float32)}, r"sinks must have shape \(6,\), got \(5,\)"),
-    "threads": ({"threads": 0}, "threads must be from 1"),
-    "compute_type": ({"compute_type": "f8"}, "compute_type must be"),
-    "out_shape": ({"out": np.zeros((2, HEADS, DIM), np.float32)}, "out must have shape"),
-}
-
-
-@pytest.mark.parametrize(("options", "match"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
-def test_paged_bad_options(rng: np.random.Generator, options: dict[str, Any], match: str) -> None:
-    batch = make_batch(rng, [50, 90], 16)
-    with pytest.raises((ValueError, TypeError), match=match):
-        mkv.attention_paged(normal(rng, 2, HEADS, DIM), batch.pages, *batch.table, **options)
-
-
-def test_paged_bad_queries(rng: np.random.Generator) -> None:
-    batch = make_batch(rng, [50, 90], 16)
-    with pytest.raises(ValueError, match="one query for each of 2 sequences"):
-        mkv.attention_paged(normal(rng, 3, HEADS, DIM), batch.pages, *batch.table)
-    with pytest.raises(ValueError, match=r"q must be \[queries, Hq, D\], got shape"):
-        mkv.attention_paged(normal(rng, 2, DIM), batch.pages, *batch.table)
-
-
-def test_paged_out_overlaps(rng: np.random.Generator) -> None:
-    batch = make_batch(rng, [50, 90], 16, "f32", "f32", (DIM, DIM))
-    q = normal(rng, 2, HEADS, DIM)
-    with pytest.raises(ValueError, match="out must not share memory with q"):
-        mkv.attention_paged(q, batch.pages, *batch.table, out=q)
-    pool = batch.v_pages.reshape(-1)[: q.size].reshape(q.shape)
-    with pytest.raises(ValueError, match="out must not share memory with v_pages"):
-        mkv.attention_paged(q, batch.pages, *batch.table, out=pool)
