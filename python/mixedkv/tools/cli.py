@@ -1,4 +1,4 @@
-"""The command line: ``mixedkv info``, ``demo``, ``bench``, ``trace``, ``verify``, ``compare``.
+"""The command line: ``mixedkv demo``, ``eval``, ``bench``, ``trace``, ``verify`` and others.
 
 Exit status 0: all is well; 1: something that the command checks failed; 2: wrong use, or
 something that it needs is missing.
@@ -35,6 +35,7 @@ from ._commands import (
     stop,
 )
 from .bench.command import bench
+from .eval.command import evaluate
 from .options import (
     AsJson,
     CacheDir,
@@ -65,6 +66,7 @@ app.command()(trace_commands.trace)
 app.command()(trace_commands.verify)
 app.command()(trace_commands.compare)
 app.command()(one_line("demo")(bench))
+app.command("eval")(one_line("demo")(evaluate))
 
 
 def _version(wanted: bool) -> None:

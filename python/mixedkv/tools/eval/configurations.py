@@ -1,0 +1,97 @@
+"""Configurations of caches, as a command line names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mixedkv as mkv
+
+from ..memory import padded
+
+_FROM_MODEL = (
+    *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "layer_filter"),
+    *("n_seq_max", "window_left", "rope"),
+)
+_DEFAULTS: dict[str, Any] = {
+    option.name: option.default
+    for option in dataclasses.fields(mkv.CacheConfig)
+    if option.name not in _FROM_MODEL
+}
+_KINDS = {bool: "1 or 0", int: "a whole number", float: "a number"}
+_SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A cache to try.
+
+    Attributes
+    ----------
+    name
+        What to call it.
+    options
+        Of `mixedkv.integrations.transformers.MixedCache`.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+
+def parse(text: str) -> Configuration:
+    """Read ``option=value ...`` or ``name: option=value ...``.
+
+    Options are parted by spaces or commas. Where no name is given, the text itself is the name.
+
+    Raises
+    ------
+    ValueError
+        Naming what can't be read.
+    """
+    name, colon, rest = text.partition(":")
+    words = re.split(r"[\s,]+", (rest if colon else text).strip())
+    options: dict[str, Any] = {}
+    for word in filter(None, words):
+        option, _, value = word.partition("=")
+        options[option] = _value(option, value)
+    if not options:
+        raise ValueError(f"a configuration has options, got {text!r}")
+    return Configuration(" ".join((name if colon else text).split()), options)
+
+
+def parse_all(texts: Sequence[str]) -> list[Configuration]:
+    """Read several; their names must differ."""
+    found = [parse(text) for text in texts]
+    names = [configuration.name for configuration in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two configurations have the name {name!r}")
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    if name not in _DEFAULTS:
+        raise ValueError(f"there is no option {name!r}; there are {', '.join(_DEFAULTS)}")
+    kind = type(_DEFAULTS[name])
+    try:
+        return _SWITCH[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {text!r}") from None
+
+
+def config_of(options: dict[str, Any]) -> mkv.CacheConfig:
+    """Give the configuration of a small cache with these options."""
+    return mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=64, **options)
+
+
+def sized(options: dict[str, Any], context: int) -> dict[str, Any]:
+    """Give options with a cold tier for so many tokens, where they say nothing of its size."""
+    config = config_of(options)
+    if "cold_size" in options or not config.quantize:
+        return options
+    level = math.floor(config.threshold * config.hot_size)
+    return {**options, "cold_size": padded(max(context - level, 1), config.n_pad)}
