@@ -147,8 +147,10 @@ class SimulatedLayer(CacheLayerMixin):
         while stop > self.keys.shape[2]:
             self.keys = torch.cat([self.keys, torch.empty_like(self.keys)], 2)
             self.values = torch.cat([self.values, torch.empty_like(self.values)], 2)
-        self.keys[:, :, self.length : stop] = quantised(key_states, self.rules.hot_k_type)
-        self.values[:, :, self.length : stop] = quantised(value_states, self.rules.hot_v_type)
+        keys = quantised(self._turned(key_states), self.rules.hot_k_type)
+        values = quantised(self._turned(value_states), self.rules.hot_v_type)
+        self.keys[:, :, self.length : stop] = self._turned(keys)
+        self.values[:, :, self.length : stop] = self._turned(values)
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
@@ -158,15 +160,17 @@ class SimulatedLayer(CacheLayerMixin):
         assert self.values is not None
         rules = self.rules
         keys, values = self.keys[:, :, columns], self.values[:, :, columns]
-        if rules.rotate:
-            keys, values = keys @ _rotation(keys.shape[3]), values @ _rotation(values.shape[3])
+        keys, values = self._turned(keys), self._turned(values)
         centers = self._centers(keys) if rules.center_keys else torch.zeros(())
         keys = centers + quantised(keys - centers, rules.cold_k_type, least_error=rules.fit_scales)
         values = quantised(values, rules.cold_v_type, least_error=rules.fit_scales)
         self.num_cold += keys.shape[2]
-        if rules.rotate:
-            keys, values = keys @ _rotation(keys.shape[3]), values @ _rotation(values.shape[3])
-        self.keys[:, :, columns], self.values[:, :, columns] = keys, values
+        self.keys[:, :, columns] = self._turned(keys)
+        self.values[:, :, columns] = self._turned(values)
+
+    def _turned(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rotate rows, or back: the rotation is its own inverse."""
+        return rows @ _rotation(rows.shape[3]) if self.rules.rotate else rows
 
     def _centers(self, keys: torch.Tensor) -> torch.Tensor:
         """Give what each key is stored less of: its page's mean over the keys that came first."""
