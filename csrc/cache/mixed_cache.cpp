@@ -169,7 +169,12 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
                                        num_tokens, shape.head_dim);
   const RowsView v = m.changed_v.apply(m.transforms.values.get(), new_v, shape.num_kv_heads,
                                        num_tokens, shape.head_dim_v);
-  StoredAs as{layer, shape.num_kv_heads, num_tokens, shape.head_dim, shape.k_type};
+  StoredAs as;
+  as.layer = layer;
+  as.num_heads = shape.num_kv_heads;
+  as.num_tokens = num_tokens;
+  as.width = shape.head_dim;
+  as.hot = shape.k_type;
   if (m.config.quantize) {
     as.cold = m.config.cold_k_type;
     as.centered = m.cold.rows.shape().center_keys;
