@@ -536,6 +536,7 @@ class MixedCacheModel:
         cold_k_type: str = "q4_0",
         cold_v_type: str = "q4_0",
         sink_tokens: int = 0,
+        hot_keep: int = 0,
         window_left: int = -1,
         quantize: bool = True,
     ) -> None:
@@ -550,6 +551,8 @@ class MixedCacheModel:
         self.n_seq_max = n_seq_max
         self.types = {HOT: (hot_k_type, hot_v_type), COLD: (cold_k_type, cold_v_type)}
         self.sink_tokens = sink_tokens
+        self.hot_keep = hot_keep
+        self.displaced_by: list[Token] = []  # new tokens that are the newest in place of others
         self.window_left = window_left
         self.quantize = quantize
 
@@ -569,8 +572,16 @@ class MixedCacheModel:
         size = self.hot_size if tier == HOT else self.cold_size
         return size - len(self.in_tier(tier))
 
-    def pinned(self, t: Token) -> bool:
-        return t.pos < self.sink_tokens
+    def pinned(self, tokens: list[Token]) -> list[bool]:
+        """Tell first positions, and the hot_keep highest that one of the owners has in hot."""
+        newest: dict[int, set[int]] = {}
+        for seq in range(self.n_seq_max) if self.hot_keep else ():
+            in_hot = (t for t in (*self.in_tier(HOT), *self.displaced_by) if seq in t.owners)
+            newest[seq] = set(sorted({t.pos for t in in_hot})[-self.hot_keep :])
+        return [
+            t.pos < self.sink_tokens or any(t.pos in newest.get(seq, ()) for seq in t.owners)
+            for t in tokens
+        ]
 
     def movable(self) -> list[Token]:
         """Committed hot tokens that are not pinned, oldest first.
@@ -581,8 +592,9 @@ class MixedCacheModel:
         """
         if not self.quantize:
             return []
+        in_hot = self.in_tier(HOT)
         return sorted(
-            (t for t in self.in_tier(HOT) if not self.pinned(t)),
+            (t for t, pinned in zip(in_hot, self.pinned(in_hot), strict=True) if not pinned),
             key=lambda t: (t.age, t.pos, sum(1 << s for s in t.owners)),
         )
 
@@ -616,6 +628,15 @@ class MixedCacheModel:
             Token(p, {s} if isinstance(s, int) else set(s))
             for p, s in zip(pos, seq_id, strict=True)
         ]
+        # The newest so far stay. Where there is no other way, those do that will be the newest.
+        for self.displaced_by in ([], tokens):
+            found = self._find_slot(pos, tokens)
+            if found is not None:
+                break
+        self.displaced_by = []
+        return found
+
+    def _find_slot(self, pos: Sequence[int], tokens: list[Token]) -> Plan | None:
         n = len(tokens)
         undo = ([t.copied() for t in self.tokens], self.moved, self.events)
 
@@ -639,8 +660,11 @@ class MixedCacheModel:
             return None
         order = sorted(range(n), key=lambda i: (pos[i], i))
         by_age = [tokens[i] for i in order]
-        pins = [t for t in by_age if self.pinned(t)]
-        others = [t for t in by_age if not self.pinned(t)]
+        before, self.displaced_by = self.displaced_by, tokens
+        is_pinned = self.pinned(by_age)
+        self.displaced_by = before
+        pins = [t for t, pinned in zip(by_age, is_pinned, strict=True) if pinned]
+        others = [t for t, pinned in zip(by_age, is_pinned, strict=True) if not pinned]
         held = len(self.in_tier(HOT)) - len(movable)
         room_in_cold = self.free(COLD) - len(movable)
         stay = max(self.level - held, len(pins), n - room_in_cold)

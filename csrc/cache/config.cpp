@@ -132,13 +132,19 @@ void check_config(const CacheConfig &config) {
         config.threshold);
   check(config.window_left >= -1, "window_left", "be -1 (none) or at least 0", config.window_left);
   check(config.sink_tokens >= 0, "sink_tokens", "be at least 0", config.sink_tokens);
+  check(config.hot_keep >= 0, "hot_keep", "be at least 0", config.hot_keep);
   const std::int64_t level = trigger_level(config);
-  if (config.quantize && config.sink_tokens > 0 &&
-      std::int64_t{config.sink_tokens} * config.n_seq_max >= level) {
-    refuse("sink_tokens",
-           "stay, times n_seq_max (" + std::to_string(config.n_seq_max) +
+  const std::int64_t pins = std::int64_t{config.sink_tokens} + config.hot_keep;
+  if (config.quantize && pins > 0 && pins * config.n_seq_max >= level) {
+    const bool newest = config.hot_keep > 0;
+    const std::string beside =
+        newest && config.sink_tokens > 0
+            ? ", beside sink_tokens (" + std::to_string(config.sink_tokens) + ") and"
+            : ",";
+    refuse(newest ? "hot_keep" : "sink_tokens",
+           "stay" + beside + " times n_seq_max (" + std::to_string(config.n_seq_max) +
                "), below floor(threshold * hot_size) = " + std::to_string(level),
-           config.sink_tokens);
+           newest ? config.hot_keep : config.sink_tokens);
   }
   const std::size_t num_flags = config.layer_filter.size();
   if (num_flags != 0 && num_flags != static_cast<std::size_t>(config.num_layers)) {

@@ -110,30 +110,49 @@ void MixedCache::Impl::end_slot() noexcept {
   slot.end();
 }
 
+SlotPlan MixedCache::Impl::plan_room(const std::int64_t *pos, const TokenOwners &owners,
+                                     std::int64_t n) {
+  Room room;
+  room.hot_size = hot.cells.size();
+  room.hot_used = hot.cells.num_used();
+  room.cold_free = cold.cells.num_free();
+  room.level = level;
+  room.group_size = config.group_size;
+  const std::int64_t hot_free = hot.cells.num_free();
+  if (n <= hot_free) {
+    return plan_slot(room, n, 0);
+  }
+  room.movable = movable.look(hot.cells);
+  if (n <= hot_free + std::min(room.movable, room.cold_free)) {
+    return plan_slot(room, n, 0);
+  }
+  // A long ubatch. Its own first queries should find the newest of before in hot, so these stay
+  // while they can; where they can't, the ubatch's tokens take their place.
+  const std::int64_t displaced = movable.look(hot.cells, pos, owners, n) - room.movable;
+  const SlotPlan plan = plan_slot(room, n, movable.num_new_pinned());
+  if (displaced == 0) {
+    return plan;
+  }
+  if (plan.fits) {
+    movable.look(hot.cells);
+    return plan;
+  }
+  room.movable += displaced;
+  return plan_slot(room, n, movable.num_new_pinned());
+}
+
 std::optional<Slot> MixedCache::find_slot(const std::int64_t *pos, const TokenOwners &owners,
                                           std::int64_t n) {
   Impl &m = *impl_;
   m.need_no_slot("find_slot");
   check_tokens(pos, owners, n, m.config.n_seq_max);
 
-  Room room;
-  room.hot_size = m.hot.cells.size();
-  room.hot_used = m.hot.cells.num_used();
-  room.cold_free = m.cold.cells.num_free();
-  room.level = m.level;
-  room.group_size = m.config.group_size;
-  std::int64_t num_pinned = 0;
-  if (n > m.hot.cells.num_free()) {
-    room.movable = m.movable.count(m.hot.cells);
-    num_pinned =
-        std::count_if(pos, pos + n, [&](std::int64_t p) { return p < m.config.sink_tokens; });
-  }
-  const SlotPlan plan = plan_slot(room, n, num_pinned);
+  const SlotPlan plan = m.plan_room(pos, owners, n);
   if (!plan.fits) {
     return std::nullopt;
   }
   try {
-    m.slot.plan(pos, owners, n, plan.num_cold, m.config.sink_tokens);
+    m.slot.plan(pos, owners, n, plan.num_cold, m.movable.new_pinned());
     m.visibility.begin_slot(m.slot.pos.data(), m.slot.seq.data(), n);
     m.slot.allocate_scratch(m.hot.rows.shape());
     m.journal.reserve(plan.moves.num_tokens);
@@ -279,7 +298,7 @@ void MixedCache::commit() {
   m.end_slot();
 
   if (m.hot.cells.num_used() > m.level && m.cold.cells.num_free() > 0) {
-    const std::int64_t limit = std::min(m.movable.count(m.hot.cells), m.cold.cells.num_free());
+    const std::int64_t limit = std::min(m.movable.look(m.hot.cells), m.cold.cells.num_free());
     m.move(plan_moves(m.hot.cells.num_used(), m.level, group, limit), false);
   }
 }

@@ -40,7 +40,8 @@ struct MixedCache::Impl {
                 c.quantize ? most_moves(c.hot_size, c.group_size, c.n_seq_max) : 0),
         slot(std::min<std::int64_t>(c.n_seq_max, c.hot_size), hot_shape(c).num_layers),
         visibility(c.hot_size + cold_cells(c), c.n_seq_max),
-        movable(c.sink_tokens, c.quantize ? c.hot_size : 0),
+        movable(c.sink_tokens, c.quantize ? c.hot_keep : 0, c.n_seq_max,
+                c.quantize ? c.hot_size : 0, std::min<std::int64_t>(c.n_seq_max, c.hot_size)),
         targets(c.quantize ? static_cast<std::size_t>(c.hot_size) : 0),
         owner_words(hot.cells.words_per_cell()) {}
 
@@ -92,6 +93,9 @@ struct MixedCache::Impl {
   std::vector<Token> attended(std::int64_t seq, bool in_cold) const;
 
   // mixed_cache.cpp
+  /// How n new tokens find room. Leaves movable with the look that the plan's moves go by, and with
+  /// which of the new tokens are pinned where some are bound for cold. Throws std::bad_alloc.
+  SlotPlan plan_room(const std::int64_t *pos, const TokenOwners &owners, std::int64_t n);
   /// Moves the oldest tokens that may move; there are as many, and cold has room.
   void move(const MovePlan &plan, bool keep_for_restore) noexcept;
   /// Puts the slot's tokens into cells, pending.

@@ -26,6 +26,7 @@ namespace mixedkv {
   FIELD(Format, cold_k_type, Format::q4_0, "Type of cold keys.") \
   FIELD(Format, cold_v_type, Format::q4_0, "Type of cold values.") \
   FIELD(int, sink_tokens, 0, "First positions of each sequence, which stay hot.") \
+  FIELD(int, hot_keep, 0, "Newest positions of each sequence, which stay hot.") \
   FIELD(bool, rotate, false, "Hold rows rotated (Hadamard), so that they quantise better.") \
   FIELD(std::int64_t, window_left, -1, "attend's default window; -1: none.") \
   FIELD(std::vector<std::uint8_t>, layer_filter, {}, "[num_layers], non-zero: held; empty: all.") \

@@ -41,6 +41,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Every rule does the same to both; every invariant asks both the same."""
 
     cache: Any = None
+    shrunk = False  # some newest tokens went, or older ones came in beside them
 
     @initialize(
         kind=st.sampled_from(["mixed"] * 6 + ["mixed without cold", "unified"]),
@@ -48,6 +49,7 @@ class CacheMachine(RuleBasedStateMachine):
         types=st.sampled_from(TYPES),
         n_seq_max=st.integers(1, 3),
         sink_tokens=st.integers(0, 1),
+        hot_keep=st.one_of(st.just(0), st.integers(1, 12)),
         threshold=st.sampled_from([0.8, 0.8, 0.5, 1.0]),
         window_left=st.sampled_from([-1, -1, -1, 0, 5]),
     )
@@ -58,12 +60,15 @@ class CacheMachine(RuleBasedStateMachine):
         types: tuple[str, ...],
         n_seq_max: int,
         sink_tokens: int,
+        hot_keep: int,
         threshold: float,
         window_left: int,
     ) -> None:
         hot, cold, group, n_pad = grid
         if sink_tokens * n_seq_max >= int(threshold * hot):
             sink_tokens = 0
+        # As many as the pins of all sequences together leave below the level.
+        hot_keep = max(min(hot_keep, (int(threshold * hot) - 1) // n_seq_max - sink_tokens), 0)
         shape: dict[str, Any] = {
             "num_layers": LAYERS,
             "num_kv_heads": HKV,
@@ -82,6 +87,7 @@ class CacheMachine(RuleBasedStateMachine):
             "cold_k_type": types[2],
             "cold_v_type": types[3],
             "sink_tokens": sink_tokens,
+            "hot_keep": hot_keep,
             "quantize": kind == "mixed",
         }
         if kind == "unified":
@@ -201,6 +207,7 @@ class CacheMachine(RuleBasedStateMachine):
         args = self.any_seq(data, -1), *self.range_of(data)
         self.cache.seq_rm(*args)
         self.model.seq_rm(*args)
+        self.shrunk = True
 
     @precondition(lambda self: self.n_seq_max > 1)
     @rule(data=st.data())
@@ -208,6 +215,7 @@ class CacheMachine(RuleBasedStateMachine):
         args = self.any_seq(data), self.any_seq(data), *self.range_of(data)
         self.cache.seq_cp(*args)
         self.model.seq_cp(*args)
+        self.shrunk = True
 
     @precondition(lambda self: self.n_seq_max > 1)
     @rule(data=st.data())
@@ -215,6 +223,7 @@ class CacheMachine(RuleBasedStateMachine):
         args = self.any_seq(data), self.any_seq(data)
         self.cache.seq_cp(*args)
         self.model.seq_cp(*args)
+        self.shrunk = True
 
     @precondition(lambda self: self.n_seq_max > 1 and len(self.model) > 0)
     @rule(data=st.data())
@@ -232,6 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.shift("seq_div", self.any_seq(data), *self.range_of(data), d)
 
     def shift(self, op: str, *args: int) -> None:
+        self.shrunk = True
         try:
             getattr(self.model, op)(*args)
         except ref.NoRoomError:
@@ -256,6 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
         if really == 0:
             self.cache.clear()
             self.model.clear()
+            self.shrunk = False
 
     # --- agreement --------------------------------------------------------------------------------
 
@@ -284,6 +295,14 @@ class CacheMachine(RuleBasedStateMachine):
         if self.cache is not None:
             self.books_agree()
             assert self.cache.stats().scratch_bytes == 0
+
+    @invariant()
+    def no_newest_token_is_cold_beside_a_hot_one(self) -> None:
+        """Said apart from the model: unless sequences shrank, the newest are in hot."""
+        if self.cache is None or self.model.hot_keep == 0 or self.shrunk:
+            return
+        for seq in range(self.n_seq_max):
+            assert not self.cache.tiers(seq)[-self.model.hot_keep :].any()
 
     @invariant()
     def tiers_and_rows(self) -> None:

@@ -102,8 +102,8 @@ def small_cache(**options: Any) -> mkv.MixedKVCache:
 
 @pytest.mark.parametrize(
     "options",
-    [{"hot_keep": 1}, {"rope": object()}, {"rope": {"theta": 1e4}}],
-    ids=["hot_keep", "rope_object", "rope_dict"],
+    [{"rope": object()}, {"rope": {"theta": 1e4}}],
+    ids=["rope_object", "rope_dict"],
 )
 def test_package_later_options_are_not_implemented(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(options))):

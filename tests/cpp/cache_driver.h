@@ -246,17 +246,23 @@ void random_operations(unsigned seed) {
       {8, 32, 4, 4, 500}, {16, 64, 8, 8, 400}, {32, 128, 16, 8, 200}, {64, 256, 32, 16, 100}};
   for (const Grid &grid : grids) {
     for (const int n_seq_max : {1, 2, 4}) {
-      for (const int sink_tokens : {0, 1}) {
+      for (const int pins : {0, 1, 2, 3}) {
+        const int sink_tokens = pins % 2;
+        // From one position to as many as the level leaves.
+        const int most = (static_cast<int>(grid.hot * 4 / 5) - 1) / n_seq_max - sink_tokens;
+        const int hot_keep = pins < 2 || most < 1 ? 0 : 1 + static_cast<int>(seed * 7 % idx(most));
         CacheConfig config = small_config(grid.hot, grid.cold, grid.group, grid.n_pad);
         config.num_layers = 1 + static_cast<int>(seed % 3);
         config.n_seq_max = n_seq_max;
         config.sink_tokens = sink_tokens;
+        config.hot_keep = hot_keep;
         ++seed;
         const std::string name = std::to_string(grid.hot) + "/" + std::to_string(grid.cold) + "/" +
                                  std::to_string(grid.group) + "/" + std::to_string(grid.n_pad) +
                                  " layers=" + std::to_string(config.num_layers) +
                                  " n_seq_max=" + std::to_string(n_seq_max) +
-                                 " sink_tokens=" + std::to_string(sink_tokens);
+                                 " sink_tokens=" + std::to_string(sink_tokens) +
+                                 " hot_keep=" + std::to_string(hot_keep);
         testing::report("cache_random " + name, Driver(config, seed).run(grid.num_steps));
       }
     }
@@ -295,6 +301,14 @@ void random_operations(unsigned seed) {
   testing::report("cache_random level=0", Driver(config, ++seed).run(300));
   config.threshold = 1.0;
   testing::report("cache_random threshold=1", Driver(config, ++seed).run(300));
+  config.hot_keep = 6; // of all 16 cells no more than four could ever move
+  testing::report("cache_random threshold=1 hot_keep=6", Driver(config, ++seed).run(300));
+  config.n_seq_max = 7; // find_slot has to give up one newest token for the next
+  config.hot_keep = 2;
+  testing::report("cache_random threshold=1 n_seq_max=7 hot_keep=2",
+                  Driver(config, ++seed).run(300));
+  config.n_seq_max = 2;
+  config.hot_keep = 0;
   config.quantize = false;
   config.threshold = 0.8;
   testing::report("cache_random quantize=false", Driver(config, ++seed).run(300));

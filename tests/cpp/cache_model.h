@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -65,6 +66,7 @@ struct Token {
   std::uint64_t stamp = kPending; ///< age; copies of a token share it
   std::uint64_t owners = 0;       ///< bits
   bool cold = false;
+  bool may_move = false;       ///< see find_movable
   std::uint64_t stored = 0;    ///< layers, bits
   Format source = Format::f32; ///< what its rows were stored from
 
@@ -101,15 +103,47 @@ struct Model {
   }
   std::int64_t cold_room() const { return (config.quantize ? config.cold_size : 0) - count(true); }
   std::int64_t hot_room() const { return config.hot_size - count(false); }
+  /// Whether a token stays: a first position, or one that fewer than hot_keep positions of hot
+  /// are newer than, for one of its owners. What hot holds: its tokens, and those of ubatch.
+  bool pinned(const Token &token, const std::vector<Token> &ubatch) const {
+    if (token.pos < config.sink_tokens) {
+      return true;
+    }
+    for (int seq = 0; config.hot_keep > 0 && seq < config.n_seq_max; ++seq) {
+      if (!token.owned_by(seq)) {
+        continue;
+      }
+      std::set<std::int64_t> newer;
+      for (const auto *list : {&tokens, &ubatch}) {
+        for (const Token &t : *list) {
+          if (!t.cold && t.owned_by(seq) && t.pos > token.pos) {
+            newer.insert(t.pos);
+          }
+        }
+      }
+      if (static_cast<std::int64_t>(newer.size()) < config.hot_keep) {
+        return true;
+      }
+    }
+    return false;
+  }
+  /// Settles what may move, until the next call: moves change nothing of it.
+  std::int64_t find_movable(const std::vector<Token> &ubatch = {}) {
+    std::int64_t n = 0;
+    for (Token &t : tokens) {
+      t.may_move = !t.cold && !pinned(t, ubatch);
+      n += t.may_move;
+    }
+    return n;
+  }
   std::int64_t movable() const {
-    return std::count_if(tokens.begin(), tokens.end(),
-                         [&](const Token &t) { return !t.cold && t.pos >= config.sink_tokens; });
+    return std::count_if(tokens.begin(), tokens.end(), [](const Token &t) { return t.may_move; });
   }
 
   void move_oldest() {
     Token *oldest = nullptr;
     for (Token &t : tokens) {
-      if (t.cold || t.pos < config.sink_tokens) {
+      if (!t.may_move) {
         continue;
       }
       if (oldest == nullptr || std::tie(t.stamp, t.pos, t.owners) <
@@ -118,6 +152,7 @@ struct Model {
       }
     }
     oldest->cold = true;
+    oldest->may_move = false;
     ++moved;
   }
   /// One event; false where nothing can move.
@@ -138,7 +173,16 @@ struct Model {
   }
 
   /// Takes the tokens in, pending; false where they don't fit.
-  bool find_slot(std::vector<Token> ubatch) {
+  bool find_slot(const std::vector<Token> &ubatch) {
+    // The newest tokens so far stay, or, where there is no other way, those that will be.
+    find_movable();
+    if (find_slot_as_it_is(ubatch)) {
+      return true;
+    }
+    find_movable(ubatch);
+    return find_slot_as_it_is(ubatch);
+  }
+  bool find_slot_as_it_is(std::vector<Token> ubatch) {
     const std::int64_t n = static_cast<std::int64_t>(ubatch.size());
     if (n > hot_room() + std::min(movable(), cold_room())) {
       if (n > hot_room() + cold_room()) {
@@ -147,8 +191,10 @@ struct Model {
       const std::int64_t pins = count(false) - movable();
       const std::int64_t cold_left = cold_room() - movable();
       std::int64_t stay = 0; // pinned ones have to
+      std::vector<bool> has_to;
       for (const Token &t : ubatch) {
-        stay += t.pos < config.sink_tokens;
+        has_to.push_back(pinned(t, ubatch));
+        stay += has_to.back();
       }
       while (pins + stay < level() || n - stay > cold_left) {
         ++stay;
@@ -168,7 +214,7 @@ struct Model {
                        [](const Token *a, const Token *b) { return a->pos < b->pos; });
       std::int64_t to_cold = n - stay;
       for (Token *t : by_age) {
-        if (to_cold > 0 && t->pos >= config.sink_tokens) {
+        if (to_cold > 0 && !has_to[idx(t - ubatch.data())]) {
           t->cold = true;
           --to_cold;
         }
@@ -201,6 +247,7 @@ struct Model {
     moved += to_cold;
     events += groups(to_cold);
     new_tokens.clear();
+    find_movable();
     while (config.quantize && count(false) > level() && move_batch()) {
     }
   }

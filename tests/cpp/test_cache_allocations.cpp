@@ -43,9 +43,10 @@ void operator delete[](void *p, std::size_t) noexcept { std::free(p); }
 
 namespace {
 
-bool failed_allocations_change_nothing() {
+bool failed_allocations_change_nothing(int hot_keep) {
   CacheConfig config = small_config(16, 64, 8, 8);
   config.n_seq_max = 4;
+  config.hot_keep = hot_keep;
   const std::vector<Token> old_tokens = make_tokens(0, 20);
   std::vector<std::int64_t> pos;
   std::vector<std::int64_t> begin{0};
@@ -88,7 +89,7 @@ bool failed_allocations_change_nothing() {
       if (failed) {
         ++num_failures;
         REQUIRE(!cache.has_slot());
-        REQUIRE(same(look(cache), before, true));
+        REQUIRE(same(look(cache), before, true)); // bytes of journal and scratch too
       }
     }
     if (cache.has_slot()) { // commit and restore need no memory at all
@@ -106,10 +107,14 @@ bool failed_allocations_change_nothing() {
   return true;
 }
 
-bool decode_allocates_nothing() {
+/// With a threshold of 1 it is find_slot that moves tokens, and only then.
+bool decode_allocates_nothing(double threshold, int hot_keep, bool rotate) {
   CacheConfig config = small_config(64, 256, 32, 16);
   config.num_layers = 2;
   config.n_seq_max = 2;
+  config.threshold = threshold;
+  config.hot_keep = hot_keep;
+  config.rotate = rotate;
   MixedCache cache(config);
   set_num_threads(1); // waking workers is not this test's business
   std::vector<float> k(idx(2 * 2 * config.head_dim), 0.5f);
@@ -130,12 +135,17 @@ bool decode_allocates_nothing() {
   const std::int64_t begin[] = {0, 1, 2};
   const std::int64_t ids[] = {0, 1};
   std::int64_t after_first = 0;
-  const auto books = cache.stats().books_bytes;
+  std::int64_t num_moved = 0;
+  const auto journal = cache.stats().journal_bytes;
+  std::int64_t books = cache.stats().books_bytes;
   for (std::int64_t step = 0; step < 150; ++step) {
     const std::int64_t pos[] = {step, step};
-    if (!cache.find_slot(pos, {begin, ids}, 2)) {
+    const std::optional<Slot> slot = cache.find_slot(pos, {begin, ids}, 2);
+    if (!slot) {
       return false;
     }
+    num_moved += slot->num_moved;
+    REQUIRE(cache.stats().journal_bytes == journal);
     for (int layer = 0; layer < 2; ++layer) {
       cache.store(layer, k_rows, v_rows);
       cache.attend(layer, queries, 4, {}, out);
@@ -145,14 +155,17 @@ bool decode_allocates_nothing() {
       REQUIRE(cache.find_slot(pos, {begin, ids}, 2).has_value());
     }
     cache.commit();
-    if (step == 140) { // attention's own workspace has its size by now
+    if (step == 140) { // the workspaces of attention and of rotating have their sizes by now
       after_first = num_allocations;
+      books = rotate ? cache.stats().books_bytes : books;
     }
   }
   const bool none = num_allocations == after_first;
   set_num_threads(2);
   REQUIRE(none);
   REQUIRE(cache.stats().books_bytes == books);
+  REQUIRE((num_moved > 0) == (threshold == 1.0));
+  REQUIRE(cache.stats().cold_tokens > 0);
   return true;
 }
 
@@ -160,7 +173,19 @@ bool decode_allocates_nothing() {
 
 int main() {
   set_num_threads(2);
-  testing::report("cache_failed_allocations_change_nothing", failed_allocations_change_nothing());
-  testing::report("cache_decode_allocates_nothing", decode_allocates_nothing());
+  for (const int hot_keep : {0, 2}) {
+    testing::report("cache_failed_allocations_change_nothing hot_keep=" + std::to_string(hot_keep),
+                    failed_allocations_change_nothing(hot_keep));
+  }
+  for (const double threshold : {0.8, 1.0}) {
+    for (const int hot_keep : {0, 10}) {
+      for (const bool rotate : {false, true}) {
+        testing::report("cache_decode_allocates_nothing threshold=" + std::to_string(threshold) +
+                            " hot_keep=" + std::to_string(hot_keep) +
+                            " rotate=" + std::to_string(rotate),
+                        decode_allocates_nothing(threshold, hot_keep, rotate));
+      }
+    }
+  }
   return testing::summary();
 }

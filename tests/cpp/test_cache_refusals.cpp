@@ -72,6 +72,15 @@ bool wrong_configs() {
         c.n_seq_max = 3;
       },
       "= 12, got 4"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_keep = -1; }, "hot_keep"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_keep = 12; }, "hot_keep must stay, times n_seq_max"));
+  REQUIRE(refused(
+      [](CacheConfig &c) {
+        c.sink_tokens = 2;
+        c.hot_keep = 4;
+        c.n_seq_max = 2;
+      },
+      "beside sink_tokens (2) and times n_seq_max (2), below"));
   REQUIRE(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
   REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {1, 1}; }, "layer_filter"));
   REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {0}; }, "layer_filter"));
@@ -86,7 +95,10 @@ bool wrong_configs() {
   CacheConfig config = small_config(16, 64, 8, 8);
   config.sink_tokens = 11;
   MixedCache just_below(config);
-  config.sink_tokens = 100;
+  config.hot_keep = 11;
+  config.sink_tokens = 0;
+  MixedCache newest_just_below(config);
+  config.sink_tokens = config.hot_keep = 100;
   config.quantize = false; // pins mean nothing then, nor does the cold type
   config.head_dim = 3;
   config.cold_size = -5;

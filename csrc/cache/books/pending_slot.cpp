@@ -15,7 +15,7 @@ PendingSlot::PendingSlot(std::int64_t num_tokens_reserved, int num_layers)
 }
 
 void PendingSlot::plan(const std::int64_t *token_pos, const TokenOwners &owners, std::int64_t n,
-                       std::int64_t num_cold_tokens, int sink_tokens) {
+                       std::int64_t num_cold_tokens, const std::uint8_t *pinned) {
   const std::size_t count = static_cast<std::size_t>(n);
   pos.resize(count);
   seq.resize(count);
@@ -37,7 +37,7 @@ void PendingSlot::plan(const std::int64_t *token_pos, const TokenOwners &owners,
   if (num_cold_tokens > 0) {
     cold_tokens.reserve(static_cast<std::size_t>(num_cold_tokens));
     for (std::size_t i = 0; num_cold() < num_cold_tokens; ++i) {
-      if (pos[by_age[i]] >= sink_tokens) {
+      if (pinned[by_age[i]] == 0) {
         cold_tokens.push_back(by_age[i]);
         is_cold[by_age[i]] = 1;
       }

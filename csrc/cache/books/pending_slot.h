@@ -16,10 +16,10 @@ struct PendingSlot {
   PendingSlot(std::int64_t num_tokens_reserved, int num_layers);
 
   /// Takes the tokens over and plans: their order of age, and that num_cold_tokens of them, the
-  /// oldest whose positions are not pinned (below sink_tokens), are bound for cold. Throws
-  /// std::bad_alloc; there is no slot then. The tokens were checked.
+  /// oldest that are not pinned (pinned [n]: 0 where not; of no use where none is bound for cold),
+  /// are bound for cold. Throws std::bad_alloc; there is no slot then. The tokens were checked.
   void plan(const std::int64_t *token_pos, const TokenOwners &owners, std::int64_t n,
-            std::int64_t num_cold_tokens, int sink_tokens);
+            std::int64_t num_cold_tokens, const std::uint8_t *pinned);
   /// For the rows of what plan bound for cold. Throws std::bad_alloc.
   void allocate_scratch(const RowShape &hot);
   /// Gives back what a long ubatch needed.

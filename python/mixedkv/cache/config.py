@@ -59,6 +59,9 @@ class CacheConfig:
     oldest first, until that is so no longer. `layer_filter` may also be a callable on a layer's
     index; it is asked once, and the indices that it lets through are kept.
 
+    `sink_tokens` and `hot_keep` hold for every sequence at every step, prompts longer than hot
+    included; (sink_tokens + hot_keep) * n_seq_max must be below the level at which tokens move.
+
     `rotate`: a normalised Walsh-Hadamard transform of every row of K and V (and of queries, and
     back on what attention gives) spreads the few large values that models' keys have over all of
     head_dim, so that blocks with a scale of their own lose less. It is done by blocks of the
@@ -67,8 +70,8 @@ class CacheConfig:
     loses. Off: the tiers hold the rows' own bytes, as ggml quantises them.
 
     An option that is wrong by itself is refused here, one that does not go with the others when a
-    cache is made of it: ValueError and TypeError name the option and its value. `hot_keep` and
-    `rope` are not there yet: anything but their defaults raises NotImplementedError.
+    cache is made of it: ValueError and TypeError name the option and its value. `rope` is not
+    there yet: anything but its default raises NotImplementedError.
     """
 
     num_layers: Annotated[Count, "Layers of the model."]
@@ -86,7 +89,7 @@ class CacheConfig:
     cold_k_type: Annotated[Type, "Type of cold keys."] = "q4_0"
     cold_v_type: Annotated[Type, "Type of cold values."] = "q4_0"
     sink_tokens: Annotated[Int, "First positions of each sequence, which stay hot."] = 0
-    hot_keep: Annotated[int, later, "Newest positions of each sequence, which stay hot."] = 0
+    hot_keep: Annotated[Int, "Newest positions of each sequence, which stay hot."] = 0
     rotate: Annotated[Switch, "Hold rows rotated (Hadamard), so that they quantise better."] = False
     window_left: Annotated[Window, "attend's default window; -1: none."] = -1
     rope: Annotated[None, later, "RoPE parameters, to shift stored keys by."] = None

@@ -22,7 +22,7 @@ class MixedKVCache(KVCache):
     ------
     ValueError
         Naming the option and its value; also where the pins of all sequences
-        (sink_tokens * n_seq_max) reach the trigger's level.
+        ((sink_tokens + hot_keep) * n_seq_max) reach the trigger's level.
     """
 
     @overload
