@@ -75,7 +75,7 @@ def test_retrieval(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["-c", "huge"], "no option 'huge'"),
+        (["-c", "huge"], "preset must be one of near_lossless, balanced, small, tiny, got 'huge'"),
         (["-c", "a: hot_size=33"], "configuration 'a': hot_size"),
         ([*CONFIGURATIONS, "--context", "2000"], "context must be at most the 1024 positions"),
         ([*CONFIGURATIONS, "--plot", "loss.txt"], "--plot: the file must end in"),

@@ -94,13 +94,23 @@ def test_configurations() -> None:
         "hot_size": 64,
     }
     assert configurations.parse("hot_size=64").name == "hot_size=64"
+    preset = configurations.parse("tiny hot_keep=32")
+    assert preset.options["hot_keep"] == 32
+    assert preset.options["cold_k_type"] == "nl3"
+    assert [each.name for each in configurations.parse_all([])] == [
+        "near_lossless",
+        "balanced",
+        "small",
+        "tiny",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "has options, got ''"),
-        ("name:", "has options"),
+        ("", "has a preset or options, got ''"),
+        ("name:", "has a preset or options"),
+        ("huge", r"preset must be one of near_lossless, .*, got 'huge'"),
         ("hot=3", "no option 'hot'"),
         ("head_dim=3", "no option 'head_dim'"),
         ("hot_size=many", "hot_size must be a whole number, got 'many'"),

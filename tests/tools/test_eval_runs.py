@@ -9,6 +9,7 @@ pytest.importorskip("transformers", minversion="5.20")
 pytest.importorskip("platformdirs")
 
 import small  # noqa: E402
+from mixedkv.cache import presets  # noqa: E402
 from mixedkv.tools.eval import configurations, runs, simulate  # noqa: E402
 from small import one_thread  # noqa: E402, F401
 
@@ -28,6 +29,7 @@ CACHES: dict[str, dict[str, Any]] = {
         "cold_k_type": "iq4_nl",
         "cold_v_type": "iq4_nl",
     },
+    "a preset's": {**presets.options("balanced"), "hot_size": 96, "hot_keep": 24},
     "little room in cold": {"hot_size": 128, "cold_size": 96},
     "f16": {"hot_size": 256, "quantize": False},
 }

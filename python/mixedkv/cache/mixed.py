@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+from . import presets
 from .config import OPTIONS, CacheConfig, refuse_unknown, shows, takes
 from .verbs import KVCache
 
@@ -40,6 +41,28 @@ class MixedKVCache(KVCache):
         elif not isinstance(config, CacheConfig):
             raise TypeError(f"config must be a CacheConfig, got {type(config).__name__}")
         super().__init__(config)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> MixedKVCache:
+        """Return a cache made of a preset: "near_lossless", "balanced", "small" or "tiny".
+
+        Parameters
+        ----------
+        name
+            The four differ in how much of the memory they save, and what that costs: see
+            docs/fidelity.md.
+        options
+            Those of :class:`CacheConfig`: the geometry and cold_size, which no preset knows, and
+            any that are to differ from the preset's. The sizes of a preset are for one sequence
+            and are multiplied by n_seq_max; sizes given here are taken as they are.
+
+        Raises
+        ------
+        ValueError
+            There is no such preset, or an option is wrong.
+        """
+        refuse_unknown(options, "MixedKVCache", OPTIONS)
+        return cls(presets.config(name, **options))
 
     def __repr__(self) -> str:
         config, stats = self.config, self.stats()

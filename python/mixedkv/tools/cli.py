@@ -39,12 +39,9 @@ from .eval.command import evaluate
 from .options import (
     AsJson,
     CacheDir,
-    GroupSize,
-    HotSize,
     PromptFile,
     Sample,
     Seed,
-    Sinks,
     Threads,
 )
 from .progress import Bars
@@ -147,12 +144,28 @@ def demo(
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens that each run generates.")
     ] = 256,
-    hot_size: HotSize = 256,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="near_lossless, balanced, small or tiny: options of the mixed cache, which those "
+            "given beside change."
+        ),
+    ] = None,
+    hot_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of its hot tier. Default: the preset's, or 256."),
+    ] = None,
     cold_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the cold tier. Default: what is needed.")
     ] = None,
-    group_size: GroupSize = 256,
-    sinks: Sinks = 4,
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens moved at once. Default: the preset's, or 256."),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First tokens, which stay hot. Default: the preset's, or 4."),
+    ] = None,
     sample: Sample = False,
     seed: Seed = 0,
     threads: Threads = None,
@@ -180,6 +193,7 @@ def demo(
         prompt_file=prompt_file,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
+        preset=preset,
         hot_size=hot_size,
         cold_size=cold_size,
         group_size=group_size,
@@ -195,7 +209,7 @@ def demo(
         plots.plot_occupancy(
             result.mixed.history,
             plot,
-            hot_size=hot_size,
+            hot_size=settings.chosen["hot_size"],
             trigger=settings.level,
             title="Occupancy of the mixed cache",
             subtitle=f"{printable(result.title, 60)}: a prompt of {result.prompt_tokens:,} tokens, "

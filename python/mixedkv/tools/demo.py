@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
+from mixedkv.cache import presets
 
 from . import evaluate, memory, models, texts
 from .memory import padded
@@ -44,44 +45,57 @@ MAX_MEMORY = 0.40
 costs: from 12 hot tiers' length on."""
 
 
-_THRESHOLD = 0.8
+_WITHOUT_PRESET: dict[str, Any] = {
+    "hot_size": 256,
+    "group_size": 256,
+    "sink_tokens": 4,
+    "threshold": 0.8,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. Sizes are in tokens; None leaves the choice to the demo."""
+    """What to run. Sizes are in tokens; None leaves the choice to the preset, or to the demo."""
 
     model: str | None = None
     prompt_file: Path | None = None
     prompt_tokens: int = 4000
     max_new_tokens: int = 256
-    hot_size: int = 256
+    preset: str | None = None
+    hot_size: int | None = None
     cold_size: int | None = None
-    group_size: int = 256
-    sinks: int = 4
+    group_size: int | None = None
+    sinks: int | None = None
     seed: int = 0
     sample: bool = False
     cache_dir: Path | None = None
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """Options of the mixed cache, but for its cold tier's size."""
+        given = {
+            "hot_size": self.hot_size,
+            "group_size": self.group_size,
+            "sink_tokens": self.sinks,
+        }
+        chosen = _WITHOUT_PRESET if self.preset is None else presets.options(self.preset)
+        return {**chosen, **{name: value for name, value in given.items() if value is not None}}
+
+    @property
     def level(self) -> int:
         """Hot tokens of the mixed cache above which tokens move."""
-        return math.floor(_THRESHOLD * self.hot_size)
+        level: int = math.floor(self.chosen["threshold"] * self.chosen["hot_size"])
+        return level
 
     def mixed(self, total: int = 0) -> dict[str, Any]:
         """Give the options of a mixed cache for so many tokens.
 
         Where no size of the cold tier is asked for, the hot one ends filled to its level.
         """
-        n_pad = math.gcd(32, self.hot_size)
-        return {
-            "hot_size": self.hot_size,
-            "cold_size": self.cold_size or max(padded(total - self.level, n_pad), n_pad),
-            "group_size": self.group_size,
-            "sink_tokens": self.sinks,
-            "n_pad": n_pad,
-            "threshold": _THRESHOLD,
-        }
+        chosen = self.chosen
+        n_pad = math.gcd(32, chosen["hot_size"])
+        cold_size = self.cold_size or max(padded(total - self.level, n_pad), n_pad)
+        return {**chosen, "cold_size": cold_size, "n_pad": n_pad}
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ class Result:
             Check(f"same top token >= {MIN_TOP1:.0%}", f"{found.top1:.1%}", found.top1 >= MIN_TOP1),
             Check(f"memory <= {MAX_MEMORY:.0%}", f"{share:.1%}", share <= MAX_MEMORY),
         ]
-        return checks if held >= 12 * self.settings.hot_size else checks[:-1]
+        return checks if held >= 12 * self.settings.chosen["hot_size"] else checks[:-1]
 
     @property
     def passed(self) -> bool:
@@ -207,8 +221,8 @@ def check_settings(settings: Settings) -> None:
     memory.
     """
     options = settings.mixed()
-    memory.check_cache(None, settings.hot_size, options["cold_size"])
-    mkv.MixedKVCache(num_layers=1, num_kv_heads=1, head_dim=32, **options)
+    memory.check_cache(None, options["hot_size"], options["cold_size"])
+    mkv.MixedKVCache(num_layers=1, num_kv_heads=1, head_dim=64, **options)
 
 
 def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
@@ -264,7 +278,7 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             f"{positions} positions of {loaded.title}"
         )
     mixed_options = settings.mixed(total)
-    hot_size, cold_size = settings.hot_size, mixed_options["cold_size"]
+    hot_size, cold_size = mixed_options["hot_size"], mixed_options["cold_size"]
     if hot_size + cold_size < total:
         raise ValueError(
             f"cold_size must be at least {total - hot_size}, for {total} tokens beside {hot_size} "
@@ -290,7 +304,13 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
     )
     return Result(
         title=loaded.title,
-        settings=dataclasses.replace(settings, cold_size=mixed_options["cold_size"]),
+        settings=dataclasses.replace(
+            settings,
+            hot_size=hot_size,
+            cold_size=cold_size,
+            group_size=mixed_options["group_size"],
+            sinks=mixed_options["sink_tokens"],
+        ),
         prompt_tokens=prompt.shape[1],
         new_tokens=new,
         f16_token_bytes=f16.stats.hot_bytes // f16.stats.hot_size,

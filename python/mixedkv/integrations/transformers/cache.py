@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache
 
 import mixedkv as mkv
 from mixedkv._options import ComputeType
+from mixedkv.cache import presets
 from mixedkv.cache.config import shows
 
 from .attending import LayerAttention
@@ -58,6 +59,8 @@ class MixedCache(Cache):
     ----------
     config
         The model's config (``model.config``).
+    preset
+        "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row.
     options
         Those of `mixedkv.CacheConfig` that the model and its batch don't say: not the geometry
         (num_layers, num_kv_heads, head_dim, head_dim_v, layer_filter), n_seq_max, window_left and
@@ -100,12 +103,15 @@ class MixedCache(Cache):
         self,
         config: Any,
         *,
+        preset: str | None = None,
         max_batch_size: int | None = None,
         threads: int | None = None,
         compute_type: ComputeType = "f32",
         record_history: bool = False,
         **options: Any,
     ) -> None:
+        if preset is not None:
+            options = {**presets.options(preset), **options}
         self._batch = Batch(max_batch_size)
         # The real cache is made when the batch is known; a wrong option should be told now.
         self._row_config = read_options(options)

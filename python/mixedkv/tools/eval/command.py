@@ -15,14 +15,15 @@ from ..progress import Bars
 
 def evaluate(
     config: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "-c",
             "--config",
-            help="A cache to try: 'name: cold_k_type=iq4_nl sink_tokens=4 ...', with options of "
-            "CacheConfig. May be repeated.",
+            help="A cache to try: a preset (near_lossless, balanced, small, tiny), or 'name: "
+            "cold_k_type=iq4_nl sink_tokens=4 ...' with options of CacheConfig, after a preset's "
+            "where one is named among them. May be repeated. Default: all presets.",
         ),
-    ],
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +89,7 @@ def evaluate(
     quiet_transformers()
     set_threads(threads)
     settings = Settings(
-        configurations=configurations.parse_all(config),
+        configurations=configurations.parse_all(config or ()),
         model=model,
         text=text,
         tokens=tokens,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mixedkv as mkv
+from mixedkv.cache import presets
 
 from ..memory import padded
 
@@ -35,7 +36,7 @@ class Configuration:
     name
         What to call it.
     options
-        Of `mixedkv.integrations.transformers.MixedCache`.
+        Of `mixedkv.integrations.transformers.MixedCache`, those of a preset included.
     """
 
     name: str
@@ -43,9 +44,10 @@ class Configuration:
 
 
 def parse(text: str) -> Configuration:
-    """Read ``option=value ...`` or ``name: option=value ...``.
+    """Read ``preset``, ``option=value ...`` or ``name: preset option=value ...``.
 
-    Options are parted by spaces or commas. Where no name is given, the text itself is the name.
+    A word without = is the name of a preset, whose options come first; lists of options may be
+    parted by spaces or commas. Where no name is given, the text itself is the name.
 
     Raises
     ------
@@ -55,17 +57,21 @@ def parse(text: str) -> Configuration:
     name, colon, rest = text.partition(":")
     words = re.split(r"[\s,]+", (rest if colon else text).strip())
     options: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for word in filter(None, words):
-        option, _, value = word.partition("=")
-        options[option] = _value(option, value)
-    if not options:
-        raise ValueError(f"a configuration has options, got {text!r}")
-    return Configuration(" ".join((name if colon else text).split()), options)
+        option, equals, value = word.partition("=")
+        if not equals:
+            options.update(presets.options(word))
+        else:
+            given[option] = _value(option, value)
+    if not options and not given:
+        raise ValueError(f"a configuration has a preset or options, got {text!r}")
+    return Configuration(" ".join((name if colon else text).split()), {**options, **given})
 
 
 def parse_all(texts: Sequence[str]) -> list[Configuration]:
-    """Read several; their names must differ."""
-    found = [parse(text) for text in texts]
+    """Read several; their names must differ. None given: every preset."""
+    found = [parse(text) for text in texts or presets.NAMES]
     names = [configuration.name for configuration in found]
     for name in names:
         if names.count(name) > 1:

@@ -1,0 +1,97 @@
+"""Presets: whole configurations by name, for one sequence or several, and changed by options."""
+
+import math
+
+import mixedkv as mkv
+import numpy as np
+import pytest
+from mixedkv.cache import presets
+
+GEOMETRY = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 64}
+BITS = {"near_lossless": 8.5, "balanced": 4.5, "small": 4.25, "tiny": 3.5}
+"""Of a value without its share of a center: 16 bits a dim for 128 keys, and none for values."""
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_preset(name: str) -> None:
+    cache = mkv.MixedKVCache.preset(name, **GEOMETRY, cold_size=4096)
+    config = cache.config
+    assert (config.rotate, config.center_keys, config.sink_tokens, config.hot_keep) == (
+        True,
+        True,
+        4,
+        128,
+    )
+    assert config == presets.config(name, **GEOMETRY, cold_size=4096)
+    values = 2 * 3 * 2 * 64  # layers, kv heads, K and V, head_dim
+    bits = 8 * cache.stats().cold_bytes / (4096 * values)
+    assert BITS[name] + 0.06 < bits < BITS[name] + 0.07
+
+
+def test_presets_go_from_large_to_small() -> None:
+    assert presets.NAMES == ("near_lossless", "balanced", "small", "tiny")
+    sizes = [
+        mkv.MixedKVCache.preset(name, **GEOMETRY, cold_size=4096).stats().total_bytes
+        for name in presets.NAMES
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_balanced_holds_ggml_bytes() -> None:
+    config = presets.config("balanced", **GEOMETRY)
+    assert {config.cold_k_type, config.cold_v_type} <= {"q4_0", "iq4_nl"}
+
+
+def test_balanced_takes_little_at_4000_tokens() -> None:
+    """All bytes, of a model like SmolLM2-135M, against the same tokens in f16."""
+    shape = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+    options = presets.options("balanced")
+    level = math.floor(options["threshold"] * options["hot_size"])  # what hot may end with
+    cold_size = -(-(4000 - level) // 32) * 32
+    stats = mkv.MixedKVCache.preset("balanced", **shape, cold_size=cold_size).stats()
+    assert stats.total_bytes <= 0.38 * 4000 * 30 * 3 * 2 * 64 * 2
+
+
+def test_options_change_a_preset() -> None:
+    cache = mkv.MixedKVCache.preset(
+        "small", **GEOMETRY, cold_size=512, hot_size=512, hot_keep=64, cold_v_type="q8_0"
+    )
+    assert (cache.config.hot_size, cache.config.hot_keep) == (512, 64)
+    assert (cache.config.cold_k_type, cache.config.cold_v_type) == ("nl4", "q8_0")
+
+
+def test_sizes_are_for_each_sequence() -> None:
+    one = presets.config("balanced", **GEOMETRY)
+    three = presets.config("balanced", **GEOMETRY, n_seq_max=3)
+    assert three.hot_size == 3 * one.hot_size
+    assert three.group_size == 3 * one.group_size
+    assert presets.config("balanced", **GEOMETRY, n_seq_max=3, hot_size=640).hot_size == 640
+    mkv.MixedKVCache(three)  # pins of all sequences have room
+
+
+def test_a_preset_decodes() -> None:
+    """The newest 128 positions and the first four stay hot, at every step."""
+    random = np.random.default_rng(0)
+    cache = mkv.MixedKVCache.preset(
+        "balanced", num_layers=1, num_kv_heads=1, head_dim=64, cold_size=512
+    )
+    for position in range(500):
+        assert cache.find_slot(pos=[position], seq_id=[0]) is not None
+        rows = random.standard_normal((2, 1, 1, 64)).astype(np.float32)
+        cache.store(0, rows[0], rows[1])
+        cache.commit()
+        if position % 37 == 0:
+            hot, cold = cache.export_rows(0, 0)
+            held = set(hot.positions.tolist())
+            assert held >= set(range(min(4, position + 1)))
+            assert held >= set(range(max(0, position - 127), position + 1))
+            assert not held & set(cold.positions.tolist())
+    assert cache.stats().cold_tokens > 250
+
+
+def test_wrong_presets() -> None:
+    words = "preset must be one of near_lossless, balanced, small, tiny, got 'huge'"
+    with pytest.raises(ValueError, match=words):
+        mkv.MixedKVCache.preset("huge", **GEOMETRY)
+    with pytest.raises(TypeError, match="MixedKVCache has no option 'hot'"):
+        mkv.MixedKVCache.preset("tiny", hot=3, **GEOMETRY)
