@@ -83,8 +83,8 @@ struct TileKernels {
   /// its scores not finite.
   void (*qk)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
              float *scores, std::size_t ld_scores) noexcept;
-  /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0, and 0 for tokens that a row
-  /// does not see, whose values never show. For each token that a row sees, |error| is at
+  /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0 (not -0), and 0 for tokens that
+  /// a row does not see, whose values never show. For each token that a row sees, |error| is at
   /// most 1.3e-4 of the largest |p * d| that it sees in a run of 16 tiles, and all of them together
   /// at most 8e-4 of the run's |p * d|, added up but for the largest, or 1e-4 of all of them (each
   /// times the largest code); products below 1e-30 may count as nothing.

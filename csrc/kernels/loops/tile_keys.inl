@@ -59,7 +59,8 @@ MIXEDKV_INLINE void prefetch_tile(const Rows &tiles, int n, int t, ptrdiff_t off
 /// score's error is that of its weight, relative.
 constexpr float kErrorLimit = 5e-4f;
 
-/// A row: num_blocks * kPreparedBlock words, then the query as it was.
+/// A row: num_blocks * kPreparedBlock words, then the query as it was, then the largest d that may
+/// stand beside all of its blocks with no error above the limit, as the bits of an f16.
 MIXEDKV_INLINE size_t prepared_row(int head_dim) {
   return tile_query_floats(static_cast<size_t>(head_dim));
 }
@@ -106,14 +107,43 @@ template <typename K> MIXEDKV_INLINE void prepare_block(const float *x, i32 *out
   memcpy(out + kNumberWords + 2, &square, sizeof square);
 }
 
+MIXEDKV_INLINE float square_error(const i32 *block) {
+  float square;
+  memcpy(&square, block + kNumberWords + 2, sizeof square);
+  return square;
+}
+
+/// The bits of the largest f16 that is not above x >= 0, finite.
+MIXEDKV_INLINE i32 half_below(float x) {
+  constexpr float kLargest = 65504.0f, kSmallestNormal = 6.103515625e-5f;
+  if (!(x < kLargest))
+    return 0x7bff;
+  if (x < kSmallestNormal)
+    return static_cast<i32>(x * 16777216.0f); // units of 2^-24
+  i32 bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits >> 13) - ((127 - 15) << 10);
+}
+
+/// Where all d of a token are not above this its score's error is not above the limit.
+MIXEDKV_INLINE i32 largest_scale(const i32 *row, int num_blocks) {
+  float sum = 0.0f;
+  for (int b = 0; b < num_blocks; ++b)
+    sum += square_error(row + b * kPreparedBlock);
+  return half_below(sqrtf(1.0f / (sum * 1.001f + 1e-30f))); // whatever was rounded
+}
+
 template <typename K>
 void prepare_tile_query(const float *q, size_t ld_q, int num_rows, int head_dim,
                         float *prepared) noexcept {
   for (int r = 0; r < num_rows; ++r) {
     i32 *out = reinterpret_cast<i32 *>(prepared + static_cast<size_t>(r) * prepared_row(head_dim));
-    for (int b = 0; b < head_dim / kTileBlock; ++b, out += kPreparedBlock)
-      prepare_block<K>(q + at(r, ld_q, b * kTileBlock), out);
-    memcpy(out, q + at(r, ld_q, 0), static_cast<size_t>(head_dim) * sizeof(float));
+    const int num_blocks = head_dim / kTileBlock;
+    for (int b = 0; b < num_blocks; ++b)
+      prepare_block<K>(q + at(r, ld_q, b * kTileBlock), out + b * kPreparedBlock);
+    i32 *rest = out + num_blocks * kPreparedBlock;
+    memcpy(rest, q + at(r, ld_q, 0), static_cast<size_t>(head_dim) * sizeof(float));
+    rest[head_dim] = largest_scale(out, num_blocks);
   }
 }
 
@@ -140,12 +170,6 @@ template <typename K> struct QueryRest {
   }
 };
 
-MIXEDKV_INLINE float square_error(const i32 *block) {
-  float square;
-  memcpy(&square, block + kNumberWords + 2, sizeof square);
-  return square;
-}
-
 // --- qk ----------------------------------------------------------------------------------------
 
 /// V vectors of tokens; vector v's words are at words[v], kTileTokens apart, its scales at
@@ -156,26 +180,22 @@ template <int V> struct TokenVectors {
   float *scores[V];
 };
 
-/// What no row of a group's square error is above where all d are 1: of blocks, added up.
-MIXEDKV_INLINE float largest_error(const i32 *q, size_t ld_q, int num_rows, int num_blocks) {
-  float largest = 0.0f;
-  for (int r = 0; r < num_rows; ++r, q += ld_q) {
-    float sum = 0.0f;
-    for (int b = 0; b < num_blocks; ++b)
-      sum += square_error(q + b * kPreparedBlock);
-    largest = sum > largest ? sum : largest;
+/// The least of what largest_scale gave for a group's rows.
+MIXEDKV_INLINE i32 scale_limit(const i32 *q, size_t ld_q, int num_rows, int num_blocks) {
+  const i32 *limit = q + num_blocks * (kPreparedBlock + kTileBlock);
+  i32 least = limit[0];
+  for (int r = 1; r < num_rows; ++r) {
+    limit += ld_q;
+    least = *limit < least ? *limit : least;
   }
-  return largest * 1.001f; // whatever was rounded
+  return least;
 }
 
-/// Scores of R rows, and whether any error may be above the limit: with the largest d of a token's
-/// blocks for all of them, which takes integer units that products leave free.
+/// Scores of R rows. `largest` becomes the largest |d| there, if it was less: whether errors may be
+/// above the limit follows from it, for all tokens at once, in units that products leave free.
 template <typename K, int R, int V>
-MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
-                                const TokenVectors<V> &tokens, int num_blocks, size_t ld_scores) {
-  f32v largest[V];
-  for (int v = 0; v < V; ++v)
-    largest[v] = zero();
+MIXEDKV_INLINE void tile_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens,
+                                int num_blocks, size_t ld_scores, h16v &largest) {
   f32v sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
@@ -192,7 +212,7 @@ MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
       K::Products::arrange(x);
       K::open(x, codes[v]);
       d[v] = load(tokens.scales[v] + b / kScaleBlocks<K> * kTileTokens);
-      largest[v] = max_bits(abs_of(d[v]), largest[v]);
+      largest = max_magnitude_bits(largest, tokens.scales[v] + b / kScaleBlocks<K> * kTileTokens);
     }
     for (int r = 0; r < R; ++r) {
       const i32 *row = q + static_cast<size_t>(r) * ld_q + b * kPreparedBlock;
@@ -208,10 +228,6 @@ MIXEDKV_INLINE bool tile_scores(const i32 *q, size_t ld_q, float error,
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       store(tokens.scores[v] + at(r, ld_scores, 0), sum[r][v]);
-  bool above = false;
-  for (int v = 0; v < V; ++v)
-    above |= any_below(set1(1.0f), mul(mul(largest[v], largest[v]), set1(error)));
-  return above;
 }
 
 /// Whether the errors of one row's scores may be above the limit, token by token: where square[v]
@@ -233,9 +249,8 @@ MIXEDKV_INLINE bool row_errors(const i32 *row, const TokenVectors<V> &tokens, in
 
 /// Adds what rounding left of the queries to the scores whose errors may be above the limit.
 template <typename K, int R, int V>
-MIXEDKV_RARE void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens,
-                                int num_blocks, QueryRest<K> (&rests)[R],
-                                size_t ld_scores) noexcept {
+void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V> &tokens, int num_blocks,
+                   QueryRest<K> (&rests)[R], size_t ld_scores) noexcept {
   for (int r = 0; r < R; ++r, q += ld_q) {
     f32v square[V], sum[V];
     if (!row_errors<K>(q, tokens, num_blocks, square))
@@ -253,13 +268,41 @@ MIXEDKV_RARE void refine_scores(const i32 *q, size_t ld_q, const TokenVectors<V>
         part.scales[v] += b / kScaleBlocks<K> * kTileTokens;
         part.scores[v] = scores[v];
       }
-      tile_scores<K, 1>(rests[r].words, 0, 0.0f, part, count, 0);
+      h16v unused = zero_half_bits();
+      tile_scores<K, 1>(rests[r].words, 0, part, count, 0, unused);
       for (int v = 0; v < V; ++v)
         sum[v] = select_below(set1(1.0f), square[v], add(sum[v], load(scores[v])), sum[v]);
     }
     for (int v = 0; v < V; ++v)
       store(tokens.scores[v] + at(r, ld_scores, 0), sum[v]);
   }
+}
+
+/// V vectors of tokens from vector x on; a short last step has its last vector twice.
+template <typename K, int V>
+MIXEDKV_INLINE TokenVectors<V> token_vectors(const Rows &tiles, int x, int num_vectors,
+                                             int num_blocks, float *scores) {
+  TokenVectors<V> tokens;
+  for (int v = 0; v < V; ++v) {
+    const int vector = x + v < num_vectors ? x + v : num_vectors - 1;
+    const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
+    const int token = vector % kTileVectors * kLanes;
+    tokens.words[v] = tile + token * 4;
+    tokens.scales[v] = scale_at<K>(tile, num_blocks, 0, token);
+    tokens.scores[v] = scores + vector * kLanes;
+  }
+  return tokens;
+}
+
+template <typename K, int R>
+MIXEDKV_RARE void refine_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles,
+                                    int num_blocks, float *scores, size_t ld_scores) noexcept {
+  constexpr int V = kPackedVectors;
+  const int n = num_tiles * kTileVectors;
+  QueryRest<K> rests[R];
+  for (int x = 0; x < n; x += V)
+    refine_scores<K, R>(q, ld_q, token_vectors<K, V>(tiles, x, n, num_blocks, scores), num_blocks,
+                        rests, ld_scores);
 }
 
 template <typename K, int R>
@@ -269,27 +312,16 @@ void qk_tiles_rows(const i32 *q, size_t ld_q, const Rows &tiles, int num_tiles, 
   const ptrdiff_t tile_bytes =
       num_blocks * (kTileTokens * K::kCodeBytes + kTileScaleBytes / kScaleBlocks<K>);
   const int n = num_tiles * kTileVectors;
-  const float error = largest_error(q, ld_q, R, num_blocks);
-  QueryRest<K> rests[R];
+  h16v largest = zero_half_bits();
   for (int x = 0; x < n; x += V) {
-    const int count = n - x < V ? n - x : V;
-    TokenVectors<V> tokens;
-    for (int v = 0; v < V; ++v) { // a short last step computes its last vector twice
-      const int vector = x + (v < count ? v : count - 1);
-      const uint8_t *tile = tile_at(tiles, vector / kTileVectors);
-      const int token = vector % kTileVectors * kLanes;
-      tokens.words[v] = tile + token * 4;
-      tokens.scales[v] = scale_at<K>(tile, num_blocks, 0, token);
-      tokens.scores[v] = scores + vector * kLanes;
-      if (token == 0)
-        prefetch_tile(tiles, num_tiles, vector / kTileVectors + kTilesAsked, 0, tile_bytes);
-    }
-    if (tile_scores<K, R>(q, ld_q, error, tokens, num_blocks, ld_scores)) {
-      const TokenVectors<V> same =
-          tokens; // whose address may be known, so that registers hold those
-      refine_scores<K, R>(q, ld_q, same, num_blocks, rests, ld_scores);
-    }
+    for (int v = x; v < x + V && v < n; ++v)
+      if (v % kTileVectors == 0)
+        prefetch_tile(tiles, num_tiles, v / kTileVectors + kTilesAsked, 0, tile_bytes);
+    tile_scores<K, R>(q, ld_q, token_vectors<K, V>(tiles, x, n, num_blocks, scores), num_blocks,
+                      ld_scores, largest);
   }
+  if (any_bits_above(largest, scale_limit(q, ld_q, R, num_blocks)))
+    refine_tiles_rows<K, R>(q, ld_q, tiles, num_tiles, num_blocks, scores, ld_scores);
 }
 
 template <typename K>

@@ -61,8 +61,7 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
             load(d + block / kScaleBlocks<V> * kTileTokens + token));
     }
   }
-  const auto products = [&](int t, int block, f32v(&x)[R]) {
-    const f32v d = load(scales[block] + t);
+  const auto products = [&](int t, f32v d, f32v(&x)[R]) {
     for (int r = 0; r < R; ++r) {
       const f32v weight = load(p + at(r, ld_p, t));
       x[r] = mul(weight, d);
@@ -76,11 +75,11 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
     for (int r = 0; r < R; ++r)
       largest[block][r] = total[block][r] = zero();
     for (int t = 0; t < num_tokens; t += kLanes) {
-      f32v x[R];
-      products(t, block, x);
+      f32v x[R]; // magnitudes: a weight has no sign, d's is dropped once for all rows
+      products(t, abs_of(load(scales[block] + t)), x);
       for (int r = 0; r < R; ++r) {
-        largest[block][r] = max_bits(abs_of(x[r]), largest[block][r]);
-        total[block][r] = add(abs_of(x[r]), total[block][r]);
+        largest[block][r] = max_bits(x[r], largest[block][r]);
+        total[block][r] = add(x[r], total[block][r]);
       }
     }
   }
@@ -111,7 +110,7 @@ bool make_weights(const float *p, size_t ld_p, const Rows &tiles, int num_tiles,
       sum[r] = zero_i32();
     for (int t = 0; t < num_tokens; t += kLanes) {
       f32v x[R];
-      products(t, block, x);
+      products(t, load(scales[block] + t), x);
       for (int r = 0; r < R; ++r) {
         const i32v rounded = to_i32(mul(x[r], set1(weights[block][r].inverse)));
         sum[r] = add_i32(sum[r], rounded);

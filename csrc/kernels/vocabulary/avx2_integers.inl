@@ -89,6 +89,17 @@ MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
   return _mm256_sub_epi8(n, _mm256_cmpgt_epi8(x, y));
 }
 
+using h16v = __m128i;
+MIXEDKV_INLINE h16v zero_half_bits() { return _mm_setzero_si128(); }
+MIXEDKV_INLINE h16v max_magnitude_bits(h16v a, const f16_t *p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return _mm_max_epu16(a, _mm_and_si128(x, _mm_set1_epi16(0x7fff)));
+}
+MIXEDKV_INLINE bool any_bits_above(h16v a, int32_t limit) {
+  const __m128i above = _mm_cmpgt_epi16(a, _mm_set1_epi16(static_cast<int16_t>(limit)));
+  return _mm_movemask_epi8(above) != 0;
+}
+
 MIXEDKV_INLINE void prefetch(const void *p) {
   _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
 }

@@ -79,6 +79,16 @@ MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
   return _mm512_mask_sub_epi8(n, _mm512_cmpgt_epi8_mask(x, y), n, _mm512_set1_epi8(-1));
 }
 
+using h16v = __m256i;
+MIXEDKV_INLINE h16v zero_half_bits() { return _mm256_setzero_si256(); }
+MIXEDKV_INLINE h16v max_magnitude_bits(h16v a, const f16_t *p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  return _mm256_max_epu16(a, _mm256_and_si256(x, _mm256_set1_epi16(0x7fff)));
+}
+MIXEDKV_INLINE bool any_bits_above(h16v a, int32_t limit) {
+  return _mm256_cmpgt_epi16_mask(a, _mm256_set1_epi16(static_cast<int16_t>(limit))) != 0;
+}
+
 MIXEDKV_INLINE void prefetch(const void *p) {
   _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
 }

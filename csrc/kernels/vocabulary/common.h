@@ -48,6 +48,9 @@
 //   high_bytes(x)           of every half, as a half
 //   madd16(acc, a, b)       acc gains, lane by lane, the two products of signed halves
 //   to_i32(x)               rounded to nearest even
+//   h16v, zero_half_bits(), max_magnitude_bits(a, p)   kLanes magnitudes of f16, as bits; those of
+//                           a or of the f16 at p, the larger, infinity and NaN above all
+//   any_bits_above(a, limit)   whether any is above 0 <= limit < 2^15
 //   store_halves, store_bytes(p, x)   kLanes halves or bytes, saturated
 //   store_i32               back to memory
 //   merge_i32(mask, a, b)   bits of a where mask has them, of b elsewhere

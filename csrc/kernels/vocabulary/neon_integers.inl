@@ -112,4 +112,13 @@ MIXEDKV_INLINE i32v count_above(i32v n, i32v x, i32v y) {
   return vreinterpretq_s32_u8(vsubq_u8(vreinterpretq_u8_s32(n), above));
 }
 
+using h16v = uint16x4_t;
+MIXEDKV_INLINE h16v zero_half_bits() { return vdup_n_u16(0); }
+MIXEDKV_INLINE h16v max_magnitude_bits(h16v a, const f16_t *p) {
+  uint16x4_t x;
+  memcpy(&x, p, sizeof x);
+  return vmax_u16(a, vand_u16(x, vdup_n_u16(0x7fff)));
+}
+MIXEDKV_INLINE bool any_bits_above(h16v a, int32_t limit) { return vmaxv_u16(a) > limit; }
+
 MIXEDKV_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
