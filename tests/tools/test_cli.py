@@ -61,6 +61,8 @@ def test_help(arguments: list[str]) -> None:
         ["demo", "--seed", "x"],
         ["demo", "--seed", str(2**63)],
         ["demo", "--seed", "-1"],
+        ["demo", "--sinks", "4"],
+        ["trace", "-o", "t.gguf", "--sinks", "4"],
         ["compare", "--seed", str(2**63)],
         ["trace", "-o", "t.gguf", "--seed", str(2**63)],
     ],
@@ -159,9 +161,11 @@ def result(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_demo(result: Any, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
-    done = call("demo", "--plot", str(plot), "--hot-size", "32", "--seed", "7", "--sample")
+    options = ("--hot-size", "32", "--seed", "7", "--sample", "--sink-tokens", "3")
+    done = call("demo", "--plot", str(plot), *options)
     assert done.exit_code == 0
-    assert (result["settings"].seed, result["settings"].sample) == (7, True)
+    settings = result["settings"]
+    assert (settings.seed, settings.sample, settings.sink_tokens) == (7, True, 3)
     assert plot.stat().st_size > 10_000
     for words in ("some text", "20 + 80", "500.0", "92.0%", "0.0100", "95.0%", "PASS", "journal"):
         assert words in done.stdout, words

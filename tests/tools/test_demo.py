@@ -68,7 +68,9 @@ def load_tiny(tiny: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> mode
     return tiny
 
 
-SETTINGS = demo.Settings(model="tiny", prompt_tokens=600, max_new_tokens=40, hot_size=32, sinks=2)
+SETTINGS = demo.Settings(
+    model="tiny", prompt_tokens=600, max_new_tokens=40, hot_size=32, sink_tokens=2
+)
 
 
 class Heard(Silent):
@@ -191,7 +193,7 @@ def test_demo_refuses_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None
         ({"hot_size": 99999999999999}, "hot_size=99999999999999 .* GiB"),
         ({"cold_size": 99999999999999}, "cold_size=99999999999999 .* GiB"),
         ({"group_size": 2**50}, "group_size"),
-        ({"sinks": 32}, "sink_tokens"),
+        ({"sink_tokens": 32}, "sink_tokens"),
         ({"cold_size": 33}, "cold_size"),
     ):
         with pytest.raises((ValueError, MemoryError), match=message):

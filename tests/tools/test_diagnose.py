@@ -36,7 +36,7 @@ from verify_cases import Tensors, plant
 
 @pytest.fixture(scope="module")
 def mixed() -> recording.Recording:
-    return record(mixed=True, steps=2, sinks=1)
+    return record(mixed=True, steps=2, sink_tokens=1)
 
 
 class Part(NamedTuple):

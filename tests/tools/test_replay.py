@@ -34,7 +34,7 @@ def recorded(path: Path, name: str = "llama", **settings: Any) -> list[Step]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {"mixed": True},
     "second_mask": {"mixed": True, "second_mask": True},
-    "sinks_stay": {"mixed": True, "sinks": 3},
+    "sinks_stay": {"mixed": True, "sink_tokens": 3},
     "hot_f32": {"mixed": True, "k_type": "f32", "v_type": "f32"},
     "hot_q4_0": {"mixed": True, "k_type": "q4_0", "v_type": "q4_0"},
     "hot_both": {"mixed": True, "k_type": "q4_0"},

@@ -230,9 +230,9 @@ def test_trace_observer_changes_nothing() -> None:
     ("settings", "message"),
     [
         ({"layers": (3,)}, "layer 3 is none of the model's, 0 to 2"),
-        ({"mixed": True, "hot_size": 4, "sinks": 9}, "sink_tokens"),
+        ({"mixed": True, "hot_size": 4, "sink_tokens": 9}, "sink_tokens"),
     ],
-    ids=["layer", "sinks"],
+    ids=["layer", "sink_tokens"],
 )
 def test_trace_refuses_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

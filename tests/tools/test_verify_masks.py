@@ -30,7 +30,7 @@ from verify_cases import Tensors, compute, fails, plant, small_trace, whole
 
 @pytest.fixture(scope="module")
 def mixed() -> recording.Recording:
-    return record(mixed=True, steps=4, sinks=1)
+    return record(mixed=True, steps=4, sink_tokens=1)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ Tensors = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def mixed() -> recording.Recording:
-    return record(mixed=True, steps=4, sinks=1)
+    return record(mixed=True, steps=4, sink_tokens=1)
 
 
 @pytest.fixture(scope="module")

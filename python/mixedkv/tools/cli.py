@@ -162,7 +162,7 @@ def demo(
         int | None,
         typer.Option(min=1, help="Most tokens moved at once. Default: the preset's, or 256."),
     ] = None,
-    sinks: Annotated[
+    sink_tokens: Annotated[
         int | None,
         typer.Option(min=0, help="First tokens, which stay hot. Default: the preset's, or 4."),
     ] = None,
@@ -197,7 +197,7 @@ def demo(
         hot_size=hot_size,
         cold_size=cold_size,
         group_size=group_size,
-        sinks=sinks,
+        sink_tokens=sink_tokens,
         seed=seed,
         sample=sample,
         cache_dir=cache_dir,

@@ -65,7 +65,7 @@ class Settings:
     hot_size: int | None = None
     cold_size: int | None = None
     group_size: int | None = None
-    sinks: int | None = None
+    sink_tokens: int | None = None
     seed: int = 0
     sample: bool = False
     cache_dir: Path | None = None
@@ -76,7 +76,7 @@ class Settings:
         given = {
             "hot_size": self.hot_size,
             "group_size": self.group_size,
-            "sink_tokens": self.sinks,
+            "sink_tokens": self.sink_tokens,
         }
         chosen = _WITHOUT_PRESET if self.preset is None else presets.options(self.preset)
         return {**chosen, **{name: value for name, value in given.items() if value is not None}}
@@ -309,7 +309,7 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             hot_size=hot_size,
             cold_size=cold_size,
             group_size=mixed_options["group_size"],
-            sinks=mixed_options["sink_tokens"],
+            sink_tokens=mixed_options["sink_tokens"],
         ),
         prompt_tokens=prompt.shape[1],
         new_tokens=new,

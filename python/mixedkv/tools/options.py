@@ -42,7 +42,7 @@ Sample = Annotated[
 ]
 HotSize = Annotated[int, typer.Option(min=1, help="Tokens of the hot tier of a mixed cache.")]
 GroupSize = Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")]
-Sinks = Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")]
+SinkTokens = Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")]
 KType = Annotated[
     str,
     typer.Option("-ctk", "--cache-type-k", "--k-type", help="Type of keys: f32, f16 or q4_0."),

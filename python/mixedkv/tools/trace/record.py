@@ -56,7 +56,7 @@ class Settings:
     v_type: str = "f16"
     hot_size: int = 128
     group_size: int = 256
-    sinks: int = 0
+    sink_tokens: int = 0
     second_mask: bool = False
     sample: bool = False
     seed: int = 0
@@ -187,7 +187,7 @@ def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
             "cold_size": room,
             "group_size": settings.group_size,
             "n_pad": math.gcd(settings.hot_size, 32),
-            "sink_tokens": settings.sinks,
+            "sink_tokens": settings.sink_tokens,
         }
     return mkt.MixedCache(
         config,
