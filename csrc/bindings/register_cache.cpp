@@ -276,6 +276,7 @@ void register_cache(py::module_ &m) {
   py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError).doc() =
       "There is no room for what was asked; the message says what was asked and what is free.";
   m.def("cache_config_fields", &config_fields);
+  m.def("check_config", [](const py::kwargs &options) { check_config(read_config(options)); });
   py::class_<Handle>(m, "MixedCache")
       .def(py::init(
           [](const py::kwargs &options) { return std::make_unique<Handle>(read_config(options)); }))

@@ -11,6 +11,9 @@ namespace mixedkv {
 namespace {
 
 constexpr std::int64_t kMaxCells = std::numeric_limits<std::int32_t>::max();
+/// Every cell has a bit for each sequence, every layer a number: bounds far above any use.
+constexpr int kMaxSequences = 1 << 16;
+constexpr int kMaxLayers = 1 << 16;
 
 /// Products and sums that know when they left the range of sizes in memory.
 class Size {
@@ -41,6 +44,12 @@ void check_size(const char *name, std::int64_t size, std::int64_t n_pad) {
   if (size < 1 || size % n_pad != 0 || size > kMaxCells) {
     refuse(name, "be a positive multiple of n_pad (" + std::to_string(n_pad) + ") below 2^31",
            size);
+  }
+}
+
+void check_count(const char *name, int value, int most) {
+  if (value < 1 || value > most) {
+    refuse(name, "be at least 1 and at most " + std::to_string(most), value);
   }
 }
 
@@ -104,9 +113,9 @@ RowShape cold_shape(const CacheConfig &config) {
 }
 
 void check_config(const CacheConfig &config) {
-  check(config.num_layers >= 1, "num_layers", "be at least 1", config.num_layers);
+  check_count("num_layers", config.num_layers, kMaxLayers);
   check(config.num_kv_heads >= 1, "num_kv_heads", "be at least 1", config.num_kv_heads);
-  check(config.n_seq_max >= 1, "n_seq_max", "be at least 1", config.n_seq_max);
+  check_count("n_seq_max", config.n_seq_max, kMaxSequences);
   check_type("hot_k_type", config.hot_k_type);
   check_type("hot_v_type", config.hot_v_type);
   check_type("cold_k_type", config.cold_k_type);
@@ -164,10 +173,13 @@ void check_config(const CacheConfig &config) {
       Size(static_cast<std::uint64_t>(config.hot_size + cold)) *
           Size((static_cast<std::uint64_t>(config.n_seq_max) + 63) / 64 * sizeof(std::uint64_t));
   if (!total.fits()) {
+    const std::string cold_name = config.quantize ? ", cold_size" : "";
     throw std::invalid_argument(
-        "hot_size, cold_size, num_layers, num_kv_heads, head_dim, n_seq_max: the product is more "
-        "than memory can be, got hot_size " +
-        std::to_string(config.hot_size) + ", cold_size " + std::to_string(cold) + ", num_layers " +
+        "hot_size" + cold_name +
+        ", num_layers, num_kv_heads, head_dim, n_seq_max: the product is more than memory can be, "
+        "got hot_size " +
+        std::to_string(config.hot_size) +
+        (config.quantize ? cold_name + " " + std::to_string(cold) : "") + ", num_layers " +
         std::to_string(hot.num_layers) + ", num_kv_heads " + std::to_string(hot.num_kv_heads) +
         ", head_dim " + std::to_string(hot.head_dim) + ", head_dim_v " +
         std::to_string(hot.head_dim_v) + ", n_seq_max " + std::to_string(config.n_seq_max));

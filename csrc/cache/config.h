@@ -9,9 +9,6 @@
 
 namespace mixedkv {
 
-/// Throws std::invalid_argument, naming the first field that is wrong and its value.
-void check_config(const CacheConfig &config);
-
 /// Most cells in use in hot that no move is due for.
 std::int64_t trigger_level(const CacheConfig &config);
 

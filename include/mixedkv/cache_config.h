@@ -2,6 +2,7 @@
 // bindings and the test that holds Python's CacheConfig to them all go through this list.
 #pragma once
 
+#include "mixedkv/export.h"
 #include "mixedkv/formats.h"
 
 #include <cstdint>
@@ -39,6 +40,11 @@ struct CacheConfig {
   MIXEDKV_CACHE_FIELDS(MIXEDKV_MEMBER)
 #undef MIXEDKV_MEMBER
 };
+
+/// Throws std::invalid_argument, naming the first field that is wrong, by itself or beside the
+/// others, and its value. A cache that is made of a configuration asks this first; nothing is
+/// allocated.
+MIXEDKV_API void check_config(const CacheConfig &config);
 
 /// Calls f(name, pointer to member, meaning) for every option, in order.
 template <typename F> void for_each_field(F &&f) {

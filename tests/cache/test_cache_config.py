@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import mixedkv as mkv
+import numpy as np
 import pytest
 from mixedkv import _core
 from mixedkv.cache.config import OPTIONS, Option
@@ -77,6 +78,72 @@ def test_config_option_of_later_is_refused(option: Option) -> None:
     for make in (mkv.CacheConfig, mkv.MixedKVCache, mkv.CacheConfig(**BASE).replace):
         with pytest.raises(NotImplementedError, match=f"{option.name} is not there yet.*got 7"):
             make(**{**BASE, option.name: 7})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_dim": 48}, "head_dim must be a multiple of 32 where cold_k_type is q4_0, got 48"),
+        ({"hot_size": 33}, r"hot_size must be a positive multiple of n_pad \(32\).*got 33"),
+        ({"sink_tokens": 900}, r"sink_tokens must stay.*got 900"),
+        ({"n_seq_max": 2**31 - 1}, "n_seq_max must be at least 1 and at most 65536.*2147483647"),
+        ({"num_layers": 2**31 - 1}, "num_layers must be at least 1 and at most 65536.*2147483647"),
+        ({"num_layers": 2**40, "layer_filter": [0]}, "num_layers"),
+        ({"num_kv_heads": 2**31 - 1, "hot_size": 2**30}, "num_kv_heads.*more than memory can be"),
+        ({"hot_size": np.array([1, 2])}, r"hot_size must be an int, got ndarray array\(\[1, 2\]\)"),
+        ({"rope": np.array([1, 2])}, r"rope is not there yet.*\[1 2\]"),
+        ({"sink_tokens": np.array([1])}, r"sink_tokens must be an int, got ndarray array\(\[1\]\)"),
+        ({"quantize": 1}, "quantize must be a bool, got int 1"),
+        ({"layer_filter": [True]}, "layer_filter must.*layer indices, got bool True among them"),
+        ({"layer_filter": np.array([True, False])}, "layer_filter must.*got bool.* among them"),
+        ({"layer_filter": [0, "1"]}, "layer_filter must.*got str '1' among them"),
+        ({"layer_filter": [0, 1, 2]}, "layer_filter must hold layers from 0 to 1, got 2"),
+        ({"layer_filter": "01"}, "layer_filter must.*got str '01'"),
+        ({"layer_filter": np.array(1)}, r"layer_filter must.*got ndarray array\(1\)"),
+        ({"layer_filter": 1}, "layer_filter must.*got int 1"),
+    ],
+)
+def test_config_refuses_at_construction(options: dict[str, Any], message: str) -> None:
+    """By name and value, whether an option is wrong by itself or beside the others."""
+    for make in (mkv.CacheConfig, mkv.MixedKVCache):
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+            make(**{**BASE, **options})
+    if "num_layers" not in options:
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+            mkv.CacheConfig(**BASE).replace(**options)
+
+
+def test_config_that_memory_can_not_hold_names_its_sizes() -> None:
+    config = mkv.CacheConfig(**{**BASE, "num_layers": 2**16}, hot_size=2**30)
+    with pytest.raises(MemoryError, match=r"hot_size=1073741824.*num_layers=65536"):
+        mkv.MixedKVCache(config)
+    with pytest.raises(MemoryError, match=r"a cache of size=1073741824, num_layers=65536"):
+        mkv.UnifiedKVCache(**{**BASE, "num_layers": 2**16}, size=2**30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 33}, "^size must be a positive multiple of n_pad.*got 33"),
+        ({"size": 2**33}, "^size must be.*got 8589934592"),
+        ({"size": "x"}, "^size must be an int"),
+        ({"k_type": "q4_0", "head_dim": 48}, "^head_dim.*multiple of 32 where k_type is q4_0.*48"),
+        ({"v_type": "q8_0", "head_dim_v": 48}, "^head_dim_v.*where v_type is q8_0, got 48"),
+        ({"size": 2**30, "num_kv_heads": 2**30}, "^size.*more than memory can be, got size 10737"),
+    ],
+)
+def test_config_of_unified_cache_in_its_own_words(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        mkv.UnifiedKVCache(**{**BASE, **options})
+    assert "hot_" not in str(error.value)
+    assert "cold" not in str(error.value)
+
+
+def test_unified_cache_that_is_full_says_so_in_its_own_words() -> None:
+    cache = mkv.UnifiedKVCache(**BASE, size=32)
+    rows = [np.zeros((1, 33, 32), np.float32)] * 2
+    with pytest.raises(mkv.CacheFull, match=r"^no room for 33 tokens: 32 of 32 cells are free$"):
+        cache.append(range(33), [0] * 33, rows, rows)
 
 
 def test_config_of_unified_cache() -> None:
@@ -150,7 +217,7 @@ def test_config_core_refuses_what_is_wrong() -> None:
         ({"quantize": "no"}, "quantize must be a bool, got 'no'"),
         ({"hot_k_type": 3}, "hot_k_type must be a str, got 3"),
         ({"hot_k_type": "f8"}, "hot_k_type.*'f8'"),
-        ({"layer_filter": [True]}, "layer_filter"),
+        ({"layer_filter": [True]}, r"layer_filter must have num_layers \(2\) entries.*got 1"),
         ({"layer_filter": 3}, "layer_filter must be a list of bools, got 3"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -46,7 +46,8 @@ bool wrong_configs() {
   const auto refused = [](const std::function<void(CacheConfig &)> &change, const char *part) {
     CacheConfig config = small_config(16, 64, 8, 8);
     change(config);
-    return throws<std::invalid_argument>([&] { MixedCache cache(config); }, part);
+    return throws<std::invalid_argument>([&] { check_config(config); }, part) &&
+           throws<std::invalid_argument>([&] { MixedCache cache(config); }, part);
   };
   REQUIRE(refused([](CacheConfig &c) { c.num_layers = 0; }, "num_layers"));
   REQUIRE(refused([](CacheConfig &c) { c.num_kv_heads = -1; },
@@ -64,6 +65,9 @@ bool wrong_configs() {
   REQUIRE(refused([](CacheConfig &c) { c.threshold = std::nan(""); }, "threshold"));
   REQUIRE(refused([](CacheConfig &c) { c.n_pad = 0; }, "n_pad"));
   REQUIRE(refused([](CacheConfig &c) { c.n_seq_max = 0; }, "n_seq_max"));
+  REQUIRE(refused([](CacheConfig &c) { c.n_seq_max = std::numeric_limits<int>::max(); },
+                  "n_seq_max must be at least 1 and at most 65536, got 2147483647"));
+  REQUIRE(refused([](CacheConfig &c) { c.num_layers = 1 << 17; }, "num_layers"));
   REQUIRE(refused([](CacheConfig &c) { c.sink_tokens = -1; }, "sink_tokens"));
   REQUIRE(refused([](CacheConfig &c) { c.sink_tokens = 12; }, "sink_tokens")); // the level
   REQUIRE(refused(
@@ -87,7 +91,7 @@ bool wrong_configs() {
   REQUIRE(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(kNumFormats); }, "hot_k_type"));
   REQUIRE(refused(
       [](CacheConfig &c) {
-        c.num_layers = 1 << 30;
+        c.num_layers = 1 << 16;
         c.num_kv_heads = 1 << 30;
         c.hot_size = 1 << 30;
       },

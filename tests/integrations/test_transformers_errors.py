@@ -193,14 +193,28 @@ def test_error_full(llama: Any) -> None:
         ({"group_size": 0}, "group_size"),
         ({"threshold": 1.5}, "threshold"),
         ({"hot_k_type": "q5_0"}, "hot_k_type"),
-        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_batch_size": 0}, "max_batch_size must be from 1.*got 0"),
+        ({"max_batch_size": 2.5}, "max_batch_size must be an int, got float 2.5"),
+        ({"threads": 0}, "threads must be from 1 to 1024, got 0"),
+        ({"threads": "2"}, "threads must be an int or None, got str"),
+        ({"threads": 2.0}, "threads must be an int or None, got float"),
+        ({"compute_type": "f8"}, "compute_type must be"),
         ({"hot_size": 32, "sink_tokens": 32}, "sink_tokens"),
     ],
 )
 def test_error_options(llama: Any, options: dict[str, Any], message: str) -> None:
     """Told when the cache is made, though its tiers are made at first use."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mkt.MixedCache(llama.config, **options)
+
+
+def test_options_are_checked_without_a_cache(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a cache was made")
+
+    monkeypatch.setattr(mkv, "MixedKVCache", made)
+    for name in mkv.formats.available():
+        mkt.MixedCache(llama.config, hot_k_type=name, cold_k_type=name, cold_v_type=name)
 
 
 def test_options_are_those_of_the_configuration(llama: Any) -> None:

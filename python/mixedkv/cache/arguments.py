@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,10 +15,15 @@ from .._arrays import Array
 from ..quantized import QuantizedArray, rows_of
 
 
+def shown(value: Any) -> str:
+    """Return what a message says of a value of a wrong type: the type, and the value, cut short."""
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
 def integer(value: int, name: str) -> int:
     """Return value as an int; TypeError and ValueError name it."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     number = int(value)
     if not -(2**62) < number < 2**62:
         raise ValueError(f"{name} is out of range: {number}")
@@ -39,7 +46,7 @@ def positive_or_none(value: int | None, name: str) -> int | None:
 def boolean(value: bool, name: str) -> bool:
     """Return value as a bool; TypeError names it."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
     return bool(value)
 
 
@@ -58,13 +65,13 @@ def layers(
         held = [bool(layer_filter(layer)) for layer in range(num_layers)]
     else:
         held = [False] * num_layers
-        if not isinstance(layer_filter, Iterable):
-            raise TypeError(
-                "layer_filter must be a callable or layer indices, got "
-                f"{type(layer_filter).__name__}"
-            )
-        for layer in layer_filter:
-            if not 0 <= integer(layer, "layer_filter") < num_layers:
+        for layer in _listed(layer_filter):
+            if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)):
+                raise TypeError(
+                    "layer_filter must be a callable or layer indices, got "
+                    f"{shown(layer)} among them"
+                )
+            if not 0 <= layer < num_layers:
                 raise ValueError(
                     f"layer_filter must hold layers from 0 to {num_layers - 1}, got {layer}"
                 )
@@ -72,6 +79,13 @@ def layers(
     if not any(held):
         raise ValueError("layer_filter must let one layer through at least, got none")
     return held
+
+
+def _listed(layer_filter: object) -> list[Any]:
+    if isinstance(layer_filter, Iterable) and not isinstance(layer_filter, (str, bytes)):
+        with contextlib.suppress(TypeError):  # an array without axes says that it is iterable
+            return list(layer_filter)
+    raise TypeError(f"layer_filter must be a callable or layer indices, got {shown(layer_filter)}")
 
 
 def int_array(values: Sequence[int] | Array, name: str) -> NDArray[np.int64]:

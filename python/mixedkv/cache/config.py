@@ -18,6 +18,9 @@ from typing import (
     get_type_hints,
 )
 
+import numpy as np
+
+from .. import _core
 from .._options import finite, window
 from .arguments import boolean, integer, kv_type, layers, positive, positive_or_none
 
@@ -32,6 +35,11 @@ def later(value: Any, name: str) -> NoReturn:
 
 def _window(value: Any, name: str) -> int:
     return window(value)
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether an option has its default, whatever may have been given, arrays too."""
+    return value is default or (np.ndim(value) == 0 and bool(value == default))
 
 
 def _as_given(value: Any, name: str) -> Any:
@@ -69,9 +77,9 @@ class CacheConfig:
     odd head_dim. Both tiers hold rotated rows: results differ by rounding, and in what quantising
     loses. Off: the tiers hold the rows' own bytes, as ggml quantises them.
 
-    An option that is wrong by itself is refused here, one that does not go with the others when a
-    cache is made of it: ValueError and TypeError name the option and its value. `rope` is not
-    there yet: anything but its default raises NotImplementedError.
+    An option that is wrong, by itself or beside the others, is refused here: ValueError and
+    TypeError name the option and its value. `rope` is not there yet: anything but its default
+    raises NotImplementedError.
     """
 
     num_layers: Annotated[Count, "Layers of the model."]
@@ -104,9 +112,13 @@ class CacheConfig:
             value = getattr(self, option.name)
             if not option.is_later:
                 object.__setattr__(self, option.name, option.check(value, option.name))
-            elif value is not option.default and value != option.default:
+            elif not _is(value, option.default):
                 option.check(value, option.name)
-        held = layers(self.layer_filter, self.num_layers)
+        layer_filter = self.layer_filter
+        # All else first: the core bounds num_layers, which a list is made of.
+        object.__setattr__(self, "layer_filter", None)
+        _core.check_config(**core_options(self))
+        held = layers(layer_filter, self.num_layers)
         indices = tuple(layer for layer, is_held in enumerate(held) if is_held)
         object.__setattr__(self, "layer_filter", indices or None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .config import OPTIONS, CacheConfig, refuse_unknown, shows
@@ -14,6 +15,13 @@ _OF_TWO_TIERS = {
     *("sink_tokens", "hot_keep", "center_keys", "quantize"),
 }
 _SHARED = [name for name in OPTIONS if name not in _OF_TWO_TIERS and name not in _OWN.values()]
+
+
+def _in_own_words(message: str) -> str:
+    """Return a refusal of options with the names that they have here."""
+    for own, name in _OWN.items():
+        message = re.sub(rf"\b{name}\b", own, message)
+    return message
 
 
 class UnifiedKVCache(KVCache):
@@ -39,9 +47,12 @@ class UnifiedKVCache(KVCache):
         for name, value in own.items():
             # Under its own name, should it be wrong.
             options[_OWN[name]] = OPTIONS[_OWN[name]].check(value, name)
-        # Cold is never allocated; any width goes with f16.
-        config = CacheConfig(**options, quantize=False, cold_k_type="f16", cold_v_type="f16")
-        super().__init__(config)
+        try:
+            # Cold is never allocated; any width goes with f16.
+            config = CacheConfig(**options, quantize=False, cold_k_type="f16", cold_v_type="f16")
+            super().__init__(config)
+        except (ValueError, TypeError, MemoryError) as error:
+            raise type(error)(_in_own_words(str(error))) from None
 
     def __repr__(self) -> str:
         config, stats = self.config, self.stats()

@@ -35,7 +35,13 @@ class KVCache:
 
     def __init__(self, config: CacheConfig) -> None:
         options = core_options(config)
-        self._core = _core.MixedCache(**options)
+        try:
+            self._core = _core.MixedCache(**options)
+        except MemoryError:
+            names = ["num_layers", "num_kv_heads", "head_dim", "head_dim_v", "n_seq_max"]
+            tiers = ["hot_size", "cold_size"] if config.quantize else ["hot_size"]
+            sizes = ", ".join(f"{name}={options[name]}" for name in [*tiers, *names])
+            raise MemoryError(f"there is no memory for a cache of {sizes}") from None
         self._config = config
         self._head_dim: int = options["head_dim"]
         self._head_dim_v: int = options["head_dim_v"]
@@ -356,6 +362,9 @@ class KVCache:
 
     def _full_message(self, n: int) -> str:
         stats = self.stats()
+        if not self._config.quantize:
+            free = stats.hot_size - stats.hot_tokens
+            return f"no room for {n} tokens: {free} of {stats.hot_size} cells are free"
         return (
             f"no room for {n} tokens: hot has {stats.hot_size - stats.hot_tokens} of "
             f"{stats.hot_size} cells free, cold {stats.cold_size - stats.cold_tokens} of "

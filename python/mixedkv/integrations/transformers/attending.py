@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixedkv._arrays import check_threads
 from mixedkv._options import ComputeType, check_compute_type
 
 from .batch import Batch
@@ -45,6 +46,7 @@ class LayerAttention:
         threads: int | None,
         compute_type: ComputeType,
     ) -> None:
+        check_threads(threads)
         check_compute_type(compute_type)
         self.threads = threads
         self.compute_type = compute_type

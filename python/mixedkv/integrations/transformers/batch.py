@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from mixedkv.cache.arguments import positive
+
 from .steps import Step
 
 
@@ -35,8 +37,8 @@ class Batch:
     bases: list[int | None] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {self.max_rows}")
+        if self.max_rows is not None:
+            self.max_rows = positive(self.max_rows, "max_batch_size")
 
     def make_room(self, rows: int) -> bool:
         """Have room for this many rows; tell whether it is more than before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mixedkv as mkv
@@ -20,6 +21,10 @@ TAKEN = [name for name in OPTIONS if name not in FROM_MODEL]
 """All others."""
 
 
+_ANY_WIDTH = math.lcm(*(mkv.formats.info(name).block_values for name in mkv.formats.available()))
+"""A head_dim that goes with every format, where the model's is not known yet."""
+
+
 def read_options(options: dict[str, Any]) -> mkv.CacheConfig:
     """Return options as the configuration of one small layer and one row.
 
@@ -32,9 +37,7 @@ def read_options(options: dict[str, Any]) -> mkv.CacheConfig:
         if name in FROM_MODEL:
             raise TypeError(f"a MixedCache takes {name} from the model: it is no option of its own")
     refuse_unknown(options, "MixedCache", TAKEN)
-    config = mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=32, **options)
-    mkv.MixedKVCache(config)  # what does not go together is told by the core
-    return config
+    return mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=_ANY_WIDTH, **options)
 
 
 def given_options(config: mkv.CacheConfig) -> dict[str, Any]:
