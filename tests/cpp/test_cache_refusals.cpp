@@ -88,7 +88,8 @@ bool wrong_configs() {
   REQUIRE(refused([](CacheConfig &c) { c.window_left = -2; }, "window_left"));
   REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {1, 1}; }, "layer_filter"));
   REQUIRE(refused([](CacheConfig &c) { c.layer_filter = {0}; }, "layer_filter"));
-  REQUIRE(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(kNumFormats); }, "hot_k_type"));
+  REQUIRE(refused([](CacheConfig &c) { c.hot_k_type = static_cast<Format>(kNumFormats); },
+                  "hot_k_type"));
   REQUIRE(refused(
       [](CacheConfig &c) {
         c.num_layers = 1 << 16;
