@@ -81,12 +81,10 @@ def test_a_preset_decodes() -> None:
         cache.store(0, rows[0], rows[1])
         cache.commit()
         if position % 37 == 0:
-            hot, cold = cache.export_rows(0, 0)
-            held = set(hot.positions.tolist())
+            held = set(cache.positions(0)[~cache.tiers(0)].tolist())
             assert held >= set(range(min(4, position + 1)))
             assert held >= set(range(max(0, position - 127), position + 1))
-            assert not held & set(cold.positions.tolist())
-    assert cache.stats().cold_tokens > 250
+    assert cache.stats().cold_tokens >= 500 - 316  # the level above which tokens move
 
 
 def test_wrong_presets() -> None:
