@@ -162,7 +162,7 @@ def test_iq4_nl_values_equal_gguf(isa: str) -> None:
 
 def ggml() -> ctypes.CDLL:
     """ggml's own library, where the bench has built or found one."""
-    from mixedkv.tools.bench.peers.ggml import find_libraries
+    from mixedkv.tools.bench.peers.ggml_library import find_libraries
 
     found = find_libraries(None)
     if found is None:

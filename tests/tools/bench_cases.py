@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -42,6 +42,7 @@ def small_plan(*tasks: str, **changes: Any) -> plan.Plan:
     fields: dict[str, Any] = {
         "shapes": [TINY],
         "tasks": tasks,
+        "formats": shapes.DEFAULT_FORMATS,
         "decode_kv": [40],
         "prefill_kv": [40],
         "threads": [1, 2],
@@ -63,8 +64,13 @@ class Stub:
         self.notes = ["a note"]
         self._change = change
 
-    def attention(self, task: Any, data: problem.Problem) -> list[Contender]:
-        contender = own.load().attention(task, data)[0]
+    def attention(
+        self,
+        task: Any,
+        data: problem.Problem,
+        formats: Sequence[str] = shapes.DEFAULT_FORMATS,
+    ) -> list[Contender]:
+        contender = own.load().attention(task, data, formats)[0]
         contender.peer, contender.name = self.name, "stub"
         self._change(contender)
         return [contender]

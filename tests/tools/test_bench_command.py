@@ -29,11 +29,12 @@ TABLE_KEYS = {
     "threads": int,
     "rows": list,
     "rounds": int,
-    "mixed_over_parts": (float, type(None)),
+    "mixed_over_parts": dict,
     "faster": list,
     "others_load": (float, type(None)),
     "skipped": (str, type(None)),
 }
+KINDS = problem.kinds(mkv.formats.available())
 ROW_KEYS = {
     "peer": str,
     "name": str,
@@ -67,7 +68,7 @@ def check_schema(found: dict[str, Any]) -> None:
             assert set(row) == set(ROW_KEYS)
             for key, kind in ROW_KEYS.items():
                 assert isinstance(row[key], kind), key  # type: ignore[arg-type]
-            assert row["role"] in {"race", "mixed", "part", "roof", *problem.KINDS}
+            assert row["role"] in {"race", "mixed", "part", "roof", *KINDS}
             attention = row["role"] in {"race", "mixed", "part"}
             assert (row["arithmetic"] in {"f32", "f16", "bf16", "int8"}) == attention
         for one in table["faster"]:
@@ -116,6 +117,35 @@ def test_command_prints_tables(bench: Callable[..., Any]) -> None:
     assert "kv 40, 1 thread" in done.stdout
 
 
+@pytest.mark.parametrize("name", [*mkv.formats.available(), "all"])
+def test_command_times_the_formats_that_are_named(bench: Callable[..., Any], name: str) -> None:
+    done = bench(*TINY_RUN, "--format", name, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    check_schema(found)
+    names = mkv.formats.available() if name == "all" else [name]
+    decode, prefill, convert = found["tables"]
+    for table in (decode, prefill):
+        assert {row["kv_type"] for row in table["rows"]} == set(names)
+        for row in table["rows"]:
+            assert row["problem"] is None
+            assert row["median"] > 0
+    kinds = {row["role"] for row in convert["rows"]} - {"roof"}
+    assert kinds == set(problem.kinds(names))
+
+
+def test_command_says_which_formats_a_shape_can_not_have(bench: Callable[..., Any]) -> None:
+    wide = [one for one in map(mkv.formats.info, mkv.formats.packed()) if one.block_values > 32]
+    if not wide:
+        pytest.skip("every format's block divides 32")
+    done = bench(*TINY_RUN[2:], "--model", "4,2,32", "--only", "decode", "--format", "all")
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    for one in wide:
+        assert f"note: {one.name} takes rows of multiples of {one.block_values}" in words
+        assert f"mixedkv {one.name}" not in words
+
+
 def test_command_json_is_one_object(bench: Callable[..., Any]) -> None:
     done = bench(*TINY_RUN, "--only", "decode", "--only", "prefill", "--json")
     assert done.exit_code == 0, done.output
@@ -159,6 +189,9 @@ def test_command_plots(bench: Callable[..., Any], tmp_path: Path) -> None:
         (("--peers", "cublas"), "cublas"),
         (("--rounds", "0"), "--rounds"),
         (("--isa", "mmx"), "mmx"),
+        (("--format", "q5_0"), "--format: must be one of f32, f16, q4_0"),
+        (("--format", ","), "--format"),
+        (("--format", "q8_0", "--end-to-end"), "--format"),
         (("--plot", "figure.txt"), ".png"),
         (("--plot", "/no/such/directory/figure.png"), "directory"),
         (("--plot", "/proc/figure.png"), "--plot"),
@@ -208,7 +241,7 @@ def test_command_names_who_was_faster(
 def test_command_fails_where_mixedkv_is_wrong(
     bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own, "F16_TOLERANCE", -1.0)
+    monkeypatch.setattr(own, "PLAIN_TOLERANCE", -1.0)
     done = bench(*TINY_RUN, "--only", "decode", "--json")
     assert done.exit_code == 1
     assert "WRONG" in done.stderr

@@ -44,14 +44,16 @@ def test_run_everything_once() -> None:
 
 
 def test_run_compares_both_tiers_with_their_parts() -> None:
-    found = plan.run(small_plan("decode", decode_kv=[1100], threads=[1]), [own.load()], {})
+    wanted = small_plan("decode", decode_kv=[1100], threads=[1], formats=["q4_0", "f16", "q8_0"])
+    found = plan.run(wanted, [own.load()], {})
     (table,) = found.tables
-    assert table.mixed_over_parts is not None
+    assert set(table.mixed_over_parts) == {"q4_0", "q8_0"}
     roles = {row.name: row.role for row in table.rows}
-    assert roles["mixedkv 1024 hot + 76 cold"] == "mixed"
+    assert roles["mixedkv 1024 hot + 76 q4_0"] == roles["mixedkv 1024 hot + 76 q8_0"] == "mixed"
     assert [name for name, role in roles.items() if role == "part"] == [
         "its 1024 hot alone",
-        "its 76 cold alone",
+        "its 76 q4_0 alone",
+        "its 76 q8_0 alone",
     ]
 
 

@@ -16,7 +16,7 @@ from ..options import AsJson
 from ..progress import Bars
 from . import end_to_end as whole
 from .peers import NAMES, load
-from .shapes import DEFAULT_MODELS, MODELS, Shape, parse_shape
+from .shapes import DEFAULT_FORMATS, DEFAULT_MODELS, MODELS, Shape, parse_shape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +59,14 @@ def bench(
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="decode, prefill or convert; may be repeated.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help=f"Formats of keys and values: {', '.join(mkv.formats.available())}, or all; may "
+            f"be repeated. Default: {', '.join(DEFAULT_FORMATS)}.",
+        ),
     ] = None,
     peers: Annotated[
         list[str] | None,
@@ -153,7 +161,12 @@ def bench(
     alone: dict[str, object] = {"--steps": steps, "--hot-size": hot_size}
     alone["--prefill-chunk"] = prefill_chunk
     if end_to_end:
-        alone = {"--only": only, "--ggml-dir": ggml_dir, "--build-ggml": build_ggml or None}
+        alone = {
+            "--only": only,
+            "--format": formats,
+            "--ggml-dir": ggml_dir,
+            "--build-ggml": build_ggml or None,
+        }
     for option, value in alone.items():
         if value is not None:
             stop(f"{option}: {side} --end-to-end")
@@ -181,17 +194,21 @@ def bench(
             model, seconds = model or [DEFAULT_MODELS[0]], min(seconds, 0.5)
         shapes = _parse(model or DEFAULT_MODELS, parse_shape, "--model")
         tasks = _choose(only, _TASKS, "--only")
+        timed = list(DEFAULT_FORMATS)
+        if formats is not None:
+            timed = _choose(formats, mkv.formats.available(), "--format", every=True)
         chosen = ["mixedkv", *_choose(peers, NAMES[1:], "--peers", none=True)]
 
         from .plan import CONVERT_TOKENS, PREFILL_QUERIES
         from .plan import Plan as KernelPlan
 
         if given is not None:
-            _check_fits(shapes, tasks, given, PREFILL_QUERIES)
+            _check_fits(shapes, tasks, timed, given, PREFILL_QUERIES)
         prefill = given or (_QUICK_KV if quick else _PREFILL_KV)
         kernels = KernelPlan(
             shapes=shapes,
             tasks=tasks,
+            formats=timed,
             decode_kv=given or (_QUICK_KV if quick else _DECODE_KV),
             prefill_kv=[n for n in prefill if n >= PREFILL_QUERIES],
             threads=thread_counts,
@@ -287,12 +304,19 @@ def _count(text: str, most: int) -> int:
 
 
 def _choose(
-    values: Sequence[str] | None, known: Sequence[str], option: str, none: bool = False
+    values: Sequence[str] | None,
+    known: Sequence[str],
+    option: str,
+    *,
+    none: bool = False,
+    every: bool = False,
 ) -> list[str]:
-    """Give the chosen ones of those known; `none` may stand for nobody."""
+    """Give the chosen ones of those known; `none` may stand for nobody, `every` lets all do so."""
     if values is None:
         return list(known)
-    chosen = _split(values)
+    chosen = list(dict.fromkeys(_split(values)))
+    if every and chosen == ["all"]:
+        return list(known)
     if none and chosen == ["none"]:
         return []
     for value in chosen:
@@ -304,7 +328,11 @@ def _choose(
 
 
 def _check_fits(
-    shapes: Sequence[Shape], tasks: Sequence[str], lengths: Sequence[int], least_prefill: int
+    shapes: Sequence[Shape],
+    tasks: Sequence[str],
+    formats: Sequence[str],
+    lengths: Sequence[int],
+    least_prefill: int,
 ) -> None:
     """Refuse a length that no shape has the memory for, and lengths of which nothing runs."""
     from ..memory import available, in_words
@@ -314,9 +342,9 @@ def _check_fits(
         stop(f"--kv: prefill takes {least_prefill} tokens and more, got {max(lengths)}")
     if not {"decode", "prefill"} & set(tasks):
         return
-    smallest = min(shapes, key=lambda shape: attention_bytes(shape, 1))
+    smallest = min(shapes, key=lambda shape: attention_bytes(shape, 1, formats))
     for kv_len in lengths:
-        needed = attention_bytes(smallest, kv_len)
+        needed = attention_bytes(smallest, kv_len, formats)
         if not fits_memory(needed):
             stop(
                 f"--kv: {kv_len} tokens of {smallest} would take about {in_words(needed)} of "
@@ -325,8 +353,8 @@ def _check_fits(
 
 
 def _build_ggml(errors: Console) -> Path:
-    from .peers.ggml import find_libraries
     from .peers.ggml_build import BuildError, build, build_directory
+    from .peers.ggml_library import find_libraries
 
     directory = build_directory()
     if directory is None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+
+import mixedkv as mkv
 
 from .. import memory
 from ..progress import SILENT, Progress
@@ -19,7 +21,7 @@ from . import results
 from .bandwidth import Reader
 from .load import OthersLoad
 from .peers import Contender, Peer, Task
-from .problem import KINDS, Problem, Rows, aligned_empty, relative_error
+from .problem import Problem, Rows, aligned_empty, relative_error
 from .results import faster, machine
 from .shapes import Shape
 from .timing import Clock, Run, Timing, measure, median_ratio
@@ -29,8 +31,9 @@ TASKS = ("decode", "prefill", "convert")
 PREFILL_QUERIES = 512
 #: Tokens whose rows are converted: a move's batch, which stays in cache, and many.
 CONVERT_TOKENS = (256, 16384)
-#: What the contenders of a cell hold together, in f16 copies of its keys and values.
-_COPIES = 24
+#: What the contenders of a cell hold together: copies of its keys and values in f16, beside those
+#: in each of the formats.
+_COPIES, _COPIES_OF_FORMAT = 14, 8
 _SHARE_OF_MEMORY = 0.8
 
 
@@ -40,6 +43,7 @@ class Plan:
 
     shapes: Sequence[Shape]
     tasks: Sequence[str]
+    formats: Sequence[str]
     decode_kv: Sequence[int]
     prefill_kv: Sequence[int]
     threads: Sequence[int]
@@ -80,8 +84,9 @@ class Table(results.Table[Row]):
     shape: Shape
     qo_len: int
     kv_len: int
-    #: By how much reading both tiers exceeds reading its parts alone; median over the rounds.
-    mixed_over_parts: float | None = None
+    #: By how much reading both tiers exceeds reading its parts alone, by the cold one's format;
+    #: median over the rounds.
+    mixed_over_parts: dict[str, float] = field(default_factory=dict)
     #: Why nothing ran.
     skipped: str | None = None
 
@@ -112,7 +117,7 @@ def run(
     report = Report(
         machine=machine(),
         peers={peer.name: peer.version for peer in peers},
-        notes=[note for peer in peers for note in peer.notes],
+        notes=[*(note for peer in peers for note in peer.notes), *_left_out(plan)],
         absent=dict(absent),
     )
     runner = _Runner(plan, peers, progress, clock)
@@ -144,9 +149,28 @@ def cells(plan: Plan) -> list[list[Table]]:
     ]
 
 
-def attention_bytes(shape: Shape, kv_len: int) -> float:
+def formats_of(shape: Shape, formats: Sequence[str]) -> list[str]:
+    """Return those formats of whose blocks the shape's rows are made."""
+    infos = map(mkv.formats.info, formats)
+    return [one.name for one in infos if shape.head_dim % one.block_values == 0]
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Say which formats some shapes can't have."""
+    return [
+        f"{name} takes rows of multiples of {mkv.formats.info(name).block_values} values: left out "
+        f"at a head_dim of {width}"
+        for width, shape in {shape.head_dim: shape for shape in plan.shapes}.items()
+        for name in plan.formats
+        if name not in formats_of(shape, plan.formats)
+    ]
+
+
+def attention_bytes(shape: Shape, kv_len: int, formats: Sequence[str]) -> float:
     """Return about what the contenders of a cell of attention take together."""
-    return 4.0 * shape.num_kv_heads * shape.head_dim * kv_len * _COPIES
+    bits = sum(mkv.formats.info(name).bits for name in formats)
+    copies = _COPIES + _COPIES_OF_FORMAT * bits / 16
+    return 4.0 * shape.num_kv_heads * shape.head_dim * kv_len * copies
 
 
 def fits_memory(size: float) -> bool:
@@ -173,7 +197,8 @@ class _Runner:
     def attend(self, tables: Sequence[Table]) -> None:
         """Fill tables of one problem."""
         first, peers = tables[0], self.peers
-        needed = attention_bytes(first.shape, first.kv_len)
+        formats = formats_of(first.shape, self.plan.formats)
+        needed = attention_bytes(first.shape, first.kv_len, formats)
         if not fits_memory(needed):
             for table in tables:
                 self.progress.phase(table.title)
@@ -188,7 +213,7 @@ class _Runner:
             self.progress.at(i, len(peers), f"preparing {peer.name}")
             try:
                 task: Task = "prefill" if first.task == "prefill" else "decode"
-                contenders += peer.attention(task, problem)
+                contenders += peer.attention(task, problem, formats)
             except Exception as error:  # whatever a peer's library throws is its own affair
                 failed.append(Row(peer=peer.name, name=peer.name, kv_type="", role="race"))
                 failed[-1].fail(error)
@@ -196,16 +221,17 @@ class _Runner:
             if i:
                 self.progress.phase(table.title)
             table.rows += failed
-            self._time_attention(table, problem, contenders)
+            self._time_attention(table, problem, contenders, formats)
         del problem, contenders
         gc.collect()
 
     def convert(self, tables: Sequence[Table]) -> None:
         """Fill tables of the same rows."""
-        data = Rows(tables[0].kv_len, tables[0].shape.head_dim)
+        shape = tables[0].shape
+        data = Rows(tables[0].kv_len, shape.head_dim, formats_of(shape, self.plan.formats))
         conversions = [one for peer in self.peers for one in peer.conversions(data)]
         # mixedkv first in every kind.
-        conversions.sort(key=lambda one: KINDS.index(one.kind))
+        conversions.sort(key=lambda one: data.kinds.index(one.kind))
         for table in tables:
             self.progress.phase(table.title)
             runs, sizes = [], {}
@@ -221,11 +247,12 @@ class _Runner:
                 except Exception as error:  # as above
                     row.fail(error)
                     continue
-                if row.error > 0:
+                if row.error > one.tolerance:
                     row.problem = "wrong: other bytes than the format's definition"
                     continue
                 runs.append(Run(f"{one.name} {one.kind}", call))
-            for kv_type, source in (("f32", data.f32), ("f16", data.f16)):
+            for kv_type in ("f32", "f16"):
+                source = data.rows(kv_type)
                 name = f"copying memory, {kv_type}, 1 thread"
                 table.rows.append(Row(peer="memory", name=name, kv_type=kv_type, role="roof"))
                 runs.append(Run(name, _copy(source)))
@@ -241,7 +268,11 @@ class _Runner:
             table.faster = faster_than_own(table.rows)
 
     def _time_attention(
-        self, table: Table, problem: Problem, contenders: Sequence[Contender]
+        self,
+        table: Table,
+        problem: Problem,
+        contenders: Sequence[Contender],
+        formats: Sequence[str],
     ) -> None:
         """Check every contender, time those that are right, and fill in the table's rows."""
         runs: list[Run] = []
@@ -265,7 +296,7 @@ class _Runner:
             timed.append((one, row))
         readers = {}
         if table.task == "decode":
-            for kv_type in ("f16", "q4_0"):
+            for kv_type in formats:
                 size = int(problem.kv_len * problem.row_bytes(kv_type))
                 name = f"reading memory, {kv_type} size"
                 readers[kv_type] = name, Reader(size, table.threads)
@@ -292,11 +323,12 @@ class _Runner:
             if table.task == "prefill":
                 pairs = problem.pairs * problem.shape.num_qo_heads
                 row.flops = 4.0 * problem.shape.head_dim * pairs / times[one.name].median
-        parts = [times[row.name].rounds for _, row in timed if row.role == "part"]
-        mixed = [times[row.name] for _, row in timed if row.role == "mixed"]
-        if len(parts) == 2 and len(mixed) == 1:
-            both = Timing("parts", 1, [a + b for a, b in zip(*parts, strict=True)])
-            table.mixed_over_parts = median_ratio(mixed[0], both)
+        parts = {row.kv_type: times[row.name].rounds for _, row in timed if row.role == "part"}
+        for row in (row for _, row in timed if row.role == "mixed"):
+            if row.kv_type in parts and "f16" in parts:  # hot is f16
+                sums = [a + b for a, b in zip(parts["f16"], parts[row.kv_type], strict=True)]
+                ratio = median_ratio(times[row.name], Timing("parts", 1, sums))
+                table.mixed_over_parts[row.kv_type] = ratio
         table.faster = faster_than_own(table.rows)
 
     def _measure(self, table: Table, runs: Sequence[Run]) -> dict[str, Timing]:

@@ -1,33 +1,57 @@
 """The data of one comparison, and what the right answer is, in float64.
 
-Q4_0 is written once more here, in numpy, so that no contender judges itself.
+No contender judges itself: Q4_0 is written once more here, in numpy, and rows of every other format
+are made and read by mixedkv's scalar kernels, which are written apart from those that are timed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .shapes import Shape
+import mixedkv as mkv
+
+from .shapes import DEFAULT_FORMATS, Shape
 
 __all__ = [
-    "KINDS",
     "Problem",
     "Rows",
+    "aligned",
     "aligned_empty",
+    "as_argument",
+    "bits_of",
     "dequantize_q4_0",
+    "kinds",
     "quantize_q4_0",
     "relative_error",
+    "rows_in",
+    "values_of",
 ]
 
 F32Array = NDArray[np.float32]
-#: Conversions, from->to.
-KINDS = ("f32->q4_0", "f16->q4_0", "q4_0->f32", "q4_0->f16")
+#: Bits a value of what other libraries hold, and mixedkv has no format for; scales come on top.
+_OTHERS_BITS = {"int8": 8.0, "u8": 8.0, "int4": 4.0, "u4": 4.0}
+
+
+def bits_of(kv_type: str) -> float:
+    """Return the bits a value takes in a format, or in what another library holds."""
+    return _OTHERS_BITS.get(kv_type) or mkv.formats.info(kv_type).bits
+
+
+def kinds(formats: Sequence[str]) -> list[str]:
+    """Return the conversions between plain rows and those of formats, from->to."""
+    plain = [name for name in mkv.formats.available() if name not in mkv.formats.packed()]
+    return [
+        kind
+        for name in formats
+        if name not in plain
+        for kind in (*(f"{one}->{name}" for one in plain), *(f"{name}->{one}" for one in plain))
+    ]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> NDArray[Any]:
@@ -71,6 +95,45 @@ def dequantize_q4_0(rows: NDArray[np.uint8]) -> F32Array:
     return values.reshape(*rows.shape[:-1], rows.shape[-1] // 18 * 32)
 
 
+@contextmanager
+def _scalar() -> Iterator[None]:
+    """Let mixedkv convert by its plain loops."""
+    before = mkv.isa.active()
+    mkv.isa.select("scalar")
+    try:
+        yield
+    finally:
+        mkv.isa.select(before)
+
+
+def rows_in(x: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return values [..., n] as rows of a format: floats, or the bytes of packed rows (uint8)."""
+    if name in ("f32", "f16"):
+        return aligned(x.astype(np.float32 if name == "f32" else np.float16))
+    if name == "q4_0":
+        return aligned(quantize_q4_0(x))
+    rows = aligned_empty((*x.shape[:-1], mkv.formats.info(name).row_bytes(x.shape[-1])), np.uint8)
+    with _scalar():
+        mkv.quantize(x, name, out=rows)
+    return rows
+
+
+def values_of(rows: NDArray[Any], name: str) -> F32Array:
+    """Return the values [..., n] of such rows."""
+    if name in ("f32", "f16"):
+        return rows.astype(np.float32)
+    if name == "q4_0":
+        return dequantize_q4_0(rows)
+    with _scalar():
+        values: F32Array = mkv.QuantizedArray(rows, name).dequantize()
+    return values
+
+
+def as_argument(rows: NDArray[Any], name: str) -> Any:
+    """Return such rows as mixedkv takes them."""
+    return rows if name in ("f32", "f16") else mkv.QuantizedArray(rows, name)
+
+
 def relative_error(got: NDArray[Any], want: NDArray[Any]) -> float:
     """Return ||got - want|| / ||want||; infinity where something is not a number."""
     difference = np.asarray(got, np.float64) - want
@@ -100,6 +163,7 @@ class Problem:
         self.sm_scale = 1.0 / math.sqrt(shape.head_dim)
         self.q, self.k, self.v = q, k, v
         self._answers: dict[str, NDArray[np.float64]] = {}
+        self._rows: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {"f16": (k, v)}
 
     @classmethod
     def random(cls, shape: Shape, qo_len: int, kv_len: int, seed: int = 1) -> Problem:
@@ -118,26 +182,15 @@ class Problem:
         """Return the problem of the same queries over the keys begin to end alone."""
         return Problem(self.shape, self.q, self.k[:, begin:end], self.v[:, begin:end])
 
-    @cached_property
-    def k_q4_0(self) -> NDArray[np.uint8]:
-        """Keys as Q4_0 rows: uint8 [Hkv, kv_len, D // 32 * 18]."""
-        return self._rows(self.k)
-
-    @cached_property
-    def v_q4_0(self) -> NDArray[np.uint8]:
-        """Values as Q4_0 rows."""
-        return self._rows(self.v)
-
-    def _rows(self, x: NDArray[np.float16]) -> NDArray[np.uint8]:
-        rows = aligned_empty((*x.shape[:-1], self.shape.head_dim // 32 * 18), np.uint8)
-        for head in range(len(x)):
-            rows[head] = quantize_q4_0(x[head])
-        return rows
+    def rows(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return K and V as rows of a format, [Hkv, kv_len, D] or [Hkv, kv_len, bytes of a row]."""
+        if name not in self._rows:
+            self._rows[name] = rows_in(self.k, name), rows_in(self.v, name)
+        return self._rows[name]
 
     def row_bytes(self, kv_type: str) -> float:
         """Bytes of K and V of one token in all heads."""
-        size = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "u8": 1.0, "q4_0": 18 / 32, "int4": 0.5}
-        return 2 * self.shape.num_kv_heads * self.shape.head_dim * size[kv_type]
+        return 2 * self.shape.num_kv_heads * self.shape.head_dim * bits_of(kv_type) / 8
 
     @property
     def pairs(self) -> int:
@@ -166,20 +219,16 @@ class Problem:
             self._answers[key] = self._attend(rows, self.q if q is None else q)
         return self._answers[key]
 
-    def answer_f16(self) -> NDArray[np.float64]:
-        """Return the answer over the f16 keys and values."""
-        return self.answer("f16", lambda head: (self.k[head], self.v[head]))
-
-    def answer_q4_0(self, hot: int = 0) -> NDArray[np.float64]:
-        """Return the answer with all keys but the last `hot` in Q4_0, and those in f16."""
+    def answer_in(self, name: str, hot: int = 0) -> NDArray[np.float64]:
+        """Return the answer with all keys but the last `hot` in a format, and those in f16."""
         cold = self.kv_len - hot
 
         def rows(head: int) -> tuple[NDArray[Any], NDArray[Any]]:
-            k, v = (dequantize_q4_0(x[head]) for x in (self.k_q4_0, self.v_q4_0))
+            k, v = (values_of(x[head], name) for x in self.rows(name))
             k[cold:], v[cold:] = self.k[head, cold:], self.v[head, cold:]
             return k, v
 
-        return self.answer(f"q4_0 but {hot}", rows)
+        return self.answer(f"{name} but {hot}", rows)
 
     def _attend(
         self, rows: Callable[[int], tuple[NDArray[Any], NDArray[Any]]], q: NDArray[Any]
@@ -203,30 +252,41 @@ class Rows:
 
     Attributes
     ----------
-    f32, f16
-        The same values [n, width].
-    q4_0
-        Their Q4_0 rows [n, width // 32 * 18].
+    kinds
+        The conversions, from->to.
     """
 
-    def __init__(self, n: int, width: int, seed: int = 1) -> None:
+    def __init__(
+        self, n: int, width: int, formats: Sequence[str] = DEFAULT_FORMATS, seed: int = 1
+    ) -> None:
         values = np.random.default_rng(seed).standard_normal((n, width), np.float32)
-        self.f16: NDArray[np.float16] = aligned(values.astype(np.float16))
-        self.f32: F32Array = aligned(self.f16.astype(np.float32))
-        self.q4_0: NDArray[np.uint8] = aligned(quantize_q4_0(values.astype(np.float16)))
+        values = values.astype(np.float16)
+        self.kinds = kinds(formats)
+        names = {name for kind in self.kinds for name in kind.split("->")} | {"f32", "f16"}
+        self._rows = {name: rows_in(values, name) for name in names}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, values of a row)."""
+        n, width = self._rows["f32"].shape
+        return n, width
+
+    def rows(self, name: str) -> NDArray[Any]:
+        """Return the values [n, width], or their rows in a format [n, bytes of a row]."""
+        return self._rows[name]
 
     def arrays(self, kind: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the source of a conversion and a new array for its result."""
-        source, target = (getattr(self, name) for name in kind.split("->"))
+        source, target = (self._rows[name] for name in kind.split("->"))
         return source, aligned_empty(target.shape, target.dtype)
 
     def answer(self, kind: str) -> NDArray[Any]:
         """Return what a conversion must give, to the bit."""
-        if kind.endswith("q4_0"):
-            return self.q4_0
-        values = dequantize_q4_0(self.q4_0)
-        return values if kind.endswith("f32") else values.astype(np.float16)
+        source, target = kind.split("->")
+        if source in ("f32", "f16"):
+            return self._rows[target]
+        return values_of(self._rows[source], source).astype(self._rows[target].dtype)
 
     def float_bytes(self, kind: str) -> int:
-        """Return the bytes of the side that is not Q4_0."""
-        return self.f16.nbytes if "f16" in kind else self.f32.nbytes
+        """Return the bytes of the side that is floats."""
+        return self._rows["f16" if "f16" in kind.split("->") else "f32"].nbytes

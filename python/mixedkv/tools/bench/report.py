@@ -158,7 +158,7 @@ def label(table: Table, row: Row) -> str:
 
 
 def _groups(table: Table) -> Iterator[list[Row]]:
-    """Yield the rows that belong together: f16 and its like, Q4_0 and its like, the rest."""
+    """Yield the rows that belong together: each format and its like, the rest."""
     if table.task == "convert":
         kinds = list(dict.fromkeys(row.role for row in table.rows))
         yield from ([row for row in table.rows if row.role == kind] for kind in kinds)
@@ -203,10 +203,10 @@ def render_table(table: Table) -> RenderableType:
         lambda row: "dim" if row.role in ("part", "roof") and not row.problem else _style(row),
         left,
     )
-    parts = []
-    if table.mixed_over_parts is not None:
-        change = 100 * (table.mixed_over_parts - 1)
-        parts.append(Text(f"both tiers against the sum of their parts: {change:+.1f} %"))
+    parts = [
+        Text(f"f16 and {name} tiers against the sum of their parts: {100 * (over - 1):+.1f} %")
+        for name, over in table.mixed_over_parts.items()
+    ]
     return Group(rich, *parts, *_below(table, ("", table.faster)))
 
 

@@ -25,7 +25,7 @@ class Shape:
             )
         if self.head_dim % 32:
             raise ValueError(
-                f"head_dim must be a multiple of 32 (a Q4_0 block), got {self.head_dim}"
+                f"head_dim must be a multiple of 32 (a block of most formats), got {self.head_dim}"
             )
 
     @property
@@ -54,8 +54,9 @@ MODELS = {
     )
 }
 
-#: What runs without --model.
+#: What runs without --model, and without --format.
 DEFAULT_MODELS = ("llama-3.1-8b", "smollm2-135m", "mha")
+DEFAULT_FORMATS = ("f16", "q4_0")
 
 
 def parse_shape(text: str) -> Shape:

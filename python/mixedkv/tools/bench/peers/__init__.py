@@ -15,7 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, Rows
+import mixedkv as mkv
+
+from ..problem import Problem, Rows, bits_of
+from ..shapes import DEFAULT_FORMATS
 
 #: Peers in the order of the tables; "mixedkv" is always there.
 NAMES = ("mixedkv", "ggml", "torch", "onnxruntime", "openvino", "gguf")
@@ -36,8 +39,8 @@ class Contender:
     name: str
     #: What K and V are held in.
     kv_type: str
-    #: The kind of mixedkv's contender that it is compared with: "f16" or "q4_0" keys. Of these the
-    #: one of the same arithmetic, or that in f32 where there is none.
+    #: The format of mixedkv's keys that it is compared with. Of these the contender of the same
+    #: arithmetic, or that in f32 where there is none.
     against: str
     #: Bytes of K and V that a call has to read.
     kv_bytes: float
@@ -61,11 +64,13 @@ class Conversion:
 
     peer: str
     name: str
-    #: One of problem.KINDS.
+    #: One of the rows' kinds.
     kind: str
     bind: Callable[[int], Callable[[], object]]
     #: The last call's result, bytes or values of the kind.
     result: Callable[[], NDArray[Any]]
+    #: The share of its elements that may differ from the format's definition.
+    tolerance: float = 0.0
 
 
 class Peer:
@@ -78,13 +83,29 @@ class Peer:
         #: What a reader of its figures should know, such as what its build lacks.
         self.notes: list[str] = []
 
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
-        """Return its contenders for a problem."""
+    def attention(
+        self, task: Task, problem: Problem, formats: Sequence[str] = DEFAULT_FORMATS
+    ) -> list[Contender]:
+        """Return its contenders for a problem, where mixedkv holds keys in these formats."""
         return []
 
     def conversions(self, rows: Rows) -> list[Conversion]:
-        """Return its conversions from and to Q4_0 rows."""
+        """Return its conversions of some of the rows' kinds."""
         return []
+
+
+def rival(kv_type: str, formats: Sequence[str]) -> str | None:
+    """Return which of mixedkv's formats keys of another library's type are compared with.
+
+    That of the same name, or else of all whose values share scales, or of all that do not, the one
+    with the nearest number of bits; None where there is none of these.
+    """
+    if kv_type in formats:
+        return kv_type
+    bits = bits_of(kv_type)
+    infos = [mkv.formats.info(name) for name in formats]
+    alike = [one for one in infos if (one.block_values > 1) == (bits < 16)]
+    return min(alike, key=lambda one: abs(one.bits - bits)).name if alike else None
 
 
 def imported(*names: str) -> list[Any]:

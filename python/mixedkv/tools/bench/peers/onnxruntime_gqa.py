@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem, aligned, aligned_empty
-from . import Contender, Peer, Task, imported
+from ..problem import Problem, aligned, aligned_empty, bits_of
+from ..shapes import DEFAULT_FORMATS
+from . import Contender, Peer, Task, imported, rival
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ class _Kind:
     kv_type: str
     #: Element type of queries and results.
     q_type: Any
-    against: str
     tolerance: float
     #: Scales of a quantised cache: one a tensor, or one a channel of each head.
     scales: str = "NONE"
@@ -29,10 +29,10 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind("f32", np.float32, "f16", 1e-4),
-    _Kind("f16", np.float16, "f16", 3e-3),
-    _Kind("int8", np.float32, "q4_0", 1e-4, "PER_CHANNEL", 8),
-    _Kind("int4", np.float32, "q4_0", 1e-4, "PER_CHANNEL", 4),
+    _Kind("f32", np.float32, 1e-4),
+    _Kind("f16", np.float16, 3e-3),
+    _Kind("int8", np.float32, 1e-4, "PER_CHANNEL", 8),
+    _Kind("int4", np.float32, 1e-4, "PER_CHANNEL", 4),
 )
 
 
@@ -57,10 +57,15 @@ class OnnxRuntime(Peer):
                 f"onnxruntime {self.version} knows no quantised cache in GroupQueryAttention"
             )
 
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+    def attention(
+        self, task: Task, problem: Problem, formats: Sequence[str] = DEFAULT_FORMATS
+    ) -> list[Contender]:
         """Return GroupQueryAttention by type of its cache."""
         return [
-            self._contender(problem, kind) for kind in _KINDS if self._quantised or not kind.bits
+            self._contender(problem, kind, against)
+            for kind in _KINDS
+            if self._quantised or not kind.bits
+            if (against := rival(kind.kv_type, formats)) is not None
         ]
 
     def _model(self, problem: Problem, kind: _Kind) -> bytes:
@@ -120,7 +125,7 @@ class OnnxRuntime(Peer):
         serialized: bytes = model.SerializeToString()
         return serialized
 
-    def _contender(self, problem: Problem, kind: _Kind) -> Contender:
+    def _contender(self, problem: Problem, kind: _Kind, against: str) -> Contender:
         ort = self._ort
         hq, hkv, d = problem.shape.sizes
         n, queries = problem.kv_len, problem.qo_len
@@ -174,13 +179,12 @@ class OnnxRuntime(Peer):
             return k_codes * k_scale[0, head], v_codes * v_scale[0, head]
 
         q = arrays["q"].reshape(queries, hq, d).swapaxes(0, 1)
-        size = {"f32": 4.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}[kind.kv_type]
         return Contender(
             peer=self.name,
             name=f"onnxruntime GQA {kind.kv_type}",
             kv_type=kind.kv_type,
-            against=kind.against,
-            kv_bytes=2 * hkv * d * n * size,
+            against=against,
+            kv_bytes=2 * hkv * d * n * bits_of(kind.kv_type) / 8,
             answer=lambda: problem.answer(f"onnxruntime {kind.kv_type}", rows, q),
             tolerance=kind.tolerance,
             bind=bind,

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem, aligned_empty
-from . import AbsentError, Arithmetic, Contender, Peer, Task, imported
+from ..shapes import DEFAULT_FORMATS
+from . import AbsentError, Arithmetic, Contender, Peer, Task, imported, rival
 
 #: Tokens of a block; the CPU plugin knows one size.
 _BLOCK = 32
@@ -24,20 +25,19 @@ class _Kind:
 
     kv_type: str
     arithmetic: Arithmetic
-    against: str
     tolerance: float
 
 
 _DECODE = (
-    _Kind("f16", "f32", "f16", 1e-4),
-    _Kind("bf16", "bf16", "f16", 3e-2),
-    _Kind("u8", "f32", "q4_0", 1e-4),
-    _Kind("u4", "f32", "q4_0", 1e-4),
+    _Kind("f16", "f32", 1e-4),
+    _Kind("bf16", "bf16", 3e-2),
+    _Kind("u8", "f32", 1e-4),
+    _Kind("u4", "f32", 1e-4),
 )
 _PREFILL = (
     *_DECODE,
-    _Kind("u8", "bf16", "q4_0", 3e-2),
-    _Kind("u4", "bf16", "q4_0", 3e-2),
+    _Kind("u8", "bf16", 3e-2),
+    _Kind("u4", "bf16", 3e-2),
 )
 
 
@@ -54,23 +54,26 @@ class OpenVino(Peer):
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self._has_bf16 = "BF16" in capabilities
 
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+    def attention(
+        self, task: Task, problem: Problem, formats: Sequence[str] = DEFAULT_FORMATS
+    ) -> list[Contender]:
         """Return paged attention by types of cache and arithmetic."""
         kinds: Sequence[_Kind] = _DECODE if task == "decode" else _PREFILL
         return [
-            self._contender(problem, kind)
+            self._contender(problem, kind, against)
             for kind in kinds
             if kind.arithmetic == "f32" or self._has_bf16
+            if (against := rival(kind.kv_type, formats)) is not None
         ]
 
-    def _contender(self, problem: Problem, kind: _Kind) -> Contender:
+    def _contender(self, problem: Problem, kind: _Kind, against: str) -> Contender:
         paged = _Paged(self._ov, self._core, problem, kind)
         return Contender(
             peer=self.name,
             name=f"OpenVINO paged {kind.kv_type}"
             + (", bf16 math" if kind.arithmetic == "bf16" else ""),
             kv_type=kind.kv_type,
-            against=kind.against,
+            against=against,
             kv_bytes=paged.kv_bytes,
             answer=lambda: problem.answer(f"openvino {kind.kv_type} {kind.arithmetic}", paged.rows),
             tolerance=kind.tolerance,

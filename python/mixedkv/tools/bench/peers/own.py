@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -11,14 +11,16 @@ import numpy as np
 import mixedkv as mkv
 
 from ...memory import padded
-from ..problem import KINDS, Problem, Rows, aligned_empty
+from ..problem import Problem, Rows, aligned_empty, as_argument
+from ..shapes import DEFAULT_FORMATS
 from . import Contender, Conversion, Peer, Task
 
 #: Keys in hot where a case is mixed.
 HOT_OF_MIXED = 1024
-#: Relative errors that a user is promised: f16 keys in f32 arithmetic, Q4_0 keys.
-F16_TOLERANCE = 1e-4
-Q4_0_TOLERANCE = 1e-3
+#: Relative errors that a user is promised in f32 arithmetic: keys that stand each for itself, such
+#: as f16, and keys in blocks.
+PLAIN_TOLERANCE = 1e-4
+BLOCK_TOLERANCE = 1e-3
 #: Where queries, keys, weights and values are rounded to 8 bits of mantissa.
 BF16_TOLERANCE = 1e-2
 
@@ -45,23 +47,34 @@ def _fill(cache: Cache, problem: Problem, first: int = 0) -> None:
             cache.commit()
 
 
+def in_blocks(name: str) -> bool:
+    """Whether a format's values share scales."""
+    return mkv.formats.info(name).block_values > 1
+
+
 def one_tier(problem: Problem, kv_type: str, first: int = 0) -> Cache:
     """Return a cache of one tier of that type, from token `first` on, ready to attend."""
     size = padded(problem.kv_len - first)
     cache: Cache
-    if kv_type == "f16":
-        cache = mkv.MixedKVCache(**_geometry(problem), hot_size=size, quantize=False)
-    else:
+    if in_blocks(kv_type):
         cache = mkv.UnifiedKVCache(**_geometry(problem), size=size, k_type=kv_type, v_type=kv_type)
+    else:
+        cache = mkv.MixedKVCache(
+            **_geometry(problem),
+            hot_size=size,
+            hot_k_type=kv_type,
+            hot_v_type=kv_type,
+            quantize=False,
+        )
     _fill(cache, problem, first)
     return cache
 
 
-def two_tiers(problem: Problem, hot: int) -> Cache:
+def two_tiers(problem: Problem, kv_type: str, hot: int) -> Cache:
     """Return a cache with the newest `hot` tokens in hot, the queries' own among them.
 
-    Everything before the queries goes in as one ubatch longer than hot, of which exactly
-    ``floor(threshold * hot_size)`` stay there.
+    Hot is f16, cold of that type. Everything before the queries goes in as one ubatch longer than
+    hot, of which exactly ``floor(threshold * hot_size)`` stay there.
     """
     stay = hot - problem.qo_len
     cold = problem.kv_len - hot
@@ -70,6 +83,8 @@ def two_tiers(problem: Problem, hot: int) -> Cache:
         **_geometry(problem),
         hot_size=hot_size,
         cold_size=max(padded(cold), 32),
+        cold_k_type=kv_type,
+        cold_v_type=kv_type,
         # Half a cell more, so that rounding can't make it one less.
         threshold=(stay + 0.5) / hot_size,
     )
@@ -86,38 +101,48 @@ class Own(Peer):
     name = "mixedkv"
     version = mkv.__version__
 
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+    def attention(
+        self, task: Task, problem: Problem, formats: Sequence[str] = DEFAULT_FORMATS
+    ) -> list[Contender]:
         """Return attention through the cache by tier, and in one call on plain rows."""
         n, own = problem.kv_len, problem.qo_len
-        contenders = [self._one("mixedkv f16 (hot)", "f16", problem)]
-        if task == "decode":
-            contenders.append(self._two("mixedkv q4_0 (cold)", problem, own))
-            if n > HOT_OF_MIXED:
-                contenders += self._mixed(problem)
-        else:
-            contenders.append(self._one("mixedkv q4_0", "q4_0", problem))
-            if n > own:
-                contenders.append(self._two(f"mixedkv {own} hot + {n - own} cold", problem, own))
-        contenders += [self._call("f16", problem), self._call("q4_0", problem)]
-        if task == "prefill" and "bf16" in mkv.isa.compute_types():
-            for kv_type in ("f16", "q4_0"):
-                name = f"mixedkv {kv_type}, bf16 math"
-                contenders.append(self._one(name, kv_type, problem, "bf16"))
+        blocks = [name for name in formats if in_blocks(name)]
+        decode = task == "decode"
+        contenders = []
+        for name in formats:
+            if decode and name in blocks:
+                contenders.append(self._two(f"mixedkv {name} (cold)", name, problem, own))
+            else:
+                title = f"mixedkv {name}" if name in blocks else f"mixedkv {name} (hot)"
+                contenders.append(self._one(title, name, problem))
+        if decode and n > HOT_OF_MIXED and blocks:
+            contenders += self._mixed(problem, blocks)
+        elif not decode and n > own:
+            for name in blocks:
+                title = f"mixedkv {own} hot + {n - own} {name}"
+                contenders.append(self._two(title, name, problem, own))
+        contenders += [self._call(name, problem) for name in formats]
+        if not decode and "bf16" in mkv.isa.compute_types():
+            for name in formats:
+                contenders.append(self._one(f"mixedkv {name}, bf16 math", name, problem, "bf16"))
         return contenders
 
-    def _mixed(self, problem: Problem) -> list[Contender]:
+    def _mixed(self, problem: Problem, formats: Sequence[str]) -> list[Contender]:
         """1024 keys in hot and the rest in cold; then each part alone, to add up."""
         hot, cold = HOT_OF_MIXED, problem.kv_len - HOT_OF_MIXED
-        mixed = self._two(f"mixedkv {hot} hot + {cold} cold", problem, hot)
-        mixed.role = "mixed"
         newest, older = problem.keys(cold, problem.kv_len), problem.keys(0, cold)
+        mixed = [
+            self._two(f"mixedkv {hot} hot + {cold} {name}", name, problem, hot) for name in formats
+        ]
         parts = [
             self._one(f"its {hot} hot alone", "f16", newest),
-            self._two(f"its {cold} cold alone", older, 1),
+            *(self._two(f"its {cold} {name} alone", name, older, 1) for name in formats),
         ]
-        for part in parts:
-            part.role = "part"
-        return [mixed, *parts]
+        for one in mixed:
+            one.role = "mixed"
+        for one in parts:
+            one.role = "part"
+        return [*mixed, *parts]
 
     def _one(
         self,
@@ -133,18 +158,17 @@ class Own(Peer):
             contender.tolerance, contender.arithmetic = BF16_TOLERANCE, compute_type
         return contender
 
-    def _two(self, name: str, problem: Problem, hot: int) -> Contender:
+    def _two(self, name: str, kv_type: str, problem: Problem, hot: int) -> Contender:
         """Return attention over a cache whose newest `hot` tokens lie in hot."""
-        contender = self._contender(
-            name, "q4_0", problem, partial(two_tiers(problem, hot).attend, 0)
-        )
-        contender.kv_bytes += hot * (problem.row_bytes("f16") - problem.row_bytes("q4_0"))
-        contender.answer = lambda: problem.answer_q4_0(hot)
+        attend = partial(two_tiers(problem, kv_type, hot).attend, 0)
+        contender = self._contender(name, kv_type, problem, attend)
+        contender.kv_bytes += hot * (problem.row_bytes("f16") - problem.row_bytes(kv_type))
+        contender.answer = lambda: problem.answer_in(kv_type, hot)
         return contender
 
     def _call(self, kv_type: str, problem: Problem) -> Contender:
-        """Return one call over plain rows, Q4_0 ones in ggml's layout."""
-        k, v = (problem.k, problem.v) if kv_type == "f16" else (problem.k_q4_0, problem.v_q4_0)
+        """Return one call over plain rows, blocks in ggml's layout."""
+        k, v = (as_argument(rows, kv_type) for rows in problem.rows(kv_type))
         return self._contender(
             f"mixedkv.attention(), {kv_type} rows",
             kv_type,
@@ -157,15 +181,14 @@ class Own(Peer):
     ) -> Contender:
         q = problem.q
         out = aligned_empty(q.shape, np.float32)
-        f16 = kv_type == "f16"
         return Contender(
             peer=self.name,
             name=name,
             kv_type=kv_type,
             against=kv_type,
             kv_bytes=problem.kv_len * problem.row_bytes(kv_type),
-            answer=problem.answer_f16 if f16 else problem.answer_q4_0,
-            tolerance=F16_TOLERANCE if f16 else Q4_0_TOLERANCE,
+            answer=lambda: problem.answer_in(kv_type),
+            tolerance=BLOCK_TOLERANCE if in_blocks(kv_type) else PLAIN_TOLERANCE,
             bind=lambda threads: lambda: attend(q, out=out, threads=threads),
             result=lambda: out,
         )
@@ -175,16 +198,17 @@ class Own(Peer):
 
         def conversion(kind: str) -> Conversion:
             source, target = rows.arrays(kind)
+            from_, to = kind.split("->")
+            x, out = as_argument(source, from_), as_argument(target, to)
 
             def bind(threads: int) -> Callable[[], object]:
-                if kind.endswith("q4_0"):
-                    return lambda: mkv.quantize_q4_0(source, out=target, threads=threads)
-                dtype = target.dtype
-                return lambda: mkv.dequantize_q4_0(source, dtype=dtype, out=target, threads=threads)
+                if isinstance(x, mkv.QuantizedArray):
+                    return lambda: x.dequantize(target.dtype, out=target, threads=threads)
+                return lambda: mkv.quantize(x, to, out=out, threads=threads)
 
             return Conversion(self.name, self.name, kind, bind, lambda: target)
 
-        return [conversion(kind) for kind in KINDS]
+        return [conversion(kind) for kind in rows.kinds]
 
 
 def load() -> Own:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem, aligned_empty
-from . import Arithmetic, Contender, Peer, Task, imported
+from ..shapes import DEFAULT_FORMATS
+from . import Arithmetic, Contender, Peer, Task, imported, rival
 
 _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 
@@ -24,15 +25,20 @@ class Torch(Peer):
         self._torch = torch
         self.version: str = torch.__version__
 
-    def attention(self, task: Task, problem: Problem) -> list[Contender]:
+    def attention(
+        self, task: Task, problem: Problem, formats: Sequence[str] = DEFAULT_FORMATS
+    ) -> list[Contender]:
         """Return SDPA in f32 and bf16, with enable_gqa and with the group folded in."""
         contenders = []
         kinds: tuple[Arithmetic, ...] = ("f32", "bf16")
         for kv_type in kinds:
+            against = rival(kv_type, formats)
+            if against is None:
+                continue
             k, v = self._tensor(problem.k, kv_type), self._tensor(problem.v, kv_type)
-            contenders.append(self._sdpa(problem, kv_type, k, v, fold=False))
+            contenders.append(self._sdpa(problem, kv_type, k, v, against, fold=False))
             if problem.shape.group > 1:
-                contenders.append(self._sdpa(problem, kv_type, k, v, fold=True))
+                contenders.append(self._sdpa(problem, kv_type, k, v, against, fold=True))
         return contenders
 
     def _tensor(self, array: NDArray[Any], kv_type: str) -> Any:
@@ -46,7 +52,7 @@ class Torch(Peer):
         return tensor[None]
 
     def _sdpa(
-        self, problem: Problem, kv_type: Arithmetic, k: Any, v: Any, *, fold: bool
+        self, problem: Problem, kv_type: Arithmetic, k: Any, v: Any, against: str, *, fold: bool
     ) -> Contender:
         torch = self._torch
         _, hkv, d = problem.shape.sizes
@@ -75,7 +81,7 @@ class Torch(Peer):
 
         def answer() -> NDArray[np.float64]:
             if kv_type == "f32":
-                return problem.answer_f16()
+                return problem.answer_in("f16")
             return problem.answer(
                 "bf16",
                 lambda head: (k[0, head].float().numpy(), v[0, head].float().numpy()),
@@ -87,7 +93,7 @@ class Torch(Peer):
             peer=self.name,
             name=f"torch {kv_type} SDPA, {way}" if way != "SDPA" else f"torch {kv_type} SDPA",
             kv_type=kv_type,
-            against="f16",
+            against=against,
             kv_bytes=problem.kv_len * problem.row_bytes(kv_type),
             answer=answer,
             tolerance=_TOLERANCE[kv_type],
