@@ -232,7 +232,7 @@ def test_options_are_those_of_the_configuration(llama: Any) -> None:
         *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "n_seq_max"),
         *("window_left", "rope", "layer_filter"),
     }
-    own = {"config", "max_batch_size", "threads", "compute_type", "record_history"}
+    own = {"config", "preset", "max_batch_size", "threads", "compute_type", "record_history"}
     fields = {field.name for field in dataclasses.fields(mkv.CacheConfig)}
     assert {*shown} == own | (fields - model_says)
 
