@@ -229,3 +229,23 @@ def test_rotate_spreads_what_is_not_finite_over_its_block() -> None:
     assert np.isnan(out[0, 1, 32:64]).all()
     assert np.isfinite(out[0, 1, :32]).all()
     assert np.isfinite(out[HQ - 1]).all()
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "iq4_nl", "bf16"])
+def test_rotate_takes_quantised_rows(name: str, rng: np.random.Generator) -> None:
+    """Rows that come quantised are rotated as the values that they stand for."""
+    k = mkv.quantize(outliers(rng, HKV, 30, 64), name)
+    v = mkv.quantize(normal(rng, HKV, 30, 96), name)
+    q = normal(rng, HQ, 30, 64)
+    got = []
+    for rows in ((k, v), (k.dequantize(), v.dequantize())):
+        cache = make(64, 96, rotate=True)
+        assert cache.find_slot(pos=range(30), seq_id=[0] * 30)
+        for layer in range(LAYERS):
+            cache.store(layer, *rows)
+        out = cache.attend(1, q)
+        cache.commit()
+        assert cache.stats().cold_tokens > 0
+        got.append([out, *everything(cache)])
+    for a, b in zip(*got, strict=True):
+        np.testing.assert_array_equal(a, b)
