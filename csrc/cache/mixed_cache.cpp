@@ -19,6 +19,9 @@ namespace {
 /// Tokens of one head that a worker stores at a time.
 constexpr std::int64_t kStoreTokens = 64;
 
+/// Tokens of a sequence that a step of decoding may bring, drafted ones included.
+constexpr std::int64_t kStepTokens = 16;
+
 /// Adds the time of its life to a counter.
 class Stopwatch {
 public:
@@ -106,6 +109,11 @@ void MixedCache::Impl::drop_slot() noexcept {
 }
 
 void MixedCache::Impl::end_slot() noexcept {
+  // What a prompt takes is not held for good; steps of decoding don't allocate.
+  if (slot.num_tokens() > kStepTokens * config.n_seq_max) {
+    changed_k.release();
+    changed_v.release();
+  }
   visibility.end_slot();
   slot.end();
 }

@@ -249,3 +249,22 @@ def test_rotate_takes_quantised_rows(name: str, rng: np.random.Generator) -> Non
         got.append([out, *everything(cache)])
     for a, b in zip(*got, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_prompt_took_is_given_back() -> None:
+    """Rows on their way through the rotation are held for steps of decoding, not for a prompt."""
+    books = {}
+    for rotate in (False, True):
+        cache = mkv.MixedKVCache(
+            num_layers=1, num_kv_heads=2, head_dim=64, hot_size=64, cold_size=4096, rotate=rotate
+        )
+        rows = np.ones((2, 4000, 64), np.float32)
+        assert cache.find_slot(pos=range(4000), seq_id=[0] * 4000) is not None
+        cache.store(0, rows, rows)
+        cache.commit()
+        one = np.ones((2, 1, 64), np.float32)
+        assert cache.find_slot(pos=[4000], seq_id=[0]) is not None
+        cache.store(0, one, one)
+        cache.commit()
+        books[rotate] = cache.stats().books_bytes
+    assert books[True] == books[False] + 2 * one.nbytes
