@@ -18,7 +18,7 @@ prompt = tokenizer(text, return_tensors="pt").input_ids[:, :4000]
 
 caches = {
     "f16": mkt.MixedCache(model.config, hot_size=4096, quantize=False),
-    "mixed": mkt.MixedCache(model.config, hot_size=256, cold_size=3936, sink_tokens=4),
+    "mixed": mkt.MixedCache(model.config, cold_size=3936),
 }
 for name, cache in caches.items():
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """mixedkv: attention over a mixed-precision KV cache, on CPUs.
 
-Recent tokens are *hot* in FP16, older ones move to *cold* Q4_0 (ggml's format, bit for bit), and
+Recent tokens are *hot* in FP16, older ones move to a *cold* tier of 3.5 to 8 bits a value, and
 one flash attention, which carries its state from segment to segment, reads both in one pass.
 """
 

@@ -1,6 +1,7 @@
 """Presets: whole configurations by name, for one sequence or several, and changed by options."""
 
 import math
+from typing import Any
 
 import mixedkv as mkv
 import numpy as np
@@ -67,6 +68,49 @@ def test_sizes_are_for_each_sequence() -> None:
     assert three.group_size == 3 * one.group_size
     assert presets.config("balanced", **GEOMETRY, n_seq_max=3, hot_size=640).hot_size == 640
     mkv.MixedKVCache(three)  # pins of all sequences have room
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"hot_size": 64}, (64, 16, 31, 4)),
+        ({"hot_size": 16}, (16, 4, 7, 1)),
+        ({"hot_size": 1}, (1, 1, 0, 0)),
+        ({"hot_size": 1024}, (1024, 64, 128, 4)),
+        ({"threshold": 0.5}, (320, 64, 80, 4)),
+        ({"n_pad": 48}, (336, 64, 128, 4)),
+        ({"sink_tokens": 300}, (320, 64, 15, 300)),
+        ({"hot_keep": 314}, (320, 64, 314, 1)),
+        ({"hot_size": 64, "group_size": 40, "hot_keep": 3}, (64, 40, 3, 4)),
+        ({"n_seq_max": 4, "hot_size": 256}, (256, 64, 31, 4)),
+    ],
+)
+def test_a_presets_sizes_fit_those_given(
+    given: dict[str, Any], wanted: tuple[int, int, int, int]
+) -> None:
+    """hot_size, group_size, hot_keep and sink_tokens."""
+    if "n_pad" not in given:
+        given = {**given, "n_pad": 1}
+    config = presets.config("balanced", **GEOMETRY, cold_size=96, **given)
+    assert (config.hot_size, config.group_size, config.hot_keep, config.sink_tokens) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"hot_size": "many"}, "hot_size"),
+        ({"hot_size": -3}, "hot_size.*-3"),
+        ({"n_pad": 0}, "n_pad.*0"),
+        ({"threshold": float("nan")}, "threshold.*nan"),
+        ({"threshold": None, "hot_size": 64}, "threshold"),
+        ({"hot_keep": 316}, "hot_keep.*316"),
+        ({"n_seq_max": 0}, "n_seq_max.*0"),
+        ({"n_seq_max": 1.5}, "n_seq_max.*1.5"),
+    ],
+)
+def test_what_can_not_be_beside_a_preset(given: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        presets.config("balanced", **GEOMETRY, cold_size=96, **given)
 
 
 def test_a_preset_decodes() -> None:

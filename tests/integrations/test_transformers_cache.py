@@ -188,7 +188,8 @@ def test_cold_stays_close(name: str) -> None:
     exact = evaluate.compare_logits(eager_logits(model, ids)[0], full[0])
     assert exact.kl_mean < 1e-3
     # ... and Q4_0 little against f16, the more so with a larger hot tier.
-    mixed, cache = run_through(model, ids, hot_size=32, cold_size=96, n_pad=8, group_size=8)
+    sizes = {"hot_size": 32, "cold_size": 96, "n_pad": 8, "group_size": 8}
+    mixed, cache = run_through(model, ids, preset=None, **sizes)
     assert cache.stats().cold_tokens > 40
     found = evaluate.compare_logits(full[0], mixed[0])
     assert 0 < found.kl_mean < KL_BOUNDS[name]

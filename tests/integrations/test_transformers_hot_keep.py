@@ -57,5 +57,5 @@ def test_transformers_hot_keep_holds_for_every_row(rows: int) -> None:
 
 def test_transformers_hot_keep_too_large_is_told_at_once() -> None:
     config = transformers.LlamaConfig(**SIZES)
-    with pytest.raises(ValueError, match=r"hot_keep.*got 30"):
-        mkt.MixedCache(config, hot_size=32, cold_size=128, hot_keep=30)
+    with pytest.raises(ValueError, match=r"hot_keep.*got 31"):
+        mkt.MixedCache(config, hot_size=32, cold_size=128, hot_keep=31)

@@ -1,5 +1,8 @@
 """Presets of a MixedCache: options to begin with, for each row of a batch."""
 
+import copy
+from typing import Any
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -33,6 +36,53 @@ def test_preset(name: str) -> None:
     assert config.hot_keep == 64
 
 
-def test_unknown_preset() -> None:
+def cache_after(tokens: int, **options: Any) -> mkt.MixedCache:
+    """Give a cache that a prompt and some single tokens went through."""
+    mkt.register()
+    model = transformers.LlamaForCausalLM(CONFIG).eval()
+    model.set_attn_implementation("mixedkv")
+    cache = mkt.MixedCache(CONFIG, **options)
+    ids = torch.arange(tokens) % 50
+    with torch.no_grad():
+        for part in (ids[:-8], *ids[-8:].split(1)):
+            model(part[None], past_key_values=cache)
+    return cache
+
+
+def test_balanced_is_the_default() -> None:
+    config = cache_after(400, cold_size=256).native.config
+    wanted = presets.config("balanced", num_layers=1, num_kv_heads=1, head_dim=64, cold_size=256)
+    assert config == wanted.replace(head_dim_v=64)
+    plain = cache_after(400, preset=None, cold_size=256, hot_size=320).native.config
+    assert (plain.cold_k_type, plain.rotate, plain.center_keys) == ("q4_0", False, False)
+
+
+@pytest.mark.parametrize("hot_size", [1, 2, 8, 32, 64, 256, 320, 1024])
+def test_the_default_fits_any_hot_tier(hot_size: int) -> None:
+    cache = cache_after(400, hot_size=hot_size, cold_size=512, n_pad=1)
+    stats = cache.stats()
+    assert stats.hot_tokens + stats.cold_tokens == 400
+    assert stats.hot_tokens <= hot_size
+
+
+def test_without_cold_there_is_no_preset() -> None:
+    config = cache_after(40, quantize=False).native.config
+    assert (config.rotate, config.center_keys, config.hot_size) == (False, False, 1024)
+
+
+def test_a_copy_has_the_same_options() -> None:
+    cache = mkt.MixedCache(CONFIG, cold_size=256, hot_size=96)
+    copied = copy.deepcopy(cache)
+    ids = torch.arange(8)[None]
+    model = transformers.LlamaForCausalLM(CONFIG).eval()
+    model.set_attn_implementation("mixedkv")
+    with torch.no_grad():
+        for each in (cache, copied):
+            model(ids, past_key_values=each)
+    assert cache.native.config == copied.native.config
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_unknown_preset(quantize: bool) -> None:
     with pytest.raises(ValueError, match=r"preset must be one of .*, got 'huge'"):
-        mkt.MixedCache(CONFIG, preset="huge")
+        mkt.MixedCache(CONFIG, preset="huge", quantize=quantize)

@@ -144,10 +144,14 @@ def test_demo_looks_at_the_models_file_once(
     assert calls == [("fetch", tmp_path), loading, loading]
 
 
-def test_demo_with_everything_hot_has_no_loss(load_tiny: models.LoadedModel) -> None:
-    settings = dataclasses.replace(SETTINGS, prompt_tokens=50, hot_size=256)
+@pytest.mark.parametrize(("preset", "most_kl"), [(None, 1e-10), ("balanced", 1e-8)])
+def test_demo_with_everything_hot_has_no_loss(
+    load_tiny: models.LoadedModel, preset: str | None, most_kl: float
+) -> None:
+    """But for f16's rounding of rotated rows in place of the rows themselves."""
+    settings = dataclasses.replace(SETTINGS, preset=preset, prompt_tokens=50, hot_size=256)
     result = demo.run(settings)
-    assert result.fidelity.kl_mean < 1e-10
+    assert result.fidelity.kl_mean < most_kl
     assert result.fidelity.top1 == 1
     assert result.mixed.text == result.f16.text
     assert result.passed
@@ -212,7 +216,7 @@ def test_demo_refuses_before_it_generates(
         demo.run(dataclasses.replace(SETTINGS, cold_size=576))
     # One layer's head would fit, this model's four do not.
     monkeypatch.setattr(memory, "available", lambda: 100_000.0)
-    with pytest.raises(MemoryError, match="hot_size=32 and cold_size=640"):
+    with pytest.raises(MemoryError, match="hot_size=32 and cold_size=608"):
         demo.run(SETTINGS)
 
 

@@ -111,6 +111,7 @@ def test_configurations() -> None:
         ("", "has a preset or options, got ''"),
         ("name:", "has a preset or options"),
         ("huge", r"preset must be one of near_lossless, .*, got 'huge'"),
+        ("tiny small", "one preset at most, got tiny and small"),
         ("hot=3", "no option 'hot'"),
         ("head_dim=3", "no option 'head_dim'"),
         ("hot_size=many", "hot_size must be a whole number, got 'many'"),

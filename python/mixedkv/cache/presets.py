@@ -5,6 +5,8 @@ One table; what each costs is measured in docs/fidelity.md by ``mixedkv eval``.
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 from .config import CacheConfig
@@ -35,17 +37,60 @@ NAMES = tuple(_PRESETS)
 _PER_SEQUENCE = ("hot_size", "group_size")
 
 
-def options(name: str) -> dict[str, Any]:
-    """Return the options of a preset, for one sequence.
+def check(name: str) -> None:
+    """Raise ValueError where there is no preset of this name."""
+    if name not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def options(name: str, *, sequences: int = 1, **given: Any) -> dict[str, Any]:
+    """Return the options of a preset, and those given, which come before the preset's.
+
+    Parameters
+    ----------
+    sequences
+        The preset's hot_size and group_size are multiplied by it.
+    given
+        Options of :class:`CacheConfig`. Where hot_size, threshold or n_pad are among them, the
+        preset's other sizes are made to fit: at most a quarter of hot moves at once, half of what
+        hot holds before a move is due is kept and an eighth pinned, as far as that is less than the
+        preset's own.
 
     Raises
     ------
     ValueError
         There is no preset of this name.
     """
-    if name not in _PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}")
-    return {**_COMMON, **_PRESETS[name]}
+    check(name)
+    own = {**_COMMON, **_PRESETS[name]}
+    own |= {size: own[size] * sequences for size in _PER_SEQUENCE}
+    chosen = {**own, **given}
+    if {"hot_size", "threshold", "n_pad", "sink_tokens", "hot_keep"}.isdisjoint(given):
+        return chosen
+    try:
+        fitted = _fitted(own, given, sequences)
+    except (TypeError, ValueError, ArithmeticError):
+        return chosen  # something given can't be: for CacheConfig to refuse
+    return {**chosen, **fitted, **given}
+
+
+def _fitted(own: dict[str, Any], given: dict[str, Any], sequences: int) -> dict[str, int]:
+    """Return the sizes of a preset as they fit beside those given."""
+    n_pad = operator.index(given.get("n_pad", 1))
+    hot_size = operator.index(given.get("hot_size", -(-own["hot_size"] // n_pad) * n_pad))
+    level = math.floor(given.get("threshold", own["threshold"]) * hot_size) // sequences
+    keep = min(own["hot_keep"], level // 2)
+    sinks = min(own["sink_tokens"], level // 8)
+    if "sink_tokens" in given:
+        keep = max(min(keep, level - 1 - operator.index(given["sink_tokens"])), 0)
+    if "hot_keep" in given:
+        sinks = max(min(sinks, level - 1 - operator.index(given["hot_keep"])), 0)
+    return {
+        "hot_size": hot_size,
+        "group_size": max(min(own["group_size"], hot_size // 4), 1),
+        "hot_keep": keep,
+        "sink_tokens": sinks,
+    }
 
 
 def config(name: str, **given: Any) -> CacheConfig:
@@ -57,11 +102,10 @@ def config(name: str, **given: Any) -> CacheConfig:
         One of `NAMES`.
     given
         Options of :class:`CacheConfig`: the geometry and cold_size, which no preset knows, and any
-        that are to differ from the preset's. Sizes of the preset are multiplied by n_seq_max,
-        sizes given here are not.
+        that are to differ from the preset's; see `options`. Sizes of the preset are multiplied by
+        n_seq_max, sizes given here are not.
     """
-    chosen = options(name)
     sequences = given.get("n_seq_max", 1)
-    if isinstance(sequences, int):
-        chosen |= {size: chosen[size] * sequences for size in _PER_SEQUENCE}
-    return CacheConfig(**{**chosen, **given})
+    if not isinstance(sequences, int) or sequences < 1:
+        sequences = 1  # for CacheConfig to refuse, or to read
+    return CacheConfig(**options(name, sequences=sequences, **given))

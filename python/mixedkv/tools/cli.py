@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 app = typer.Typer(
     name="mixedkv",
-    help="Attention over a KV cache that keeps recent tokens in f16 and older ones in Q4_0.",
+    help="Attention over a KV cache that keeps recent tokens in f16 and older ones in 4 bits.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -145,12 +145,12 @@ def demo(
         int, typer.Option(min=2, help="Tokens that each run generates.")
     ] = 256,
     preset: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="near_lossless, balanced, small or tiny: options of the mixed cache, which those "
-            "given beside change."
+            help="near_lossless, balanced, small or tiny: options of the mixed cache, made to fit "
+            "those given beside; none: Q4_0 as it comes."
         ),
-    ] = None,
+    ] = "balanced",
     hot_size: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of its hot tier. Default: the preset's, or 256."),
@@ -193,7 +193,7 @@ def demo(
         prompt_file=prompt_file,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
-        preset=preset,
+        preset=None if preset == "none" else preset,
         hot_size=hot_size,
         cold_size=cold_size,
         group_size=group_size,

@@ -35,14 +35,14 @@ from .progress import SILENT, Progress
 QUESTION = "Explain in your own words what the text above says."
 """Asked about the prompt's text, where the model has a chat template."""
 
-MAX_KL = 0.05
-MIN_TOP1 = 0.85
+MAX_KL = 0.02
+MIN_TOP1 = 0.90
 """The forced run passes with a mean KL divergence (in nats) and a share of equal top tokens no
 worse than these. Q4_0 throughout, without a hot tier, has about 0.07 and 0.83 with the demo's own
-model on prose; the mixed cache was seen at 0.005 to 0.015 and 0.92 to 0.99, with the text."""
-MAX_MEMORY = 0.40
-"""Largest share of an f16 cache's bytes that passes, where the prompt makes up for the fixed
-costs: from 12 hot tiers' length on."""
+model on prose, the smallest preset 0.004 and 0.96 (docs/fidelity.md)."""
+MEMORY_BESIDES = 0.12
+"""Bytes of an f16 cache that hot tier, centers and books may take beside what a cold value's bits
+are of 16, where the prompt makes up for the fixed costs: from 12 hot tiers' length on."""
 
 
 _WITHOUT_PRESET: dict[str, Any] = {
@@ -55,13 +55,16 @@ _WITHOUT_PRESET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. Sizes are in tokens; None leaves the choice to the preset, or to the demo."""
+    """What to run. Sizes are in tokens; None leaves the choice to the preset, or to the demo.
+
+    Without a preset, cold holds Q4_0 as it comes.
+    """
 
     model: str | None = None
     prompt_file: Path | None = None
     prompt_tokens: int = 4000
     max_new_tokens: int = 256
-    preset: str | None = None
+    preset: str | None = "balanced"
     hot_size: int | None = None
     cold_size: int | None = None
     group_size: int | None = None
@@ -73,13 +76,20 @@ class Settings:
     @property
     def chosen(self) -> dict[str, Any]:
         """Options of the mixed cache, but for its cold tier's size."""
-        given = {
-            "hot_size": self.hot_size,
-            "group_size": self.group_size,
-            "sink_tokens": self.sink_tokens,
+        sizes = ("hot_size", "group_size", "sink_tokens")
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in sizes if getattr(self, name) is not None
         }
-        chosen = _WITHOUT_PRESET if self.preset is None else presets.options(self.preset)
-        return {**chosen, **{name: value for name, value in given.items() if value is not None}}
+        if self.preset is None:
+            return {**_WITHOUT_PRESET, **given}
+        return presets.options(self.preset, **given)
+
+    @property
+    def max_memory(self) -> float:
+        """Largest share of an f16 cache's bytes that passes."""
+        types = [self.chosen.get(f"cold_{rows}_type", "q4_0") for rows in ("k", "v")]
+        bits = sum(mkv.formats.info(kind).bits for kind in types) / 2
+        return bits / 16 + MEMORY_BESIDES
 
     @property
     def level(self) -> int:
@@ -154,11 +164,12 @@ class Result:
         held = stats.hot_tokens + stats.cold_tokens
         expected = self.prompt_tokens + self.new_tokens - 1
         kl, share = found.kl_mean, self.memory_share(self.mixed)
+        most = self.settings.max_memory
         checks = [
             Check("every token is held", f"{held} of {expected}", held == expected),
             Check(f"KL divergence <= {MAX_KL} nats", f"{kl:.4f}", kl <= MAX_KL),
             Check(f"same top token >= {MIN_TOP1:.0%}", f"{found.top1:.1%}", found.top1 >= MIN_TOP1),
-            Check(f"memory <= {MAX_MEMORY:.0%}", f"{share:.1%}", share <= MAX_MEMORY),
+            Check(f"memory <= {most:.1%}", f"{share:.1%}", share <= most),
         ]
         return checks if held >= 12 * self.settings.chosen["hot_size"] else checks[:-1]
 
@@ -222,7 +233,7 @@ def check_settings(settings: Settings) -> None:
     """
     options = settings.mixed()
     memory.check_cache(None, options["hot_size"], options["cold_size"])
-    mkv.MixedKVCache(num_layers=1, num_kv_heads=1, head_dim=64, **options)
+    mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=64, **options)
 
 
 def make_prompt(settings: Settings, loaded: models.LoadedModel) -> torch.Tensor:
@@ -294,14 +305,15 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
         record_history=True,
     )
     tokens, logits, f16 = _generate(settings, loaded, prompt, standard, "f16", progress)
-    cache = mkt.MixedCache(loaded.model.config, **mixed_options, record_history=True)
+    # The settings have the preset's options already.
+    config = loaded.model.config
+    cache = mkt.MixedCache(config, preset=None, **mixed_options, record_history=True)
     _, _, mixed = _generate(settings, loaded, prompt, cache, "mixed", progress)
     del cache
 
     progress.phase("mixed cache, fed the f16 run's tokens", new)
-    forced = _forced_logits(
-        loaded.model, prompt, tokens, mkt.MixedCache(loaded.model.config, **mixed_options), progress
-    )
+    cache = mkt.MixedCache(config, preset=None, **mixed_options)
+    forced = _forced_logits(loaded.model, prompt, tokens, cache, progress)
     return Result(
         title=loaded.title,
         settings=dataclasses.replace(

@@ -3,7 +3,7 @@
 >>> import mixedkv.integrations.transformers as mkt
 >>> mkt.register()
 >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mixedkv")
->>> cache = mkt.MixedCache(model.config, hot_size=256, cold_size=4096, sink_tokens=4)
+>>> cache = mkt.MixedCache(model.config, cold_size=4096)
 >>> model.generate(**inputs, past_key_values=cache)
 
 Three parts work together:

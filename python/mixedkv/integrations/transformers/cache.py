@@ -50,7 +50,7 @@ logger = logging.getLogger("mixedkv.transformers")
 
 
 class MixedCache(Cache):
-    """A KV cache of two tiers for a transformers model: newest tokens in f16, older ones in Q4_0.
+    """A KV cache of two tiers for a transformers model: newest tokens in f16, older ones in 4 bits.
 
     Give it to ``generate(past_key_values=...)`` or to the model's forward, of a model loaded with
     ``attn_implementation="mixedkv"``. It can be used over several turns, cropped and reset.
@@ -60,7 +60,10 @@ class MixedCache(Cache):
     config
         The model's config (``model.config``).
     preset
-        "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row.
+        "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row, made to
+        fit those given (`mixedkv.cache.presets.options`); docs/fidelity.md has what each costs.
+        None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is nothing to choose,
+        and it stands for nothing.
     options
         Those of `mixedkv.CacheConfig` that the model and its batch don't say: not the geometry
         (num_layers, num_kv_heads, head_dim, head_dim_v, layer_filter), n_seq_max, window_left and
@@ -103,7 +106,7 @@ class MixedCache(Cache):
         self,
         config: Any,
         *,
-        preset: str | None = None,
+        preset: str | None = "balanced",
         max_batch_size: int | None = None,
         threads: int | None = None,
         compute_type: ComputeType = "f32",
@@ -111,7 +114,9 @@ class MixedCache(Cache):
         **options: Any,
     ) -> None:
         if preset is not None:
-            options = {**presets.options(preset), **options}
+            presets.check(preset)
+            if options.get("quantize", True):
+                options = presets.options(preset, **options)
         self._batch = Batch(max_batch_size)
         # The real cache is made when the batch is known; a wrong option should be told now.
         self._row_config = read_options(options)
@@ -177,6 +182,7 @@ class MixedCache(Cache):
             )
         return MixedCache(
             self._config,
+            preset=None,
             max_batch_size=self._batch.max_rows,
             threads=self._attention.threads,
             compute_type=self._attention.compute_type,

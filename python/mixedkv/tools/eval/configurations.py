@@ -56,17 +56,21 @@ def parse(text: str) -> Configuration:
     """
     name, colon, rest = text.partition(":")
     words = re.split(r"[\s,]+", (rest if colon else text).strip())
-    options: dict[str, Any] = {}
+    named: list[str] = []
     given: dict[str, Any] = {}
     for word in filter(None, words):
         option, equals, value = word.partition("=")
         if not equals:
-            options.update(presets.options(word))
+            presets.check(word)
+            named.append(word)
         else:
             given[option] = _value(option, value)
-    if not options and not given:
+    if not named and not given:
         raise ValueError(f"a configuration has a preset or options, got {text!r}")
-    return Configuration(" ".join((name if colon else text).split()), {**options, **given})
+    if len(named) > 1:
+        raise ValueError(f"a configuration has one preset at most, got {' and '.join(named)}")
+    options = presets.options(named[0], **given) if named else given
+    return Configuration(" ".join((name if colon else text).split()), options)
 
 
 def parse_all(texts: Sequence[str]) -> list[Configuration]:

@@ -55,7 +55,9 @@ class RealCache:
         self, model_config: Any, options: dict[str, Any], *, record_history: bool = False
     ) -> None:
         self._config = config_of(options)
-        self.cache = mkt.MixedCache(model_config, record_history=record_history, **options)
+        self.cache = mkt.MixedCache(
+            model_config, preset=None, record_history=record_history, **options
+        )
 
     def until_move(self) -> int | None:
         """See `StepCache`."""

@@ -191,6 +191,7 @@ def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
         }
     return mkt.MixedCache(
         config,
+        preset=None,
         **options,
         hot_k_type=settings.k_type,
         hot_v_type=settings.v_type,
