@@ -79,7 +79,7 @@ def test_retrieval(arguments: list[str]) -> None:
         (["-c", "a: hot_size=33"], "configuration 'a': hot_size"),
         ([*CONFIGURATIONS, "--context", "2000"], "context must be at most the 1024 positions"),
         ([*CONFIGURATIONS, "--plot", "loss.txt"], "--plot: the file must end in"),
-        ([*CONFIGURATIONS, "--retrieval", "--simulate"], "neither --plot nor --simulate"),
+        ([*CONFIGURATIONS, "--retrieval", "--simulate"], "none of --plot, --simulate"),
     ],
 )
 def test_wrong_use(arguments: list[str], more: list[str], words: str) -> None:

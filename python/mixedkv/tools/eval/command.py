@@ -52,6 +52,14 @@ def evaluate(
         bool,
         typer.Option("--simulate", help="Run each cache's simulation in plain torch besides."),
     ] = False,
+    llama: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A type of llama.cpp's own cache (f16, q4_0, q8_0, ...) to run the same tokens "
+            "through, against its own f16 one; the model is a GGUF file. May be repeated. Needs "
+            "mixedkv[llama]."
+        ),
+    ] = None,
     retrieval: Annotated[
         bool,
         typer.Option(
@@ -84,8 +92,8 @@ def evaluate(
     from . import retrieval as retrieving
     from .session import Settings, check_settings
 
-    if retrieval and (plot is not None or simulate):
-        stop("--retrieval goes with neither --plot nor --simulate")
+    if retrieval and (plot is not None or simulate or llama):
+        stop("--retrieval goes with none of --plot, --simulate and --llama")
     quiet_transformers()
     set_threads(threads)
     settings = Settings(
@@ -96,6 +104,7 @@ def evaluate(
         context=context,
         prompt=prompt,
         simulate=simulate,
+        llama=tuple(llama or ()),
         facts=facts,
         texts=texts,
         seed=seed,

@@ -24,10 +24,10 @@ import mixedkv as mkv
 
 from .. import models
 from ..progress import SILENT, Progress
-from . import runs, windows
+from . import llama, runs, windows
 from .configurations import config_of, sized
 from .measures import Figures, TokenFigures, compare, summarise
-from .session import Settings, check_settings, f16_options, load, versions
+from .session import Settings, check_settings, f16_options, gguf_file, load, versions
 from .simulate import Rules, SimulatedCache
 
 BLOCK = 128
@@ -40,6 +40,8 @@ class CacheFigures:
 
     Attributes
     ----------
+    options
+        Of a `MixedCache`; of llama.cpp's, its type alone.
     cold_bits
         Bits that the cold tier takes for a value, scales and centers included; None: there is none.
     total_bytes
@@ -49,7 +51,7 @@ class CacheFigures:
     hot_tokens, cold_tokens, events
         At the end of a window, and the batches of moves until then.
     figures
-        Against the f16 run.
+        Against the f16 run; of a quantised cache of llama.cpp's, against llama.cpp's own f16 run.
     simulated
         The same of a simulation in plain torch, where one was asked for.
     """
@@ -105,7 +107,10 @@ def run(settings: Settings, progress: Progress = SILENT) -> Result:
         text, loaded.tokenizer, settings.context, settings.prompt_tokens, settings.tokens
     )
     evaluation = _Evaluation(settings, loaded, cut, progress)
-    evaluation.all()
+    try:
+        evaluation.all()
+    finally:
+        evaluation.close()
     return dataclasses.replace(evaluation.result(settings), seconds=time.perf_counter() - begun)
 
 
@@ -125,10 +130,37 @@ class _Run:
 
     name: str
     options: dict[str, Any]
-    make: Callable[[], runs.StepCache]
+    make: Callable[[], runs.StepCache | _Llama]
     scored: list[TokenFigures] = field(default_factory=list)
     stats: mkv.CacheStats | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Llama:
+    """A cache of llama.cpp's to feed a window through."""
+
+    model: llama.Model
+    kind: str
+
+
+@dataclass(frozen=True)
+class _LlamaRuns:
+    """llama.cpp's runs, f16 first; exact: the figures of that one against itself."""
+
+    model: llama.Model
+    runs: list[_Run]
+    exact: list[TokenFigures] = field(default_factory=list)
+
+
+def _llama_runs(settings: Settings) -> _LlamaRuns:
+    model = llama.Model(gguf_file(settings), mkv.get_num_threads())
+
+    def run(kind: str) -> _Run:
+        return _Run(f"llama.cpp {kind}", {"type": kind}, lambda: _Llama(model, kind))
+
+    kinds = ["f16", *(kind for kind in dict.fromkeys(settings.llama) if kind != "f16")]
+    return _LlamaRuns(model, [run(kind) for kind in kinds])
 
 
 class _Evaluation:
@@ -151,7 +183,13 @@ class _Evaluation:
             self.caches.append(self._real(configuration.name, options))
             if settings.simulate:
                 self.simulations.append(self._simulated(configuration.name, options))
+        self.llama = _llama_runs(settings) if settings.llama else None
         self.done = 0
+
+    def close(self) -> None:
+        """Give memory back that Python does not look after."""
+        if self.llama is not None:
+            self.llama.model.close()
 
     def _real(self, name: str, options: dict[str, Any]) -> _Run:
         config = self.loaded.model.config
@@ -166,7 +204,8 @@ class _Evaluation:
         """Run and score everything."""
         count = len(self.cut.tokens)
         every = [self.f16, *self.caches, *self.simulations]
-        fed = count * len(every) * (self.context - 1)
+        runs_of_llama = self.llama.runs if self.llama is not None else []
+        fed = count * (len(every) + len(runs_of_llama)) * (self.context - 1)
         self.progress.phase(f"{count} windows of {self.context} tokens", fed)
         for number, (inputs, targets) in enumerate(self.cut, 1):
             label = f"window {number} of {count}"
@@ -177,6 +216,25 @@ class _Evaluation:
             with attention_of_torch(self.loaded.model):
                 for run in self.simulations:
                     self._score(run, inputs, targets, exact, fed, label)
+            if self.llama is not None:
+                self._score_llama(self.llama, inputs, targets, exact, fed, label)
+
+    def _score_llama(
+        self,
+        of_llama: _LlamaRuns,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        exact: torch.Tensor,
+        fed: int,
+        label: str,
+    ) -> None:
+        of_f16, *others = of_llama.runs
+        own = torch.cat([part for _, part in self._feed(of_f16, inputs, fed, label)])
+        own = own[:, : exact.shape[1]]
+        of_f16.scored.append(compare(exact, own, targets))
+        of_llama.exact.append(compare(own, own, targets))
+        for run in others:
+            self._score(run, inputs, targets, own, fed, label)
 
     def _score(
         self,
@@ -190,7 +248,7 @@ class _Evaluation:
         parts = []
         for at, logits in self._feed(run, inputs, fed, label):
             rows = slice(at, at + len(logits))
-            parts.append(compare(exact[rows], logits, targets[rows]))
+            parts.append(compare(exact[rows], logits[:, : exact.shape[1]], targets[rows]))
         run.scored.append(TokenFigures.join(parts))
 
     def _feed(
@@ -200,7 +258,11 @@ class _Evaluation:
         begun, before = time.perf_counter(), self.done
         first = self.cut.prompt - 1
         step_cache = run.make()
-        for fed, logits in runs.feed(self.loaded.model, inputs, step_cache, first):
+        if isinstance(step_cache, _Llama):
+            steps = step_cache.model.feed(inputs, first, step_cache.kind)
+        else:
+            steps = runs.feed(self.loaded.model, inputs, step_cache, first)
+        for fed, logits in steps:
             self.done = before + fed
             self.progress.at(self.done, total, f"{label}: {run.name}")
             if len(logits):
@@ -223,9 +285,37 @@ class _Evaluation:
             caches=[
                 self._figures(run, simulation)
                 for run, simulation in zip(self.caches, simulations, strict=True)
-            ],
+            ]
+            + self._llama_figures(),
             seconds=0.0,
         )
+
+    def _llama_figures(self) -> list[CacheFigures]:
+        if self.llama is None:
+            return []
+        stats = self.f16.stats
+        assert stats is not None
+        found = []
+        for number, run in enumerate(self.llama.runs):
+            bits = llama.bits_of(run.options["type"])
+            held = stats.hot_tokens * (stats.hot_bytes // stats.hot_size)
+            base = self.llama.exact if number else self.f16.scored
+            found.append(
+                CacheFigures(
+                    name=run.name,
+                    options=run.options,
+                    cold_bits=bits if number else None,
+                    total_bytes=int(held * bits / 16),
+                    f16_share=bits / 16,
+                    hot_tokens=0,
+                    cold_tokens=stats.hot_tokens,
+                    events=0,
+                    seconds=run.seconds,
+                    figures=summarise(run.scored, base, BLOCK),
+                    simulated=None,
+                )
+            )
+        return found
 
     def _figures(self, run: _Run, simulation: _Run | None) -> CacheFigures:
         stats, f16 = run.stats, self.f16.stats

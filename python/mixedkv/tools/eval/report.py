@@ -59,6 +59,12 @@ def print_result(result: evaluation.Result, console: Console) -> None:
         "scored; bits are the cold tier's, bytes all that a cache holds at a window's end.",
         highlight=False,
     )
+    if any(cache.name.startswith("llama.cpp") for cache in result.caches):
+        console.print(
+            "llama.cpp's f16 cache is compared with mixedkv's, its other caches with its own f16 "
+            "one; their bytes are those of their rows.",
+            highlight=False,
+        )
 
 
 def print_retrieval(result: retrieval.Result, console: Console) -> None:

@@ -14,6 +14,7 @@ import mixedkv.integrations.transformers as mkt
 from .. import models
 from ..memory import padded
 from ..progress import Progress
+from . import llama
 from .configurations import Configuration, config_of, sized
 
 
@@ -35,6 +36,8 @@ class Settings:
         Tokens of a window, and those at its start that are read and not scored; None: half.
     simulate
         Run each cache's simulation in plain torch besides.
+    llama
+        Types of llama.cpp's own cache to run the same tokens through; the model is a GGUF file.
     facts, texts, seed
         Of the retrieval check: facts in a text of `context` tokens, such texts, and what numbers
         and places come from.
@@ -47,6 +50,7 @@ class Settings:
     context: int = 2048
     prompt: int | None = None
     simulate: bool = False
+    llama: tuple[str, ...] = ()
     facts: int = 8
     texts: int = 4
     seed: int = 0
@@ -66,6 +70,18 @@ def check_settings(settings: Settings) -> None:
             mkv.MixedKVCache(config_of(sizes))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"configuration {configuration.name!r}: {error}") from error
+    for kind in settings.llama:
+        llama.check_type(kind)
+    if settings.llama and settings.model is not None:
+        gguf_file(settings)
+
+
+def gguf_file(settings: Settings) -> Path:
+    """Give the model's GGUF file, fetched already where it is the default one."""
+    path = models.fetch(folder=settings.cache_dir) if settings.model is None else settings.model
+    if not Path(path).is_file():
+        raise ValueError(f"llama.cpp runs GGUF files only, and model is {str(settings.model)!r}")
+    return Path(path)
 
 
 def load(settings: Settings, progress: Progress) -> models.LoadedModel:
