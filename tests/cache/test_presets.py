@@ -96,6 +96,26 @@ def test_a_presets_sizes_fit_those_given(
 
 
 @pytest.mark.parametrize(
+    ("window", "given", "wanted"),
+    [
+        (128, {}, (320, 128)),
+        (512, {}, (704, 512)),
+        (1000, {}, (1216, 1000)),
+        (1024, {"sink_tokens": 0}, (1216, 1024)),
+        (1025, {}, (320, 128)),
+        (512, {"hot_size": 320}, (320, 158)),
+        (512, {"hot_keep": 64}, (704, 64)),
+    ],
+)
+def test_hot_holds_a_models_sliding_window(
+    window: int, given: dict[str, int], wanted: tuple[int, int]
+) -> None:
+    options = presets.options("balanced", window=window, **given)
+    assert (options["hot_size"], options["hot_keep"]) == wanted
+    mkv.CacheConfig(**GEOMETRY, **options)
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"hot_size": "many"}, "hot_size"),

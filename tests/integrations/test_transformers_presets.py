@@ -82,6 +82,37 @@ def test_a_copy_has_the_same_options() -> None:
     assert cache.native.config == copied.native.config
 
 
+def test_a_sliding_window_stays_hot() -> None:
+    """Layers that see 512 keys read nothing else, and are as exact as in f16."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=512,
+        layer_types=["sliding_attention", "sliding_attention"],
+    )
+    mkt.register()
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    model.set_attn_implementation("mixedkv")
+    ids = torch.arange(900)[None] % 50
+    logits, cold = [], []
+    for options in ({"cold_size": 512}, {"quantize": False, "rotate": True, "hot_size": 928}):
+        cache = mkt.MixedCache(config, **options)
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits for part in ids.split(50, 1)]
+        logits.append(torch.cat(parts, 1))
+        cold.append(cache.stats().cold_tokens)
+    assert cold[0] > 200
+    assert cold[1] == 0
+    assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
+    assert mkt.preset_options(config)["hot_size"] == 704
+    assert mkt.preset_options(config, None, hot_size=64) == {"hot_size": 64}
+
+
 @pytest.mark.parametrize("quantize", [True, False])
 def test_unknown_preset(quantize: bool) -> None:
     with pytest.raises(ValueError, match=r"preset must be one of .*, got 'huge'"):

@@ -24,6 +24,9 @@ _COMMON: dict[str, Any] = {
 share a center: the newest 248 tokens and more are exact at any step of plain decoding, and hot_keep
 of them whatever else happens."""
 
+_PAD = 32
+"""What hot_size is a multiple of, as `CacheConfig.n_pad` has it."""
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "near_lossless": {"cold_k_type": "q8_0", "cold_v_type": "q8_0"},
     "balanced": {"cold_k_type": "iq4_nl", "cold_v_type": "iq4_nl"},
@@ -36,6 +39,9 @@ NAMES = tuple(_PRESETS)
 
 _PER_SEQUENCE = ("hot_size", "group_size")
 
+MOST_WINDOW = 1024
+"""The largest sliding window that hot is made to hold, see `options`."""
+
 
 def check(name: str) -> None:
     """Raise ValueError where there is no preset of this name."""
@@ -43,18 +49,23 @@ def check(name: str) -> None:
         raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}")
 
 
-def options(name: str, *, sequences: int = 1, **given: Any) -> dict[str, Any]:
+def options(
+    name: str, *, sequences: int = 1, window: int | None = None, **given: Any
+) -> dict[str, Any]:
     """Return the options of a preset, and those given, which come before the preset's.
 
     Parameters
     ----------
     sequences
         The preset's hot_size and group_size are multiplied by it.
+    window
+        Keys that the layers with a sliding window see. Up to `MOST_WINDOW` of them stay hot: such a
+        layer sees nothing else, so that each of its keys counts for more, and it never reads cold.
     given
         Options of :class:`CacheConfig`. Where hot_size, threshold or n_pad are among them, the
-        preset's other sizes are made to fit: at most a quarter of hot moves at once, half of what
-        hot holds before a move is due is kept and an eighth pinned, as far as that is less than the
-        preset's own.
+        preset's other sizes are made to fit: at most a quarter of hot moves at once, and where less
+        than the preset's is held before a move is due, half of that is kept and an eighth pinned,
+        as far as that is less than the preset's own.
 
     Raises
     ------
@@ -63,6 +74,9 @@ def options(name: str, *, sequences: int = 1, **given: Any) -> dict[str, Any]:
     """
     check(name)
     own = {**_COMMON, **_PRESETS[name]}
+    if window is not None and own["hot_keep"] < window <= MOST_WINDOW:
+        hot_size = own["hot_size"] - own["hot_keep"] + window
+        own |= {"hot_size": -(-hot_size // _PAD) * _PAD, "hot_keep": window}
     own |= {size: own[size] * sequences for size in _PER_SEQUENCE}
     chosen = {**own, **given}
     if {"hot_size", "threshold", "n_pad", "sink_tokens", "hot_keep"}.isdisjoint(given):
@@ -79,8 +93,9 @@ def _fitted(own: dict[str, Any], given: dict[str, Any], sequences: int) -> dict[
     n_pad = operator.index(given.get("n_pad", 1))
     hot_size = operator.index(given.get("hot_size", -(-own["hot_size"] // n_pad) * n_pad))
     level = math.floor(given.get("threshold", own["threshold"]) * hot_size) // sequences
-    keep = min(own["hot_keep"], level // 2)
-    sinks = min(own["sink_tokens"], level // 8)
+    keep, sinks = own["hot_keep"], own["sink_tokens"]
+    if level < math.floor(own["threshold"] * own["hot_size"]) // sequences:
+        keep, sinks = min(keep, level // 2), min(sinks, level // 8)
     if "sink_tokens" in given:
         keep = max(min(keep, level - 1 - operator.index(given["sink_tokens"])), 0)
     if "hot_keep" in given:

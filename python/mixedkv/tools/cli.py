@@ -209,8 +209,8 @@ def demo(
         plots.plot_occupancy(
             result.mixed.history,
             plot,
-            hot_size=settings.chosen["hot_size"],
-            trigger=settings.level,
+            hot_size=result.settings.chosen["hot_size"],
+            trigger=result.settings.level,
             title="Occupancy of the mixed cache",
             subtitle=f"{printable(result.title, 60)}: a prompt of {result.prompt_tokens:,} tokens, "
             f"then {result.new_tokens:,} generated",

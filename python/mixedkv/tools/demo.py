@@ -57,7 +57,8 @@ _WITHOUT_PRESET: dict[str, Any] = {
 class Settings:
     """What to run. Sizes are in tokens; None leaves the choice to the preset, or to the demo.
 
-    Without a preset, cold holds Q4_0 as it comes.
+    Without a preset, cold holds Q4_0 as it comes. `preset_options` are those that a MixedCache
+    makes of the preset for the model, once that is loaded.
     """
 
     model: str | None = None
@@ -72,17 +73,20 @@ class Settings:
     seed: int = 0
     sample: bool = False
     cache_dir: Path | None = None
+    preset_options: dict[str, Any] | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Options of the mixed cache that the settings name."""
+        sizes = ("hot_size", "group_size", "sink_tokens")
+        return {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
 
     @property
     def chosen(self) -> dict[str, Any]:
         """Options of the mixed cache, but for its cold tier's size."""
-        sizes = ("hot_size", "group_size", "sink_tokens")
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in sizes if getattr(self, name) is not None
-        }
         if self.preset is None:
-            return {**_WITHOUT_PRESET, **given}
-        return presets.options(self.preset, **given)
+            return {**_WITHOUT_PRESET, **self.given}
+        return self.preset_options or presets.options(self.preset, **self.given)
 
     @property
     def max_memory(self) -> float:
@@ -288,6 +292,10 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             f"{prompt.shape[1]} prompt tokens and {new} new ones are more than the "
             f"{positions} positions of {loaded.title}"
         )
+    config = loaded.model.config
+    if settings.preset is not None:
+        found = mkt.preset_options(config, settings.preset, **settings.given)
+        settings = dataclasses.replace(settings, preset_options=found)
     mixed_options = settings.mixed(total)
     hot_size, cold_size = mixed_options["hot_size"], mixed_options["cold_size"]
     if hot_size + cold_size < total:
@@ -295,18 +303,17 @@ def _compare(settings: Settings, loaded: models.LoadedModel, progress: Progress)
             f"cold_size must be at least {total - hot_size}, for {total} tokens beside {hot_size} "
             f"hot ones; got {cold_size}"
         )
-    memory.check_cache(loaded.model.config, hot_size, cold_size)
-    memory.check_cache(loaded.model.config, padded(total), 0)
+    memory.check_cache(config, hot_size, cold_size)
+    memory.check_cache(config, padded(total), 0)
 
     standard = mkt.MixedCache(
-        loaded.model.config,
+        config,
         hot_size=padded(total),
         quantize=False,
         record_history=True,
     )
     tokens, logits, f16 = _generate(settings, loaded, prompt, standard, "f16", progress)
     # The settings have the preset's options already.
-    config = loaded.model.config
     cache = mkt.MixedCache(config, preset=None, **mixed_options, record_history=True)
     _, _, mixed = _generate(settings, loaded, prompt, cache, "mixed", progress)
     del cache

@@ -36,6 +36,7 @@ Tried with transformers 5.20.0, 5.22.0 and 5.23.0, and torch 2.13.0.
 from .attention import attention_forward
 from .cache import MixedCache
 from .masks import describe_mask
+from .options import preset_options
 from .records import Observation, Occupancy
 from .registry import NAME, register
 from .rows import CachedRows
@@ -48,5 +49,6 @@ __all__ = [
     "Occupancy",
     "attention_forward",
     "describe_mask",
+    "preset_options",
     "register",
 ]

@@ -32,7 +32,6 @@ from transformers.cache_utils import Cache
 
 import mixedkv as mkv
 from mixedkv._options import ComputeType
-from mixedkv.cache import presets
 from mixedkv.cache.config import shows
 
 from .attending import LayerAttention
@@ -41,7 +40,7 @@ from .config import read_config
 from .groups import Group
 from .layers import MixedLayer
 from .masks import MaskPlan
-from .options import TAKEN, given_options, read_options
+from .options import TAKEN, given_options, preset_options, read_options
 from .records import Observation, Occupancy
 from .rows import CachedRows, Handle
 from .steps import Step
@@ -61,8 +60,8 @@ class MixedCache(Cache):
         The model's config (``model.config``).
     preset
         "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row, made to
-        fit those given (`mixedkv.cache.presets.options`); docs/fidelity.md has what each costs.
-        None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is nothing to choose,
+        fit those given and the model's sliding windows (`preset_options`); docs/fidelity.md has
+        what each costs. None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is nothing to choose,
         and it stands for nothing.
     options
         Those of `mixedkv.CacheConfig` that the model and its batch don't say: not the geometry
@@ -113,13 +112,9 @@ class MixedCache(Cache):
         record_history: bool = False,
         **options: Any,
     ) -> None:
-        if preset is not None:
-            presets.check(preset)
-            if options.get("quantize", True):
-                options = presets.options(preset, **options)
         self._batch = Batch(max_batch_size)
         # The real cache is made when the batch is known; a wrong option should be told now.
-        self._row_config = read_options(options)
+        self._row_config = read_options(preset_options(config, preset, **options))
 
         self._config = config
         plan = read_config(config)

@@ -39,6 +39,11 @@ class CachePlan(NamedTuple):
     geometries: list[list[int]]
     keys_are_reused: bool
 
+    @property
+    def window(self) -> int | None:
+        """The largest sliding window of a layer; None: there is none."""
+        return max((layer.window for layer in self.layers if layer.window), default=None)
+
 
 def read_config(config: Any) -> CachePlan:
     """Read a model's config; ValueError names what a MixedCache can't serve."""

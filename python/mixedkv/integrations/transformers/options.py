@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 import mixedkv as mkv
+from mixedkv.cache import presets
 from mixedkv.cache.config import OPTIONS, refuse_unknown
+
+from .config import read_config
 
 FROM_MODEL = {
     *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "layer_filter"),
@@ -38,6 +41,29 @@ def read_options(options: dict[str, Any]) -> mkv.CacheConfig:
             raise TypeError(f"a MixedCache takes {name} from the model: it is no option of its own")
     refuse_unknown(options, "MixedCache", TAKEN)
     return mkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=_ANY_WIDTH, **options)
+
+
+def preset_options(config: Any, preset: str | None = "balanced", **options: Any) -> dict[str, Any]:
+    """Return what a MixedCache of a model makes of a preset and the options given beside it.
+
+    Parameters
+    ----------
+    config
+        The model's config (``model.config``).
+    preset, options
+        As `MixedCache` takes them.
+
+    Raises
+    ------
+    ValueError
+        There is no such preset, or a MixedCache can't serve the model.
+    """
+    if preset is None:
+        return options
+    presets.check(preset)
+    if not options.get("quantize", True):
+        return options
+    return presets.options(preset, window=read_config(config).window, **options)
 
 
 def given_options(config: mkv.CacheConfig) -> dict[str, Any]:

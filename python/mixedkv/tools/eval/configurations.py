@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mixedkv as mkv
+import mixedkv.integrations.transformers as mkt
 from mixedkv.cache import presets
 
 from ..memory import padded
@@ -35,12 +36,24 @@ class Configuration:
     ----------
     name
         What to call it.
-    options
-        Of `mixedkv.integrations.transformers.MixedCache`, those of a preset included.
+    given
+        Options of `mixedkv.integrations.transformers.MixedCache`.
+    preset
+        What they change.
     """
 
     name: str
-    options: dict[str, Any]
+    given: dict[str, Any]
+    preset: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the preset included, as they are for a model without sliding windows."""
+        return self.given if self.preset is None else presets.options(self.preset, **self.given)
+
+    def for_model(self, config: Any) -> dict[str, Any]:
+        """Give all options, as a MixedCache of the model has them."""
+        return mkt.preset_options(config, self.preset, **self.given)
 
 
 def parse(text: str) -> Configuration:
@@ -69,8 +82,9 @@ def parse(text: str) -> Configuration:
         raise ValueError(f"a configuration has a preset or options, got {text!r}")
     if len(named) > 1:
         raise ValueError(f"a configuration has one preset at most, got {' and '.join(named)}")
-    options = presets.options(named[0], **given) if named else given
-    return Configuration(" ".join((name if colon else text).split()), options)
+    return Configuration(
+        " ".join((name if colon else text).split()), given, named[0] if named else None
+    )
 
 
 def parse_all(texts: Sequence[str]) -> list[Configuration]:

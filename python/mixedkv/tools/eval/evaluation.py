@@ -179,7 +179,7 @@ class _Evaluation:
         self.caches: list[_Run] = []
         self.simulations: list[_Run] = []
         for configuration in settings.configurations:
-            options = sized(configuration.options, self.context)
+            options = sized(configuration.for_model(loaded.model.config), self.context)
             self.caches.append(self._real(configuration.name, options))
             if settings.simulate:
                 self.simulations.append(self._simulated(configuration.name, options))

@@ -140,7 +140,8 @@ def run(settings: Settings, progress: Progress = SILENT) -> Result:
     )
     f16: list[Answer] = []
     found: list[Retrieved] = []
-    named = [(each.name, each.options) for each in settings.configurations]
+    config = loaded.model.config
+    named = [(each.name, each.for_model(config)) for each in settings.configurations]
     for name, options in [("f16", f16_options(settings.context)), *named]:
         options = sized(options, settings.context)
         progress.phase(name, settings.facts * settings.texts)
