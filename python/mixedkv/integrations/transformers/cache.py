@@ -59,8 +59,8 @@ class MixedCache(Cache):
     config
         The model's config (``model.config``).
     preset
-        "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row, made to
-        fit those given and the model's sliding windows (`preset_options`); docs/fidelity.md has
+        "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row, made
+        to fit those given and the model's sliding windows (`preset_options`); docs/fidelity.md has
         what each costs. None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is nothing to choose,
         and it stands for nothing.
     options
