@@ -61,8 +61,8 @@ class MixedCache(Cache):
     preset
         "near_lossless", "balanced", "small" or "tiny": options to begin with, for each row, made
         to fit those given and the model's sliding windows (`preset_options`); docs/fidelity.md has
-        what each costs. None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is nothing to choose,
-        and it stands for nothing.
+        what each costs. None: the defaults of `mixedkv.CacheConfig`. Without `quantize` there is
+        nothing to choose, and it stands for nothing.
     options
         Those of `mixedkv.CacheConfig` that the model and its batch don't say: not the geometry
         (num_layers, num_kv_heads, head_dim, head_dim_v, layer_filter), n_seq_max, window_left and
