@@ -38,15 +38,26 @@ def test_compare_passes_and_shows_all() -> None:
         assert words in result.stdout
 
 
-@pytest.mark.parametrize("k_type", comparing.KV_TYPES)
-@pytest.mark.parametrize("v_type", comparing.KV_TYPES)
-@pytest.mark.parametrize("segments", [1, 2, 37])
-def test_compare_types(k_type: str, v_type: str, segments: int, isa: str) -> None:
-    settings = comparing.Settings(
-        num_qo_heads=6, qo_len=5, kv_len=111, k_type=k_type, v_type=v_type, segments=segments
-    )
-    result = comparing.compare(settings)
-    assert result.passed, result.pairs
+TYPES = mkv.formats.available()
+
+
+@pytest.mark.parametrize(
+    "types",
+    sorted({pair for one in TYPES for pair in ((one, one), ("f16", one), (one, "q4_0"))}),
+    ids="-".join,
+)
+def test_compare_types(types: tuple[str, str], isa: str) -> None:
+    for segments in (1, 2, 37):
+        settings = comparing.Settings(
+            num_qo_heads=6,
+            qo_len=5,
+            kv_len=111,
+            k_type=types[0],
+            v_type=types[1],
+            segments=segments,
+        )
+        result = comparing.compare(settings)
+        assert result.passed, result.pairs
 
 
 def test_compare_json() -> None:

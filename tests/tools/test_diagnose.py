@@ -54,8 +54,8 @@ def by_tier(tensors: Tensors) -> tuple[Part, Part]:
     return (
         attend(
             tensors["q"],
-            ref.dequantize_q4_0(tensors["k_quant"]),
-            ref.dequantize_q4_0(tensors["v_quant"]),
+            ref.dequantize_q4_0(tensors["k_quant"].data),
+            ref.dequantize_q4_0(tensors["v_quant"].data),
             mask[:, :cold],
         ),
         attend(tensors["q"], tensors["k"], tensors["v"], mask[:, cold:]),

@@ -20,6 +20,7 @@ import reference as ref
 from conftest import relative_error
 from mixedkv.tools.trace import LayerInfo, Step, StepData, read_trace
 from mixedkv.tools.trace.replay import OwnOp, filled_cache
+from mixedkv.tools.trace.stored import data_of
 from mixedkv.tools.trace.verify import verify
 from test_trace import record, saved
 
@@ -59,7 +60,7 @@ def test_replay_is_what_the_cache_gave(name: str, isa: str, tmp_path: Path) -> N
         own = OwnOp(data, step.info)
         assert own.plain is None
         assert relative_error(own.attend(), data.out) < EXACT
-        packed += data.k.dtype == np.uint8 or own._order is not None
+        packed += isinstance(data.k, mkv.QuantizedArray) or own._order is not None
     assert packed == len(steps) if "q4_0" in SETTINGS[name].values() else packed >= 3
 
 
@@ -71,7 +72,7 @@ def test_replay_holds_the_recorded_rows(tmp_path: Path) -> None:
         own = OwnOp(data, step.info)
         if own._order is None:
             continue
-        hot, cold = filled_cache(data, own._order).export_rows(0, 0)
+        hot, cold = filled_cache(data, own._order, own._cold).export_rows(0, 0)
         for stored, rows, at in (
             (hot.k, data.k, own._order.hot),
             (hot.v, data.v, own._order.hot),
@@ -79,8 +80,7 @@ def test_replay_holds_the_recorded_rows(tmp_path: Path) -> None:
             (cold.v, data.v_quant, own._order.cold),
         ):
             assert rows is not None
-            stored = stored.data if isinstance(stored, mkv.QuantizedArray) else stored
-            np.testing.assert_array_equal(stored, rows[:, at])
+            np.testing.assert_array_equal(data_of(stored), data_of(rows[:, at]))
             held += len(at)
     assert held > 500
 
@@ -191,7 +191,7 @@ def test_verify_says_where_the_packed_kernels_did_not_run(tmp_path: Path) -> Non
     assert {step.plain for step in good.steps} == {None}
     changed = record(mixed=True, steps=2)
     for step in changed.steps:
-        k = step.tensors["k_quant"]
+        k = step.tensors["k_quant"].data
         k.reshape(-1, 18)[0, 2:] = 0xA6
     found = verify(read_trace(saved(path, changed)), isas=["scalar"])
     said = [words for words in found.remarks if "packed" in words]

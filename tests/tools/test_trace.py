@@ -31,6 +31,7 @@ from mixedkv.tools.trace import (  # noqa: E402
     write_trace,
 )
 from mixedkv.tools.trace import record as recording  # noqa: E402
+from mixedkv.tools.trace.stored import data_of  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 mkt.register()
@@ -51,10 +52,10 @@ SIZES: dict[str, Any] = {
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(3, 100, 21)]
 
 
-def make_model(name: str = "llama") -> Any:
+def make_model(name: str = "llama", **sizes: Any) -> Any:
     torch.manual_seed(0)
     if name == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SIZES | sizes)))
     elif name == "gemma2":
         config = transformers.Gemma2Config(
             **SIZES,
@@ -78,9 +79,12 @@ def make_model(name: str = "llama") -> Any:
     return model.eval()
 
 
-def record(name: str = "llama", **settings: Any) -> recording.Recording:
+def record(
+    name: str = "llama", sizes: dict[str, Any] | None = None, **settings: Any
+) -> recording.Recording:
     options = {"hot_size": 16, "group_size": 4, **settings}
-    return recording.record(make_model(name), PROMPT, recording.Settings(**options), title=name)
+    model = make_model(name, **(sizes or {}))
+    return recording.record(model, PROMPT, recording.Settings(**options), title=name)
 
 
 def saved(path: Path, recorded: recording.Recording) -> Path:
@@ -202,7 +206,7 @@ def test_trace_of_a_mixed_cache_holds_each_token_once(tmp_path: Path) -> None:
         for index, position in enumerate(step.positions_quant.tolist()):
             if position >= 0:
                 want = ref.quantize_q4_0(hot_then[step.layer, position])
-                np.testing.assert_array_equal(data.k_quant[:, index], want)
+                np.testing.assert_array_equal(data.k_quant.data[:, index], want)
                 cold_rows += 1
     assert cold_rows > 100
 
@@ -284,11 +288,11 @@ def test_trace_debug_logs_each_layout(
         }
         return {"dtype": found["dtype"], "mean": found["mean"], "std": found["std"], **numbers}
 
-    def is_of(found: dict[str, Any], dtype: str, array: np.ndarray, strides: Any = None) -> None:
+    def is_of(found: dict[str, Any], dtype: str, array: Any, strides: Any = None) -> None:
         assert found["dtype"] == dtype
         assert found["shape"] == array.shape
-        assert found["strides"] == (array.strides if strides is None else strides)
-        values = ref.dequantize_q4_0(array) if array.dtype == np.uint8 else array
+        assert found["strides"] == (data_of(array).strides if strides is None else strides)
+        values = ref.dequantize_q4_0(array.data) if dtype == "q4_0" else array
         values = values[np.isfinite(values)].astype(np.float64)
         assert float(found["mean"]) == pytest.approx(values.mean(), rel=1e-5, abs=1e-7)
         assert float(found["std"]) == pytest.approx(values.std(), rel=1e-5, abs=1e-7)
@@ -301,8 +305,8 @@ def test_trace_debug_logs_each_layout(
         ("kqv_out [query, head * dim]", "float32", out),
         ("K [kv head, key, dim], hot", "float16", tensors["k"]),
         ("V [kv head, key, dim], hot", "float16", tensors["v"]),
-        ("K_quant [kv head, key, dim], cold", "uint8", tensors["k_quant"]),
-        ("V_quant [kv head, key, dim], cold", "uint8", tensors["v_quant"]),
+        ("K_quant [kv head, key, dim], cold", "q4_0", tensors["k_quant"]),
+        ("V_quant [kv head, key, dim], cold", "q4_0", tensors["v_quant"]),
         ("mask [query, key]", "float16", tensors["mask"]),
     ):
         found = logged(while_recording, what)
@@ -310,7 +314,11 @@ def test_trace_debug_logs_each_layout(
 
     joined = {
         letter: np.concatenate(
-            [ref.dequantize_q4_0(tensors[f"{letter}_quant"]), tensors[letter].astype(np.float32)], 1
+            [
+                ref.dequantize_q4_0(tensors[f"{letter}_quant"].data),
+                tensors[letter].astype(np.float32),
+            ],
+            1,
         )
         for letter in "kv"
     }
@@ -397,7 +405,7 @@ def plain_file(path: Path, count: int, names: Callable[[int, int, str], str]) ->
     order = ["kqv_out", "q", "k", "v", "mask", "k_quant", "v_quant", "mask_quant"][:count]
     for one in recorded.steps:
         for role in order:
-            array = np.ascontiguousarray(one.tensors[role])
+            array = np.ascontiguousarray(data_of(one.tensors[role]))
             kind = gguf.GGMLQuantizationType.Q4_0 if array.dtype == np.uint8 else None
             writer.add_tensor(names(one.step, one.layer, role), array, raw_dtype=kind)
     writer.write_header_to_file()

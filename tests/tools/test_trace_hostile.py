@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -22,7 +23,7 @@ pytest.importorskip("rich")
 pytest.importorskip("platformdirs")
 
 from mixedkv.tools.trace import LayerInfo, TraceError, TraceHeader, read_trace  # noqa: E402
-from mixedkv.tools.trace.gguf_file import read_gguf  # noqa: E402
+from mixedkv.tools.trace.gguf_file import num_bytes, read_gguf  # noqa: E402
 from test_trace import call, hand_made, record, saved  # noqa: E402
 
 
@@ -259,7 +260,10 @@ def encoded(value: Any) -> bytes:
 def rewritten(path: Path, changes: dict[str, Any], alignment: int = 32) -> Path:
     """A GGUF file with other metadata (None: without the entry), and its tensors as they were."""
     file = read_gguf(path)
-    arrays = [np.array(tensor.load()) for tensor in file.tensors]
+    arrays = [
+        np.fromfile(path, np.uint8, num_bytes(one.type, math.prod(one.ne)), offset=one.offset)
+        for one in file.tensors
+    ]
     entries = {**file.metadata, **changes}
     single = {"kqv_trace.version": np.uint32(1)}
     out = bytearray()

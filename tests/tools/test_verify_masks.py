@@ -23,6 +23,7 @@ import mixedkv as mkv
 import reference as ref
 from mixedkv.tools.trace import read_trace
 from mixedkv.tools.trace import record as recording
+from mixedkv.tools.trace.stored import data_of, of_format
 from mixedkv.tools.trace.verify import verify
 from test_trace import record, saved
 from verify_cases import Tensors, compute, fails, plant, small_trace, whole
@@ -153,10 +154,11 @@ def test_padding_among_keys_is_legal_unless_seen(
         cold = one.tensors["k_quant"].shape[1]
         cells[one.step] = 1 if tier == "cold" else cold + 1
         for role in roles:
-            rows = one.tensors[role]
+            rows = data_of(one.tensors[role])
             odd = rng.standard_normal((2, 2, 32)).astype(np.float16)
             odd = odd if tier == "hot" else ref.quantize_q4_0(odd)
-            one.tensors[role] = np.concatenate([rows[:, :1], odd, rows[:, 1:]], 1)
+            more = np.concatenate([rows[:, :1], odd, rows[:, 1:]], 1)
+            one.tensors[role] = of_format(more, one.tensors[role])
         hidden = np.full((len(one.tensors["mask"]), 2), -np.inf, np.float16)
         at = cells[one.step]
         mask = one.tensors["mask"]
@@ -213,7 +215,7 @@ def test_cold_rows_of_other_types_are_followed(
     last["v_quant"][1, 3, 7] += 0.001 * np.abs(last["v_quant"]).max()
     bad = verify(read_trace(saved(tmp_path / "t.gguf", planted)))
     assert all(step.passed for step in bad.steps if step.step < 5)
-    name = np.dtype(kind).name
+    name = {"float16": "f16", "float32": "f32"}[np.dtype(kind).name]
     assert f"(V) are not the {name} of what they were while hot" in bad.failures[0]
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("platformdirs")
 
+import mixedkv as mkv  # noqa: E402
 from mixedkv.tools.trace import (  # noqa: E402
     RecordedStep,
     read_trace,
@@ -26,6 +27,7 @@ from mixedkv.tools.trace import (  # noqa: E402
 )
 from mixedkv.tools.trace import record as recording  # noqa: E402
 from mixedkv.tools.trace.metrics import row_errors  # noqa: E402
+from mixedkv.tools.trace.stored import copied  # noqa: E402
 from mixedkv.tools.trace.verify import compare_traces, verify  # noqa: E402
 from test_trace import call, saved  # noqa: E402
 from verify_cases import Tensors, compute, fails, one_element, plant, small_trace  # noqa: E402
@@ -85,10 +87,11 @@ def cold_left_out(tensors: Tensors) -> None:
 def nibbles_paired(tensors: Tensors) -> None:
     """Bytes that hold values 2j and 2j + 1."""
     for role in ("k_quant", "v_quant"):
-        blocks = tensors[role].reshape(-1, 18).copy()
+        blocks = tensors[role].data.reshape(-1, 18).copy()
         values = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1)
         blocks[:, 2:] = values[:, 0::2] | values[:, 1::2] << 4
-        tensors[role] = blocks.reshape(tensors[role].shape)
+        rows = blocks.reshape(tensors[role].data.shape)
+        tensors[role] = mkv.QuantizedArray(rows, "q4_0")
 
 
 def scale_left_out(tensors: Tensors) -> None:
@@ -174,8 +177,8 @@ def test_moved_rows_that_changed_are_caught(mixed: recording.Recording, tmp_path
     planted = copy.deepcopy(mixed)
     last = [step for step in planted.steps if step.step == 5]
     for step in last:
-        rows = step.tensors["k_quant"].copy()
-        rows[:, 2, 5] ^= 0x11
+        rows = copied(step.tensors["k_quant"])
+        rows.data[:, 2, 5] ^= 0x11
         step.tensors["k_quant"] = rows
         step.tensors["kqv_out"] = compute(step.tensors)
     result = verify(read_trace(saved(tmp_path / "t.gguf", planted)))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+import mixedkv as mkv
+
 from ._commands import MOST_SEED, finite
 
 AsJson = Annotated[
@@ -43,13 +45,19 @@ Sample = Annotated[
 HotSize = Annotated[int, typer.Option(min=1, help="Tokens of the hot tier of a mixed cache.")]
 GroupSize = Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")]
 SinkTokens = Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")]
+_TYPES = ", ".join(mkv.formats.available())
 KType = Annotated[
-    str,
-    typer.Option("-ctk", "--cache-type-k", "--k-type", help="Type of keys: f32, f16 or q4_0."),
+    str, typer.Option("-ctk", "--cache-type-k", "--k-type", help=f"Type of keys: {_TYPES}.")
 ]
 VType = Annotated[
-    str,
-    typer.Option("-ctv", "--cache-type-v", "--v-type", help="Type of values: f32, f16 or q4_0."),
+    str, typer.Option("-ctv", "--cache-type-v", "--v-type", help=f"Type of values: {_TYPES}.")
+]
+ColdKType = Annotated[
+    str | None,
+    typer.Option(help="Type of the cold keys of a mixed cache, any of the same. Default: q4_0."),
+]
+ColdVType = Annotated[
+    str | None, typer.Option(help="Type of its cold values, likewise. Default: q4_0.")
 ]
 
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 
 from .format import LayerInfo, StepData
-from .layout import as_float32, watched
+from .layout import watched
+from .stored import as_float32, in_blocks
 
 MOST_HELD = 1 << 24
 """Logits held at a time: heads, and queries, are taken in turns where a step has more."""
@@ -75,14 +76,14 @@ def problem_of(data: StepData, info: LayerInfo) -> Problem:
 
 
 def sees_quantised(data: StepData) -> bool:
-    """Whether some query sees a Q4_0 key or value."""
+    """Whether some query sees a key or value of a format of blocks, such as Q4_0."""
     for k, v, mask in (
         (data.k, data.v, data.mask),
         (data.k_quant, data.v_quant, data.mask_quant),
     ):
         if k is None or v is None or mask is None:
             continue
-        if np.uint8 in (k.dtype, v.dtype) and not np.isneginf(mask).all():
+        if (in_blocks(k) or in_blocks(v)) and not np.isneginf(mask).all():
             return True
     return False
 

@@ -1,8 +1,8 @@
 """The op three ways on the same numbers: whole, segmented, and by PyTorch.
 
 Whole is one call of `mixedkv.attention`; segmented carries a state over several runs of keys;
-PyTorch is `scaled_dot_product_attention` in float32 on the same stored keys and values, dequantised
-where they are Q4_0. The verdict is FAIL when any of the three pairs is out of tolerance.
+PyTorch is `scaled_dot_product_attention` in float32 on what the same stored keys and values stand
+for. The verdict is FAIL when any of the three pairs is out of tolerance.
 """
 
 # mypy: allow-untyped-calls
@@ -23,17 +23,17 @@ import mixedkv as mkv
 
 from .arithmetic import MOST_HELD, Problem, attend_torch
 from .format import LayerInfo
-from .layout import as_float32, watched
+from .layout import watched
 from .metrics import Difference, difference
+from .stored import Rows, as_float32, converted
 
 PAIRS = (("whole", "segmented"), ("whole", "torch"), ("segmented", "torch"))
-KV_TYPES = ("f32", "f16", "q4_0")
 
 FLOAT_ABSOLUTE = 1e-5
 FLOAT_RELATIVE = 1e-5
-Q4_0_RELATIVE = 1e-3
+BLOCK_RELATIVE = 1e-3
 """Segmented against whole is held to 1e-5 of each element, either against PyTorch to 1e-5 of the
-norm; where Q4_0 takes part, to 1e-3 of the norm."""
+norm; where a format of blocks takes part, such as Q4_0, to 1e-3 of the norm."""
 
 MOST_LOGITS = 1 << 28
 """Query heads times queries times keys: seconds of work for each of the three ways."""
@@ -86,8 +86,9 @@ class Settings:
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         for name, value in zip(("k_type", "v_type"), types, strict=True):
-            if value not in KV_TYPES:
-                raise ValueError(f"{name} must be one of {', '.join(KV_TYPES)}, got {value!r}")
+            known = mkv.formats.available()
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         logits, keys, queries = qo_heads * qo_len * kv_len, kv_heads * kv_len, qo_heads * qo_len
         names = ("num_kv_heads", "kv_len", kv_heads, kv_len)
         if _KEY_BYTES * keys < _QUERY_BYTES * queries:
@@ -106,7 +107,13 @@ class Settings:
                 f"qo_len {qo_len} is more than kv_len {kv_len}: with a causal mask some queries "
                 "would see nothing",
             ),
-            ("q4_0" in types and width % 32, f"q4_0 wants a multiple of 32; head_dim is {width}"),
+            *(
+                (
+                    width % one.block_values,
+                    f"{one.name} wants a multiple of {one.block_values}; head_dim is {width}",
+                )
+                for one in map(mkv.formats.info, types)
+            ),
             (
                 logits > MOST_LOGITS,
                 f"num_qo_heads {qo_heads} times qo_len {qo_len} times kv_len {kv_len} are "
@@ -200,8 +207,8 @@ def compare(settings: Settings) -> Comparison:
         return rng.standard_normal((heads, length, settings.head_dim), dtype=np.float32)
 
     q = watched("q", normal(settings.num_qo_heads, settings.qo_len))
-    k = watched("k", _stored(normal(settings.num_kv_heads, settings.kv_len), settings.k_type))
-    v = watched("v", _stored(normal(settings.num_kv_heads, settings.kv_len), settings.v_type))
+    k = watched("k", converted(normal(settings.num_kv_heads, settings.kv_len), settings.k_type))
+    v = watched("v", converted(normal(settings.num_kv_heads, settings.kv_len), settings.v_type))
     # The last query stands at the last key.
     q_start = settings.kv_len - settings.qo_len
     whole = mkv.attention(q, k, v, causal=settings.causal)
@@ -234,9 +241,7 @@ def compare(settings: Settings) -> Comparison:
     )
 
 
-def problem_of(
-    settings: Settings, q: NDArray[np.float32], k: NDArray[Any], v: NDArray[Any]
-) -> Problem:
+def problem_of(settings: Settings, q: NDArray[np.float32], k: Rows, v: Rows) -> Problem:
     """Give what PyTorch computes. Its mask is a view of one row, however many it has."""
     n, kv, width = settings.qo_len, settings.kv_len, settings.head_dim
     row = np.zeros(n + kv - 1, np.float32)
@@ -247,19 +252,13 @@ def problem_of(
     return Problem(q, as_float32(k), as_float32(v), mask, 0, info)
 
 
-def _stored(rows: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    if kind == "q4_0":
-        stored: NDArray[Any] = mkv.quantize_q4_0(rows)
-        return stored
-    return rows.astype(np.float16) if kind == "f16" else rows
-
-
 def _judge(settings: Settings, outputs: dict[str, NDArray[np.float32]], a: str, b: str) -> Pair:
     found = difference(outputs[a], outputs[b])
-    quantised = "q4_0" in (settings.k_type, settings.v_type)
+    types = map(mkv.formats.info, (settings.k_type, settings.v_type))
+    quantised = any(one.block_values > 1 for one in types)
     # Elements of values of a standard deviation of 1; larger ones round in proportion.
-    absolute = (Q4_0_RELATIVE if quantised else FLOAT_ABSOLUTE) * max(found.scale, 1.0)
-    relative = Q4_0_RELATIVE if quantised else None if b == "segmented" else FLOAT_RELATIVE
+    absolute = (BLOCK_RELATIVE if quantised else FLOAT_ABSOLUTE) * max(found.scale, 1.0)
+    relative = BLOCK_RELATIVE if quantised else None if b == "segmented" else FLOAT_RELATIVE
     absolute = absolute if settings.tolerance_abs is None else settings.tolerance_abs
     relative = relative if settings.tolerance_rel is None else settings.tolerance_rel
     off = np.abs(outputs[a].astype(np.float64) - outputs[b].astype(np.float64))

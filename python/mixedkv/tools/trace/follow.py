@@ -6,20 +6,34 @@ become in the cold tier's type, and the mask shows a query what its position let
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-
-import mixedkv as mkv
 
 from .format import Step, StepData, Trace
-from .layout import as_float32
 from .masks import HIDDEN, contradiction, implied, mistaken, visible
+from .stored import (
+    Rows,
+    as_float32,
+    converted,
+    copied,
+    data_of,
+    format_of,
+    of_format,
+    same_bits,
+    zeros,
+)
 
 _MOST_FAILURES = 8
 _MOST_CELLS = 1 << 22
 """Cells of a mask that are looked at at a time."""
+
+
+class Before(NamedTuple):
+    """A step's cold keys and values [Hkv, kv_cold, D or Dv] as they were while hot."""
+
+    k: Rows
+    v: Rows
 
 
 class Follower:
@@ -45,12 +59,10 @@ class Follower:
         self.biased: set[int] = set()
         self._checked: set[int] = set()
         # layer -> position -> (k, v) [Hkv, D or Dv] as they were while hot
-        self._hot: dict[int, dict[int, tuple[NDArray[Any], NDArray[Any]]]] = {}
+        self._hot: dict[int, dict[int, tuple[Rows, Rows]]] = {}
 
-    def follow(
-        self, step: Step, data: StepData
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Check a step's rows; give its K and V [Hkv, kv, D or Dv] as if nothing were quantised.
+    def follow(self, step: Step, data: StepData) -> Before | None:
+        """Check a step's rows; give the cold ones as they were while hot, padding as zeros.
 
         None where the trace does not tell where tokens are, or does not hold the rows.
         """
@@ -66,41 +78,35 @@ class Follower:
             now = (data.k[:, index], data.v[:, index])
             before = seen.get(position)
             if before is None:
-                seen[position] = (np.array(now[0]), np.array(now[1]))
+                seen[position] = (copied(now[0]), copied(now[1]))
                 continue
             self.rows += 1
-            if not all(map(_same_bits, now, before)):
+            if not all(map(same_bits, now, before)):
                 self._fail(f"{where}: the hot rows of position {position} changed")
         if data.k_quant is None or data.v_quant is None or step.positions_quant is None:
             return None
         ks, vs = [], []
-        complete = True
         for index, position in enumerate(step.positions_quant.tolist()):
             cold = (data.k_quant[:, index], data.v_quant[:, index])
             before = seen.get(position)
             if position < 0:
-                before = cold
+                before = (zeros(data.k, data.k.shape[:1]), zeros(data.v, data.v.shape[:1]))
             elif before is None:
-                complete = False
                 self.unknown += 1
                 continue
             else:
                 self.rows += 1
                 for name, row, hot in zip("KV", cold, before, strict=True):
                     if not _is_moved(row, hot):
-                        kind = "Q4_0" if row.dtype == np.uint8 else row.dtype.name
                         self._fail(
                             f"{where}: the cold rows of position {position} ({name}) are not the "
-                            f"{kind} of what they were while hot"
+                            f"{format_of(row).name} of what they were while hot"
                         )
-            ks.append(as_float32(before[0]))
-            vs.append(as_float32(before[1]))
-        if not complete:
+            ks.append(before[0])
+            vs.append(before[1])
+        if len(ks) < step.kv_cold or len({format_of(row) for row in (*ks, data.k)}) > 1:
             return None
-        return (
-            np.concatenate([np.stack(ks, 1), as_float32(data.k)], 1),
-            np.concatenate([np.stack(vs, 1), as_float32(data.v)], 1),
-        )
+        return Before(_side_by_side(ks), _side_by_side(vs))
 
     def _check_positions(self, step: Step) -> None:
         """Every position so far is in exactly one tier."""
@@ -155,17 +161,17 @@ class Follower:
             self.failures.append(message)
 
 
-def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.dtype == b.dtype and bool(a.tobytes() == b.tobytes())
+def _side_by_side(rows: list[Rows]) -> Rows:
+    """Give rows of tokens [Hkv, width] as [Hkv, tokens, width]."""
+    return of_format(np.stack([data_of(row) for row in rows], 1), rows[0])
 
 
-def _is_moved(cold: NDArray[Any], hot: NDArray[Any]) -> bool:
-    """Whether cold rows are what the hot ones become in the cold rows' type."""
-    if not np.isfinite(as_float32(hot)).all():
+def _is_moved(cold: Rows, hot: Rows) -> bool:
+    """Whether cold rows are what the hot ones become in the cold rows' format."""
+    name = format_of(cold).name
+    if format_of(hot).name != name and not np.isfinite(as_float32(hot)).all():
         return True  # quantised to what is no number, which has many forms
-    if cold.dtype == hot.dtype:
-        return _same_bits(cold, hot)
-    if cold.dtype == np.uint8:
-        return _same_bits(cold, mkv.quantize_q4_0(np.ascontiguousarray(hot)))
-    with np.errstate(over="ignore"):
-        return _same_bits(cold, as_float32(hot).astype(cold.dtype))
+    try:
+        return same_bits(cold, converted(hot, name))
+    except ValueError:  # likewise
+        return True

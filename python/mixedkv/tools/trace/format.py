@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .gguf_file import FileTensor
+from .stored import Rows, data_of
 
 VERSION = 1
 ARCHITECTURE = "kqv_trace"
@@ -72,12 +73,13 @@ class RecordedStep:
     ----------
     tensors
         Role -> array in C order: kqv_out [n, Hq * Dv] and q [Hq, n, D] float32; k and v
-        [Hkv, kv, D or Dv] float32, float16 or Q4_0 rows (uint8); masks [n, kv] float16 or float32.
+        [Hkv, kv, D or Dv] float32, float16 or a QuantizedArray of any format (uint8: Q4_0); masks
+        [n, kv] float16 or float32.
     """
 
     layer: int
     step: int
-    tensors: dict[str, NDArray[Any]]
+    tensors: dict[str, Rows]
 
 
 @dataclass
@@ -126,7 +128,7 @@ class StepData:
     q
         [Hq, n, D] float32.
     k, v
-        Hot part [Hkv, kv, D or Dv]: float32, float16, or Q4_0 rows (uint8).
+        Hot part [Hkv, kv, D or Dv]: float32, float16, or a QuantizedArray.
     mask
         [n, kv] float32, added to the logits.
     k_quant, v_quant, mask_quant
@@ -135,11 +137,11 @@ class StepData:
 
     out: NDArray[np.float32]
     q: NDArray[np.float32]
-    k: NDArray[Any]
-    v: NDArray[Any]
+    k: Rows
+    v: Rows
     mask: NDArray[np.float32]
-    k_quant: NDArray[Any] | None = None
-    v_quant: NDArray[Any] | None = None
+    k_quant: Rows | None = None
+    v_quant: Rows | None = None
     mask_quant: NDArray[np.float32] | None = None
 
 
@@ -174,16 +176,16 @@ class Step:
         """Read the arrays. Maps keys and values, copies the rest as float32."""
         raw = {role: tensor.load() for role, tensor in self.tensors.items()}
 
-        def rows(role: str) -> NDArray[Any]:
+        def rows(role: str) -> Rows:
             array = raw[role]
             return array.reshape(self.info.num_kv_heads, -1, array.shape[-1])
 
         q = np.asarray(raw["q"], np.float32)
-        masks = self._mask(raw["mask"])
+        masks = self._mask(data_of(raw["mask"]))
         out = np.asarray(raw["kqv_out"], np.float32)
         cold = None
         if "mask_quant" in raw:
-            cold = self._mask(raw["mask_quant"])
+            cold = self._mask(data_of(raw["mask_quant"]))
         elif self.kv_cold:
             cold, masks = masks[:, : self.kv_cold], masks[:, self.kv_cold :]
         return StepData(

@@ -6,6 +6,7 @@ and tensors are mapped, not read. What is wrong with a file is told in one line,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import reprlib
@@ -18,12 +19,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+import mixedkv as mkv
+
+from .stored import Rows
+
 MAX_NAME = 1024
 """Bytes of a key or of a tensor's name; real ones have some dozens."""
 MAX_DIMS = 4
 _MAX_ALIGNMENT = 1 << 20
 _MEMORY_ALIGNMENT = 4
-"""Bytes that suit every type: 4 for float32, 2 for float16 and a Q4_0 block's scale."""
+"""Bytes that suit every type: 4 for float32, 2 for float16 and a block's scale."""
 _MAX_STRING = 1 << 24
 _MAX_STRINGS = 1 << 22
 _MAX_VALUES = 1 << 22
@@ -39,9 +44,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
 
-F32, F16, Q4_0 = 0, 1, 2
-TYPE_NAMES = {F32: "f32", F16: "f16", Q4_0: "q4_0"}
-_BLOCK_VALUES, _BLOCK_BYTES = 32, 18
+_TABLE = [mkv.formats.info(name) for name in mkv.formats.available()]
+FORMATS = {one.ggml_type: one for one in _TABLE if one.ggml_type is not None}
+"""ggml's number -> the format of the same bytes."""
+BYTES = 24
+"""ggml's I8: what rows of a format are stored as that has no number of its own."""
 
 
 class TraceError(Exception):
@@ -57,9 +64,11 @@ class FileTensor:
     ne
         Shape in ggml's order: the first is contiguous.
     type
-        ggml's number: F32, F16 or Q4_0; others are carried, and can't be loaded.
+        ggml's number: one of `FORMATS`, or `BYTES`; others are carried, and can't be loaded.
     offset
         Bytes from the file's start.
+    opaque
+        The format whose rows are stored as `BYTES`; None: of a type of its own.
     """
 
     path: Path
@@ -67,6 +76,28 @@ class FileTensor:
     ne: tuple[int, ...]
     type: int
     offset: int
+    opaque: mkv.formats.Format | None = None
+
+    @property
+    def format(self) -> mkv.formats.Format | None:
+        """What its rows are; None where a trace can't hold them."""
+        return self.opaque or FORMATS.get(self.type)
+
+    def as_rows_of(self, format: mkv.formats.Format) -> FileTensor:
+        """Give a tensor of `BYTES` as rows of a format.
+
+        Raises
+        ------
+        TraceError
+            Its rows are no whole blocks.
+        """
+        if self.ne[0] % format.block_bytes:
+            raise TraceError(
+                f"{self.path.name}: {self.name!r} is {format.name} with rows of {self.ne[0]} "
+                f"bytes, no multiple of {format.block_bytes}"
+            )
+        ne = (format.row_values(self.ne[0]), *self.ne[1:])
+        return dataclasses.replace(self, ne=ne, opaque=format)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,29 +107,35 @@ class FileTensor:
     @property
     def type_name(self) -> str:
         """Name of the type, such as f16."""
-        return TYPE_NAMES.get(self.type, f"ggml type {self.type}")
+        return self.format.name if self.format else f"ggml type {self.type}"
 
-    def load(self) -> NDArray[Any]:
-        """Map it: float32 or float16 [shape], or Q4_0 rows (uint8, last axis n // 32 * 18).
+    def load(self) -> Rows:
+        """Map it: float32 or float16 [shape], or a QuantizedArray of that shape.
 
         Copied where it lies at an address that is odd for its type.
         """
-        if self.type == Q4_0:
-            shape = (*self.shape[:-1], self.shape[-1] // _BLOCK_VALUES * _BLOCK_BYTES)
-            dtype: np.dtype[Any] = np.dtype(np.uint8)
-        elif self.type in (F32, F16):
-            shape = self.shape
-            dtype = np.dtype("<f4" if self.type == F32 else "<f2")
-        else:
+        format = self.format
+        if format is None:
             raise TraceError(
-                f"{self.path.name}: {self.name!r} has {self.type_name}; a trace holds "
-                f"{', '.join(TYPE_NAMES.values())}"
+                f"{self.path.name}: {self.name!r} has {self.type_name}; a trace holds {held()}"
             )
+        if format.packed:
+            bytes_of_row = format.row_bytes(self.shape[-1])
+            return mkv.QuantizedArray(self._map("u1", bytes_of_row), format.name)
+        return self._map("<f4" if format.name == "f32" else "<f2", self.shape[-1])
+
+    def _map(self, kind: str, width: int) -> NDArray[Any]:
+        shape, dtype = (*self.shape[:-1], width), np.dtype(kind)
         if self.offset % _MEMORY_ALIGNMENT == 0:
             return np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=shape)
         # The file's alignment is less than that of its types: a map of it would be, too.
         count = math.prod(shape)
         return np.fromfile(self.path, dtype, count, offset=self.offset).reshape(shape)
+
+
+def held() -> str:
+    """Name the types that a trace may hold."""
+    return ", ".join(one.name for one in FORMATS.values())
 
 
 @dataclass(frozen=True)
@@ -246,12 +283,16 @@ class _Header:
         values = math.prod(ne)
         if values == 0 or any(n > self.size * 2 for n in ne):
             raise self.refuse(f"{name!r} has the impossible shape {list(ne)}")
-        if kind == Q4_0 and ne[0] % _BLOCK_VALUES:
-            raise self.refuse(f"{name!r} is q4_0 with rows of {ne[0]} values, no multiple of 32")
+        block = FORMATS[kind].block_values if kind in FORMATS else 1
+        if ne[0] % block:
+            raise self.refuse(
+                f"{name!r} is {FORMATS[kind].name} with rows of {ne[0]} values, no multiple of "
+                f"{block}"
+            )
         if offset % alignment:
             raise self.refuse(f"{name!r} lies at offset {offset}, no multiple of {alignment}")
         start = data + offset
-        end = start + _num_bytes(kind, values)
+        end = start + num_bytes(kind, values)
         if end > self.size:
             raise self.refuse(
                 f"{name!r} claims bytes {start} to {end}, the file has {self.size}: it is "
@@ -264,12 +305,12 @@ class _Header:
         for tensor in sorted(tensors, key=lambda one: one.offset):
             if tensor.offset < end:
                 raise self.refuse(f"{tensor.name!r} and {last!r} claim the same bytes")
-            end = tensor.offset + _num_bytes(tensor.type, math.prod(tensor.ne))
+            end = tensor.offset + num_bytes(tensor.type, math.prod(tensor.ne))
             last = tensor.name
 
 
-def _num_bytes(kind: int, values: int) -> int:
+def num_bytes(kind: int, values: int) -> int:
     """Bytes of a tensor; of a type that is not known here, the least it could be."""
-    if kind == Q4_0:
-        return values // _BLOCK_VALUES * _BLOCK_BYTES
-    return values * {F32: 4, F16: 2}.get(kind, 0)
+    if kind in FORMATS:
+        return FORMATS[kind].row_bytes(values)
+    return values if kind == BYTES else 0

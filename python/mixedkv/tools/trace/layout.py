@@ -9,12 +9,13 @@ strides; a wrong reading of memory shows in the std of a slice; a conversion kee
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 import mixedkv as mkv
+
+from .stored import Rows, as_float32, data_of
 
 logger = logging.getLogger("mixedkv.tools.trace.layout")
 
@@ -28,15 +29,7 @@ class Statistics(NamedTuple):
     max: float
 
 
-def as_float32(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Give float32 values: of floats, or of Q4_0 rows (uint8)."""
-    if rows.dtype == np.uint8:
-        values: NDArray[np.float32] = mkv.dequantize_q4_0(np.ascontiguousarray(rows))
-        return values
-    return np.asarray(rows, np.float32)
-
-
-def statistics(array: NDArray[Any]) -> Statistics:
+def statistics(array: Rows) -> Statistics:
     """Give mean, std, min and max of the values, without the masks' -inf."""
     values = as_float32(array).astype(np.float64)
     values = values[np.isfinite(values)]
@@ -47,16 +40,19 @@ def statistics(array: NDArray[Any]) -> Statistics:
     )
 
 
-def watched(what: str, array: NDArray[Any]) -> NDArray[Any]:
+R = TypeVar("R", bound=Rows)
+
+
+def watched(what: str, array: R) -> R:
     """Give `array` back, after a line in the log if somebody watches."""
     if logger.isEnabledFor(logging.DEBUG):
         found = statistics(array)
         logger.debug(
             "[LAYOUT_DEBUG] %s: %s shape=%s strides=%s mean=%.6g std=%.6g",
             what,
-            array.dtype,
+            array.format if isinstance(array, mkv.QuantizedArray) else array.dtype,
             array.shape,
-            array.strides,
+            data_of(array).strides,
             found.mean,
             found.std,
         )

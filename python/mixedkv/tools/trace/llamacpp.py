@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import mixedkv as mkv
+
 from ..progress import SILENT, Progress
 from .format import LayerInfo, TraceHeader
-from .gguf_file import F16, F32, Q4_0, TYPE_NAMES
+from .gguf_file import FORMATS
 from .layout import watched
 from .record import Listener, Recorder, Recording, Settings
+from .stored import Rows, copied
 
 ROUNDING = {"f16": 5e-3, "q4_0": 3e-2}
 """Relative error (norm over norm, a step) of llama.cpp's own attention against exact arithmetic,
@@ -34,7 +37,6 @@ root of their number; for Q4_0 keys it rounds the query to 8 bits a value, and t
 exponents. `verify` fails both by default; with a tolerance of this size it still tells permuted
 outputs and exchanged heads, which are off by about as much as the output itself."""
 
-_TYPES = {"f32": F32, "f16": F16, "q4_0": Q4_0}
 _NODE = b"FLASH_ATTN_EXT"
 _MAX_SOURCES = 10
 
@@ -134,14 +136,22 @@ def _context_params(llama_cpp: Any, settings: Settings, prompt: int, callback: A
     # The whole prompt is one step.
     params.n_ctx = prompt + settings.steps + 1
     params.n_batch = params.n_ubatch = prompt
-    params.type_k = _TYPES[settings.k_type]
-    params.type_v = _TYPES[settings.v_type]
+    params.type_k = number_of(settings.k_type)
+    params.type_v = number_of(settings.v_type)
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.offload_kqv = params.op_offload = False
     params.cb_eval = callback
     if settings.threads is not None:
         params.n_threads = params.n_threads_batch = settings.threads
     return params
+
+
+def number_of(name: str) -> int:
+    """Give ggml's number of a format."""
+    number = mkv.formats.info(name).ggml_type
+    if number is None:
+        raise ValueError(f"llama.cpp has no {name}")
+    return number
 
 
 def _run(
@@ -235,11 +245,11 @@ class _Watcher:
         sinks = None
         if node.src[4]:
             sinks = tuple(float(x) for x in _view(node.src[4].contents).ravel())
-        tensors = {
+        tensors: dict[str, Rows] = {
             "kqv_out": np.array(out[0], np.float32, order="C").reshape(n, -1),
             "q": np.array(q[0], np.float32, order="C"),
-            "k": np.array(k[0, :, :kv], order="C"),
-            "v": np.array(v[0, :, :kv], order="C"),
+            "k": copied(k[0, :, :kv]),
+            "v": copied(v[0, :, :kv]),
             "mask": np.array(mask[:, :kv], order="C"),
         }
         for role, array in tensors.items():
@@ -249,7 +259,7 @@ class _Watcher:
             ("v", self.settings.v_type, node.src[2]),
         ):
             # The cache may be of one type, and what its attention reads of another.
-            found = TYPE_NAMES[source.contents.type]
+            found = FORMATS[source.contents.type].name
             if found != asked:
                 notes = self.recorder.header.notes
                 notes[f"cast_{name}"] = f"{asked} in the cache, {found} in attention"
@@ -279,23 +289,22 @@ def _layer_of(pointer: Any) -> int:
     return -1
 
 
-def _view(tensor: _Tensor) -> NDArray[Any]:
+def _view(tensor: _Tensor) -> Any:
     """View a tensor in llama.cpp's memory, in C order and by its strides.
 
-    Float32 or float16 [ne3, ne2, ne1, ne0], or Q4_0 rows (uint8, last axis ne0 // 32 * 18).
+    Float32 or float16 [ne3, ne2, ne1, ne0], or a QuantizedArray of that shape.
     """
     ne, nb = list(tensor.ne)[::-1], list(tensor.nb)[::-1]
-    dtype: np.dtype[Any]
-    if tensor.type == Q4_0:
-        dtype = np.dtype(np.uint8)
-        ne[3], nb[3] = ne[3] // 32 * 18, 1
-    elif tensor.type in (F32, F16):
-        dtype = np.dtype(np.float32 if tensor.type == F32 else np.float16)
-    else:
+    format = FORMATS.get(tensor.type)
+    if format is None:
         raise ValueError(f"llama.cpp's tensor {tensor.name!r} has the ggml type {tensor.type}")
+    dtype: np.dtype[Any] = np.dtype(np.float32 if format.name == "f32" else np.float16)
+    if format.packed:
+        dtype = np.dtype(np.uint8)
+        ne[3], nb[3] = format.row_bytes(ne[3]), 1
     if not tensor.data or math.prod(ne) == 0:
         raise ValueError(f"llama.cpp's tensor {tensor.name!r} has no data")
     span = sum((n - 1) * stride for n, stride in zip(ne, nb, strict=True)) + dtype.itemsize
     memory = (ctypes.c_char * span).from_address(tensor.data)
     view: NDArray[Any] = np.ndarray(ne, dtype, memory, strides=nb)
-    return view
+    return mkv.QuantizedArray(view, format.name) if format.packed else view

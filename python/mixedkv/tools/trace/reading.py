@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import mixedkv as mkv
+
 from .format import (
     CACHES,
     NAMES,
@@ -24,7 +26,7 @@ from .format import (
     Trace,
     TraceHeader,
 )
-from .gguf_file import Q4_0, TYPE_NAMES, FileTensor, TraceError, read_gguf
+from .gguf_file import BYTES, FileTensor, TraceError, held, read_gguf
 from .metadata import Metadata, short
 from .writing import TEXTS
 
@@ -159,9 +161,14 @@ def _by_role(data: Metadata, tensors: list[FileTensor], layers: dict[int, LayerI
     roles = data.texts("tensor.roles", len(names))
     of_layer = data.integers("tensor.layers", 0, _MOST_LAYERS, length=len(names))
     of_step = data.integers("tensor.steps", 1, length=len(names))
+    formats: list[str] | list[None] = [None] * len(names)
+    if "tensor.formats" in data:
+        formats = data.texts("tensor.formats", len(names))
     by_name = {tensor.name: tensor for tensor in tensors}
     groups: _Groups = {}
-    for tensor, role, layer, step in zip(names, roles, of_layer, of_step, strict=True):
+    for tensor, role, layer, step, format in zip(
+        names, roles, of_layer, of_step, formats, strict=True
+    ):
         if tensor not in by_name:
             raise TraceError(
                 f"{name}: the tensor {short(tensor)} is named, and is not there (or named twice)"
@@ -173,8 +180,21 @@ def _by_role(data: Metadata, tensors: list[FileTensor], layers: dict[int, LayerI
         group = groups.setdefault((step, layer), {})
         if role in group:
             raise TraceError(f"{name}: step {step} of layer {layer} has two tensors {role}")
-        group[role] = by_name.pop(tensor)
+        group[role] = _of_format(name, by_name.pop(tensor), format)
     return groups
+
+
+def _of_format(name: str, tensor: FileTensor, told: str | None) -> FileTensor:
+    """Give a tensor as rows of the format that the metadata tells of."""
+    if told is None or tensor.type_name == told:
+        return tensor
+    what = f"{name}: kqv_trace.tensor.formats says {short(told)} of {short(tensor.name)}"
+    if told not in mkv.formats.available():
+        raise TraceError(f"{what}; known are {', '.join(mkv.formats.available())}")
+    format = mkv.formats.info(told)
+    if tensor.type != BYTES or format.ggml_type is not None:
+        raise TraceError(f"{what}, whose type is {tensor.type_name}")
+    return tensor.as_rows_of(format)
 
 
 def _plain(path: Path, tensors: list[FileTensor]) -> _Groups:
@@ -291,14 +311,14 @@ def _check_roles(where: str, tensors: dict[str, FileTensor], header: TraceHeader
         found = "has" if "k_quant" in tensors else "lacks"
         raise TraceError(f"{where} {found} the role k_quant, in a trace of a {header.cache} cache")
     for role, tensor in tensors.items():
-        if tensor.type not in TYPE_NAMES:
+        if tensor.format is None:
             raise TraceError(
-                f"{where}: {short(tensor.name)} has {tensor.type_name}; a trace holds "
-                f"{', '.join(TYPE_NAMES.values())}"
+                f"{where}: {short(tensor.name)} has {tensor.type_name}; a trace holds {held()}"
             )
-        if tensor.type == Q4_0 and role not in ("k", "v", "k_quant", "v_quant"):
+        if tensor.format.packed and role not in ("k", "v", "k_quant", "v_quant"):
             raise TraceError(
-                f"{where}: {short(tensor.name)} is q4_0, which only keys and values may be"
+                f"{where}: {short(tensor.name)} is {tensor.type_name}, which only keys and values "
+                "may be"
             )
 
 

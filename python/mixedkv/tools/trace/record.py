@@ -2,7 +2,7 @@
 
 The model runs with mixedkv's attention and a `MixedCache`; the cache's observer is called after
 each attention, while the step's cells are still pending, and exports the very rows that were
-attended: hot rows in their type, cold rows as ggml's Q4_0 blocks.
+attended, in the types of their tiers.
 """
 
 # mypy: allow-untyped-calls
@@ -27,6 +27,7 @@ from ..progress import SILENT, Progress
 from .format import LayerInfo, RecordedStep, TraceHeader
 from .layout import watched
 from .masks import sees
+from .stored import Rows, zeros
 
 Listener: TypeAlias = Callable[[RecordedStep], None]
 
@@ -43,6 +44,10 @@ class Settings:
         Decode steps after the prompt's own.
     mixed
         A mixed cache; else a standard one of one tier.
+    k_type, v_type
+        Formats of keys and values; of a mixed cache those of the hot tier.
+    cold_k_type, cold_v_type
+        Those of the cold tier.
     second_mask
         Store the cold part's mask as a tensor of its own.
     sample, seed
@@ -54,6 +59,8 @@ class Settings:
     mixed: bool = False
     k_type: str = "f16"
     v_type: str = "f16"
+    cold_k_type: str = "q4_0"
+    cold_v_type: str = "q4_0"
     hot_size: int = 128
     group_size: int = 256
     sink_tokens: int = 0
@@ -104,7 +111,7 @@ class Recorder:
         self.header.tokens.extend(tokens)
         self.header.step_tokens.append(len(tokens))
 
-    def add(self, layer: int, info: LayerInfo, tensors: dict[str, NDArray[Any]]) -> None:
+    def add(self, layer: int, info: LayerInfo, tensors: dict[str, Rows]) -> None:
         """Take down a layer."""
         self.header.layers[layer] = info
         self.steps.append(RecordedStep(layer, self.step, tensors))
@@ -188,6 +195,8 @@ def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
             "group_size": settings.group_size,
             "n_pad": math.gcd(settings.hot_size, 32),
             "sink_tokens": settings.sink_tokens,
+            "cold_k_type": settings.cold_k_type,
+            "cold_v_type": settings.cold_v_type,
         }
     return mkt.MixedCache(
         config,
@@ -206,7 +215,6 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
     if seen.rows != 1 or seen.kept is not None:
         raise ValueError("a trace is of one sequence without padding")
     hot, cold = seen.native.export_rows(seen.place, 0)
-    hot_k, hot_v, cold_k, cold_v = map(_stored, (hot.k, hot.v, cold.k, cold.v))
     queries = seen.query.shape[2]
     q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
     q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
@@ -215,21 +223,20 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
     watched("kqv_out [query, head * dim]", out)
     at = np.arange(seen.first + seen.width - queries, seen.first + seen.width)
     window = seen.options["window_left"]
-    tensors = {
+    tensors: dict[str, Rows] = {
         "kqv_out": out,
         "q": q,
-        "k": watched("K [kv head, key, dim], hot", hot_k),
-        "v": watched("V [kv head, key, dim], hot", hot_v),
+        "k": watched("K [kv head, key, dim], hot", hot.k),
+        "v": watched("V [kv head, key, dim], hot", hot.v),
     }
     masks = [_mask(int(at[0]), len(at), hot.positions, window)]
     if settings.mixed:
         # GGUF readers choke on empty tensors: where no key was cold, one cell of zeros that
         # is masked stands in.
-        positions, k, v = cold.positions, cold_k, cold_v
+        positions, k, v = cold.positions, cold.k, cold.v
         if not len(positions):
             positions = np.array([-1])
-            k = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
-            v = np.zeros((v.shape[0], 1, v.shape[2]), v.dtype)
+            k, v = (zeros(rows, (rows.shape[0], 1)) for rows in (k, v))
         masks.insert(0, _mask(int(at[0]), len(at), positions, window))
         tensors["k_quant"] = watched("K_quant [kv head, key, dim], cold", k)
         tensors["v_quant"] = watched("V_quant [kv head, key, dim], cold", v)
@@ -251,12 +258,6 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
         window_left=-1 if window is None else int(window),
     )
     recorder.add(seen.layer, info, tensors)
-
-
-def _stored(rows: NDArray[Any] | mkv.QuantizedArray) -> NDArray[Any]:
-    """Give rows as a trace holds them: Q4_0 as its bytes."""
-    stored: NDArray[Any] = rows.data if isinstance(rows, mkv.QuantizedArray) else rows
-    return stored
 
 
 def _mask(

@@ -9,9 +9,9 @@ from typing import Any
 from .arithmetic import magnitude, problem_of, sees_quantised
 from .format import Trace
 from .gguf_file import TraceError
-from .layout import as_float32
 from .metrics import Difference, difference, row_errors
 from .results import Tolerance
+from .stored import as_float32
 
 
 @dataclass(frozen=True)

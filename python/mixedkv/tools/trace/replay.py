@@ -1,10 +1,12 @@
 """mixedkv's own op over a step, as a cache runs it.
 
-Where Q4_0 takes part, a cache does not attend rows of blocks but tiles of many tokens, packed, and
-has kernels of its own for them. So the step's keys and values are put into a cache, in the tiers
-and types that they were recorded in, and attended there. A cache takes no blocks and no mask: it
-quantises what it is given, and shows a token what stands before it. Steps that this can't give
-again are attended by the op over plain rows, and `OwnOp.plain` says why.
+Where keys or values in blocks take part, a cache does not attend rows of blocks but tiles of many
+tokens, packed, and has kernels of its own for them. So the step's keys and values are put into a
+cache, in the tiers and formats that they were recorded in, and attended there. Hot rows are stored
+as they are. Cold ones have to come from hot: stored is what becomes them on the way, their values
+or, where those do not, what they were while hot. A cache takes no mask but shows a token what
+stands before it. Steps that this can't give again are attended by the op over plain rows, and
+`OwnOp.plain` says why.
 """
 
 # mypy: allow-untyped-calls
@@ -19,23 +21,28 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 
 from .arithmetic import attend_mixedkv, sees_quantised
+from .follow import Before
 from .format import LayerInfo, StepData
-from .layout import as_float32, watched
-
-_TYPES = {"float32": "f32", "float16": "f16", "uint8": "q4_0"}
+from .layout import watched
+from .stored import Rows, as_float32, converted, data_of, format_of, of_format, typed
 
 
 class OwnOp:
     """mixedkv's op over one step, on whatever instruction set is selected when it attends.
 
+    Parameters
+    ----------
+    before
+        The cold rows as they were while hot, where the trace has them.
+
     Attributes
     ----------
     plain
-        Why a step with Q4_0 is attended over plain rows, and not in a cache; None: it is attended
-        in one, or no query sees Q4_0.
+        Why a step with blocks is attended over plain rows, and not in a cache; None: it is attended
+        in one, or no query sees any.
     """
 
-    def __init__(self, data: StepData, info: LayerInfo) -> None:
+    def __init__(self, data: StepData, info: LayerInfo, before: Before | None = None) -> None:
         self.data = data
         self.info = info
         self.plain: str | None = None
@@ -45,16 +52,18 @@ class OwnOp:
         found = _order_of(data)
         if isinstance(found, str):
             self.plain = found
-        elif not _stored_again(data, found):
+            return
+        cold = _cold_sources(data, found, before)
+        if cold is None:
             self.plain = "its rows are not as a cache of mixedkv stores them"
         else:
-            self._order = found
+            self._order, self._cold = found, cold
 
     def attend(self) -> NDArray[np.float32]:
         """Compute the output [n, Hq, Dv]."""
         if self._order is None:
             return attend_mixedkv(self.data, self.info)
-        cache = filled_cache(self.data, self._order)
+        cache = filled_cache(self.data, self._order, self._cold)
         sinks = None if self.info.sinks is None else np.array(self.info.sinks, np.float32)
         out = cache.attend(
             0,
@@ -105,44 +114,52 @@ def _order_of(data: StepData) -> _Order | str:
     return _Order(np.flatnonzero(cold == 0), np.concatenate([old, new]))
 
 
-def _rows(stored: NDArray[Any], at: NDArray[np.intp]) -> NDArray[np.float32]:
-    return as_float32(np.ascontiguousarray(stored[:, at]))
+def _rows(stored: Rows, at: NDArray[np.intp]) -> Rows:
+    """Give rows of some tokens."""
+    return of_format(np.ascontiguousarray(data_of(stored)[:, at]), stored)
 
 
-def _stored_again(data: StepData, order: _Order) -> bool:
-    """Whether a cache that is given what the rows stand for stores the same values again.
-
-    So it does for Q4_0 that was quantised as ggml does it, where a block's largest value is 8 times
-    its scale; other programs may choose scales in other ways.
-    """
-    for stored, at in ((data.k, order.hot), (data.v, order.hot)):
-        if not _survives(_rows(stored, at), stored.dtype):
-            return False
+def _cold_sources(data: StepData, order: _Order, before: Before | None) -> tuple[Rows, ...] | None:
+    """Give rows whose values a cache has in cold as they were recorded; None: none are known."""
     if data.k_quant is None or data.v_quant is None:
-        return True
-    # A token is hot first: its row passes through that type.
-    return all(
-        _survives(_rows(stored, order.cold), hot.dtype, stored.dtype)
-        for stored, hot in ((data.k_quant, data.k), (data.v_quant, data.v))
-    )
+        return ()
+    sources = []
+    for cold, hot, known in (
+        (data.k_quant, data.k, before and before.k),
+        (data.v_quant, data.v, before and before.v),
+    ):
+        wanted = typed(_rows(cold, order.cold))
+        tried = [wanted, *([] if known is None else [_rows(known, order.cold)])]
+        fitting = [rows for rows in tried if _becomes(rows, format_of(hot).name, wanted)]
+        if not fitting:
+            return None
+        sources.append(fitting[0])
+    return tuple(sources)
 
 
-def _survives(rows: NDArray[np.float32], *types: np.dtype[Any]) -> bool:
-    """Whether float32 rows are the same after passing through these types."""
-    now = rows
-    for dtype in types:
-        if dtype == np.uint8:
-            if not np.isfinite(now).all():
-                return False
-            now = mkv.dequantize_q4_0(mkv.quantize_q4_0(now))
-        else:
-            with np.errstate(over="ignore"):
-                now = now.astype(dtype).astype(np.float32)
-    return np.array_equal(now, rows, equal_nan=True)
+def _becomes(rows: Rows, hot: str, cold: Rows) -> bool:
+    """Whether rows that pass through the hot format have the values of these cold ones.
+
+    So do what mixedkv moved, and Q4_0 that was quantised as ggml does it, where a block's largest
+    value is 8 times its scale; other programs may choose scales in other ways.
+    """
+    name, values = format_of(cold).name, as_float32(cold)
+    if not np.isfinite(values).all() and name in mkv.formats.packed():
+        return False
+    try:
+        moved = converted(converted(rows, hot), name)
+    except ValueError:  # no finite numbers on the way
+        return False
+    return np.array_equal(as_float32(moved), values, equal_nan=True)
 
 
-def filled_cache(data: StepData, order: _Order) -> mkv.MixedKVCache | mkv.UnifiedKVCache:
-    """Give a cache that holds the step's rows in their tiers, the queries' own tokens pending."""
+def filled_cache(
+    data: StepData, order: _Order, cold_rows: tuple[Rows, ...]
+) -> mkv.MixedKVCache | mkv.UnifiedKVCache:
+    """Give a cache that holds the step's rows in their tiers, the queries' own tokens pending.
+
+    `cold_rows` are the keys and values that become the cold ones; none of a step without these.
+    """
     n, hot, cold = data.q.shape[1], len(order.hot), len(order.cold)
     options: dict[str, Any] = {
         "num_layers": 1,
@@ -151,7 +168,7 @@ def filled_cache(data: StepData, order: _Order) -> mkv.MixedKVCache | mkv.Unifie
         "head_dim_v": data.out.shape[2],
         "n_pad": 1,
     }
-    k_type, v_type = _TYPES[data.k.dtype.name], _TYPES[data.v.dtype.name]
+    k_type, v_type = format_of(data.k).name, format_of(data.v).name
     cache: mkv.MixedKVCache | mkv.UnifiedKVCache
     if cold and data.k_quant is not None and data.v_quant is not None:
         # Hot has room for the hot tokens alone, and gives way to them one token at a time.
@@ -163,14 +180,14 @@ def filled_cache(data: StepData, order: _Order) -> mkv.MixedKVCache | mkv.Unifie
             threshold=1.0,
             hot_k_type=k_type,
             hot_v_type=v_type,
-            cold_k_type=_TYPES[data.k_quant.dtype.name],
-            cold_v_type=_TYPES[data.v_quant.dtype.name],
+            cold_k_type=format_of(data.k_quant).name,
+            cold_v_type=format_of(data.v_quant).name,
         )
-        k, v = _rows(data.k_quant, order.cold), _rows(data.v_quant, order.cold)
+        k, v = cold_rows
         cache.append(range(cold), [0] * cold, [k], [v])
     else:
         cache = mkv.UnifiedKVCache(**options, size=hot, k_type=k_type, v_type=v_type)
-    k, v = _rows(data.k, order.hot), _rows(data.v, order.hot)
+    k, v = (typed(_rows(rows, order.hot)) for rows in (data.k, data.v))
     old = hot - n
     if old:
         cache.append(range(cold, cold + old), [0] * old, [k[:, :old]], [v[:, :old]])

@@ -13,10 +13,11 @@ from rich.text import Text
 from .._commands import printable
 from .compare import Comparison
 from .format import ROLES, RecordedStep, Trace, tensor_name
-from .layout import as_float32, statistics
+from .layout import statistics
 from .metrics import Difference
 from .reference import TraceComparison
 from .results import StepResult, Verification
+from .stored import as_float32, format_of, typed
 
 _MOST_FAILURES = 12
 _WIDTH = 150
@@ -75,9 +76,7 @@ def print_recorded(console: Console, step: RecordedStep) -> None:
         if array is None:
             continue
         found = statistics(array)
-        kind, shape = array.dtype.name, list(array.shape)
-        if kind == "uint8":
-            kind, shape[-1] = "q4_0", shape[-1] // 18 * 32
+        shape, kind = list(typed(array).shape), format_of(array).name
         console.print(
             f"{tensor_name(role, step.layer, step.step):<24} {kind:<8} {shape!s:<20} "
             f"mean {found.mean: .3e}  std {found.std:.3e}  min {found.min: .3e}  "
@@ -144,7 +143,7 @@ def print_verification(console: Console, result: Verification) -> None:
     costs = [step.cost.relative for step in result.steps if step.cost is not None]
     table = _table(
         *("step", "layer", "queries", "keys", *_FIGURES, "worst head", "grade", "own op"),
-        *(["cost of Q4_0"] if costs else []),
+        *(["cost"] if costs else []),
         "",
         title="Recorded output against PyTorch f32",
     )

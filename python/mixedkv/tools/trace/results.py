@@ -14,9 +14,9 @@ from .format import Trace
 from .metrics import Difference, RowErrors
 
 STANDARD_TOLERANCE = 2e-5
-"""Norm over norm, where no Q4_0 key or value takes part."""
+"""Norm over norm, where no key or value in blocks (Q4_0 and its like) takes part."""
 MIXED_TOLERANCE = 1e-3
-"""Where one does: Q4_0 kernels round the query."""
+"""Where one does: kernels for blocks round the query."""
 ELEMENT_FACTOR = 10.0
 """By default no element may be off by more than this times the tolerance times the largest value of
 the step: a single wrong element hardly moves the norm of a long step."""
@@ -125,9 +125,9 @@ class StepResult:
     isas
         mixedkv's own op, by instruction set, against PyTorch's float64.
     quantised
-        A Q4_0 key or value was seen by some query.
+        A key or value in blocks, such as Q4_0, was seen by some query.
     plain
-        Why mixedkv's own op attended Q4_0 over plain rows, and not in a cache; None: it did not.
+        Why mixedkv's own op attended blocks over plain rows, and not in a cache; None: it did not.
     worst
         The head and the row of the recorded output that are farthest from PyTorch's float32.
     blind

@@ -12,7 +12,7 @@ import numpy as np
 from ..memory import available, in_words
 from .arithmetic import MOST_HELD
 from .format import Step, Trace
-from .gguf_file import F32, TraceError
+from .gguf_file import TraceError
 
 SHARE = 0.5
 """Of the memory that is free: what verifying may take."""
@@ -64,9 +64,9 @@ def kept_bytes(steps: Sequence[Step]) -> int:
 
 def _stored(step: Step, role: str) -> int:
     """Give the bytes of a key or value of all kv heads as the file stores it, at most."""
-    tensor = step.tensors[role]
+    format = step.tensors[role].format
     width = {"k": step.info.head_dim, "v": step.info.head_dim_v}[role]
-    return step.info.num_kv_heads * width * (4 if tensor.type == F32 else 2)
+    return step.info.num_kv_heads * (4 * width if format is None else format.row_bytes(width))
 
 
 def check_room(trace: Trace, layers: Iterable[int] | None = None) -> None:

@@ -8,7 +8,7 @@ Three questions, kept apart:
 - *Is the trace whole?* Every step of every layer that its metadata tells of is there, and no tensor
   is left over. This decides too.
 - *Is each token where it belongs?* Where the trace tells positions: every token is in exactly one
-  tier, hot rows stay as they were, cold rows are the Q4_0 of what they were while hot, and the
+  tier, hot rows stay as they were, cold rows are what those become in the cold type, and the
   mask shows each query what its position lets it see. This decides too.
 - *What does quantisation cost?* The recorded output against attention over the same tokens' keys
   and values as they were while hot, taken from the trace's earlier steps. A figure, not a verdict.
@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import mixedkv as mkv
 
@@ -39,7 +38,7 @@ from .arithmetic import (
 )
 from .complete import incomplete
 from .diagnose import diagnose
-from .follow import Follower
+from .follow import Before, Follower
 from .format import Step, StepData, Trace
 from .gguf_file import TraceError
 from .masks import implied
@@ -47,6 +46,7 @@ from .metrics import difference, row_errors
 from .reference import TraceComparison, compare_traces
 from .replay import OwnOp
 from .results import StepResult, TierEntropy, Tolerance, Verification
+from .stored import as_float32
 
 __all__ = [
     "StepResult",
@@ -104,14 +104,14 @@ def verify(
     for done, step in enumerate(steps):
         progress.at(done, len(steps))
         data = step.load()
-        unquantised = follower.follow(step, data)
+        before = follower.follow(step, data)
         result = _verify_step(
             step,
             data,
             tolerance,
             isas,
             entropy=entropy,
-            unquantised=unquantised,
+            before=before,
             diagnosing=diagnosed < _MOST_DIAGNOSED,
         )
         diagnosed += not result.passed
@@ -130,7 +130,7 @@ def _verify_step(
     isas: Sequence[str],
     *,
     entropy: bool,
-    unquantised: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    before: Before | None,
     diagnosing: bool,
 ) -> StepResult:
     problem = problem_of(data, step.info)
@@ -182,7 +182,7 @@ def _verify_step(
         elif diagnosing:
             hints = diagnose(data, problem, want_f32, passing, implied(step))
     own = {}
-    own_op = OwnOp(data, step.info)
+    own_op = OwnOp(data, step.info, before)
     for isa in isas:
         with isa_selected(isa):
             out = own_op.attend()
@@ -191,8 +191,9 @@ def _verify_step(
         rows = row_errors(out, want_f64, whole)
         failures += tolerance.judge(what, own[isa], quantised, rows, own=(torch_own, own_rows))
     cost = None
-    if quantised and unquantised is not None:
-        k, v = unquantised
+    if quantised and before is not None:
+        k = np.concatenate([as_float32(before.k), as_float32(data.k)], 1)
+        v = np.concatenate([as_float32(before.v), as_float32(data.v)], 1)
         exact = attend_torch(dataclasses.replace(problem, k=k, v=v), torch.float64)
         cost = difference(data.out, exact)
     return StepResult(
@@ -269,8 +270,8 @@ def _remarks(steps: Sequence[Step], results: Sequence[StepResult], follower: Fol
         ),
         (
             plain,
-            f"in {_count(len(plain), 'step', 'steps')} with Q4_0 mixedkv's own op read plain rows, "
-            f"not a cache's packed ones: {plain[0] if plain else ''}",
+            f"in {_count(len(plain), 'step', 'steps')} with keys or values in blocks mixedkv's own "
+            f"op read plain rows, not a cache's packed ones: {plain[0] if plain else ''}",
         ),
         (
             blind,

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+import mixedkv as mkv
+
 from .format import ARCHITECTURE, ROLES, VERSION, RecordedStep, TraceHeader, tensor_name
+from .stored import Rows, data_of, format_of
 
 TEXTS = ("engine", "engine_version", "model", "cache")
 """Metadata that every trace has as text."""
@@ -21,7 +24,7 @@ def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) 
     Raises
     ------
     ValueError
-        An array's dtype is none that a trace holds, or a note's name is one of the format's.
+        An array is of no format that a trace holds, or a note's name is one of the trace's keys.
     OSError
         The file can't be written.
     """
@@ -77,19 +80,26 @@ def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) 
             (one, role) for one in ordered for role in ROLES if one.tensors.get(role) is not None
         ]
         names = [tensor_name(role, one.layer, one.step) for one, role in tensors]
+        formats = [
+            _format(one.tensors[role], name)
+            for (one, role), name in zip(tensors, names, strict=True)
+        ]
         if tensors:
             writer.add_array("kqv_trace.tensor.names", names)
             writer.add_array("kqv_trace.tensor.roles", [role for _, role in tensors])
             numbers("tensor.layers", [one.layer for one, _ in tensors])
             numbers("tensor.steps", [one.step for one, _ in tensors])
-        for (one, role), name in zip(tensors, names, strict=True):
-            array = np.ascontiguousarray(one.tensors[role])
-            if array.dtype == np.uint8:
-                writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-            elif array.dtype in (np.float32, np.float16):
+        if any(format.ggml_type is None for format in formats):
+            writer.add_array("kqv_trace.tensor.formats", [format.name for format in formats])
+        for (one, role), name, format in zip(tensors, names, formats, strict=True):
+            array = np.ascontiguousarray(data_of(one.tensors[role]))
+            if not format.packed:
                 writer.add_tensor(name, array)
+            elif format.ggml_type is None:
+                writer.add_tensor(name, array.view(np.int8))
             else:
-                raise ValueError(f"{name} is {array.dtype}; a trace holds float32, float16, Q4_0")
+                number = gguf.GGMLQuantizationType(format.ggml_type)
+                writer.add_tensor(name, array, raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -98,3 +108,13 @@ def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) 
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _format(rows: Rows, name: str) -> mkv.formats.Format:
+    try:
+        return format_of(rows)
+    except KeyError as dtype:
+        raise ValueError(
+            f"{name} is {dtype.args[0]}; a trace holds float32, float16 and rows of "
+            f"{', '.join(mkv.formats.packed())}"
+        ) from None

@@ -34,14 +34,14 @@ def compare(
         float | None,
         tolerance(
             "Largest norm of the difference over the norm. Default: 1e-5 against PyTorch, 1e-3 "
-            "with q4_0."
+            "with keys or values in blocks, such as q4_0."
         ),
     ] = None,
     tolerance_abs: Annotated[
         float | None,
         tolerance(
-            "Largest difference of an element. Default: 1e-5, or 1e-3 with q4_0, times the largest "
-            "value where that is above 1."
+            "Largest difference of an element. Default: 1e-5, or 1e-3 with blocks, times the "
+            "largest value where that is above 1."
         ),
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set.")] = None,

@@ -26,6 +26,8 @@ from ..._commands import (
 from ...options import (
     AsJson,
     CacheDir,
+    ColdKType,
+    ColdVType,
     Debug,
     GroupSize,
     HotSize,
@@ -88,6 +90,8 @@ def trace(
     mixed: Annotated[
         bool, typer.Option("--mixed-kv-cache", help="A hot and a cold tier, not a standard cache.")
     ] = False,
+    cold_k_type: ColdKType = None,
+    cold_v_type: ColdVType = None,
     hot_size: HotSize = 128,
     group_size: GroupSize = 256,
     sink_tokens: SinkTokens = 0,
@@ -108,9 +112,15 @@ def trace(
         raise typer.BadParameter(
             f"must be transformers or llama.cpp, got {engine!r}", param_hint="--engine"
         )
-    for option, value in (("-ctk", k_type), ("-ctv", v_type)):
-        if value not in ("f32", "f16", "q4_0"):
-            raise typer.BadParameter(f"must be f32, f16 or q4_0, got {value!r}", param_hint=option)
+    known = mkv.formats.available()
+    cold = {"--cold-k-type": cold_k_type, "--cold-v-type": cold_v_type}
+    for option, value in {"-ctk": k_type, "-ctv": v_type, **cold}.items():
+        if value is not None and value not in known:
+            raise typer.BadParameter(
+                f"must be one of {', '.join(known)}, got {value!r}", param_hint=option
+            )
+        if option in cold and value is not None and not mixed:
+            raise typer.BadParameter("goes with --mixed-kv-cache", param_hint=option)
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("--prompt and --prompt-file: one of them", param_hint="--prompt")
     if second_mask and not mixed:
@@ -139,6 +149,8 @@ def trace(
         mixed=mixed,
         k_type=k_type,
         v_type=v_type,
+        cold_k_type=cold_k_type or record.Settings.cold_k_type,
+        cold_v_type=cold_v_type or record.Settings.cold_v_type,
         hot_size=hot_size,
         group_size=group_size,
         sink_tokens=sink_tokens,

@@ -44,8 +44,8 @@ def verify(
     tolerance_rel: Annotated[
         float | None,
         tolerance(
-            "Largest norm of a step's difference over the norm. Default: 2e-5, or 1e-3 where Q4_0 "
-            "takes part."
+            "Largest norm of a step's difference over the norm. Default: 2e-5, or 1e-3 where keys "
+            "or values in blocks, such as Q4_0, take part."
         ),
     ] = None,
     tolerance_abs: Annotated[
