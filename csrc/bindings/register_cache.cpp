@@ -206,8 +206,8 @@ py::array rows_array(Format type, std::int64_t heads, std::int64_t n, std::int64
   }
 }
 
-/// ((pos, k, v) of hot, (pos, k, v) of cold).
-py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
+/// ((pos, k, v) of hot, (pos, k, v) of cold): as stored, or as f32.
+py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq, bool dequantize) {
   const CacheConfig &config = handle.config();
   const int index = narrow(layer, "layer");
   std::int64_t num_hot = 0;
@@ -217,24 +217,41 @@ py::tuple export_rows(Handle &handle, std::int64_t layer, std::int64_t seq) {
     py::array_t<std::int64_t> pos;
     py::array k;
     py::array v;
-    StoredRows to() { return {pos.mutable_data(), k.mutable_data(), v.mutable_data()}; }
+    StoredRows stored() { return {pos.mutable_data(), k.mutable_data(), v.mutable_data()}; }
+    DequantizedRows dequantized() {
+      return {pos.mutable_data(), static_cast<float *>(k.mutable_data()),
+              static_cast<float *>(v.mutable_data())};
+    }
   };
-  const auto make = [&config](std::int64_t n, Format k_type, Format v_type) {
+  const auto make = [&](std::int64_t n, Format k_type, Format v_type) {
     const std::int64_t heads = config.num_kv_heads;
-    return TierRows{py::array_t<std::int64_t>(n), rows_array(k_type, heads, n, config.head_dim),
-                    rows_array(v_type, heads, n, config.head_dim_v)};
+    return TierRows{py::array_t<std::int64_t>(n),
+                    rows_array(dequantize ? Format::f32 : k_type, heads, n, config.head_dim),
+                    rows_array(dequantize ? Format::f32 : v_type, heads, n, config.head_dim_v)};
   };
   TierRows hot = make(num_hot, config.hot_k_type, config.hot_v_type);
   TierRows cold = make(num_cold, config.cold_k_type, config.cold_v_type);
-  const StoredRows to_hot = hot.to();
-  const StoredRows to_cold = cold.to();
-  handle.quickly([&](MixedCache &cache) {
+  const auto check = [&](MixedCache &cache) {
     std::int64_t hot_now = 0;
     std::int64_t cold_now = 0;
     cache.export_len(seq, hot_now, cold_now);
     handle.need_unchanged(hot_now == num_hot && cold_now == num_cold);
-    cache.export_rows(index, seq, to_hot, to_cold);
-  });
+  };
+  if (dequantize) {
+    const DequantizedRows to_hot = hot.dequantized();
+    const DequantizedRows to_cold = cold.dequantized();
+    handle.with([&](MixedCache &cache) {
+      check(cache);
+      cache.export_dequantized(index, seq, to_hot, to_cold);
+    });
+  } else {
+    const StoredRows to_hot = hot.stored();
+    const StoredRows to_cold = cold.stored();
+    handle.quickly([&](MixedCache &cache) {
+      check(cache);
+      cache.export_rows(index, seq, to_hot, to_cold);
+    });
+  }
   return py::make_tuple(py::make_tuple(hot.pos, hot.k, hot.v),
                         py::make_tuple(cold.pos, cold.k, cold.v));
 }
@@ -357,7 +374,7 @@ void register_cache(py::module_ &m) {
                              [&](MixedCache &c, float *out) { c.values(index, seq, out); });
           },
           py::arg("layer"), py::arg("seq"))
-      .def("export_rows", &export_rows, py::arg("layer"), py::arg("seq"))
+      .def("export_rows", &export_rows, py::arg("layer"), py::arg("seq"), py::arg("dequantize"))
       .def("stats", &stats);
 }
 

@@ -81,6 +81,12 @@ struct MixedCache::Impl {
              layer);
     }
   }
+  /// Likewise for those that look: without a slot anything goes.
+  void need_exportable(int layer, int number) const {
+    if (slot.active) {
+      need_stored(layer, number, "be stored before its rows are exported");
+    }
+  }
 
   Tiers tiers() { return {hot, cold}; }
   KeySources sources() const {

@@ -6,12 +6,26 @@ namespace {
 
 using GetRow = void (RowStorage::*)(int layer, int head, std::int64_t cell, float *row) const;
 
-/// Dequantised rows of tokens, of all heads of the layer that has this number.
-void get_rows(const Tier &hot, const Tier &cold, const std::vector<Token> &tokens, int number,
-              GetRow get, const RowTransform *transform, int width, float *out) {
-  for (int head = 0; head < hot.rows.shape().num_kv_heads; ++head) {
+struct Place {
+  const RowStorage &rows;
+  int layer;
+};
+
+/// Where the rows of a token are in the layer that has this number.
+Place place_of(const KeySources &sources, const Token &token, int number) {
+  if (token.source == Source::scratch) {
+    return {*sources.scratch, 0};
+  }
+  return {token.source == Source::cold ? sources.cold.rows : sources.hot.rows, number};
+}
+
+/// Rows of tokens as what they stand for, of all heads.
+void get_rows(const KeySources &sources, const std::vector<Token> &tokens, int number, GetRow get,
+              const RowTransform *transform, int width, float *out) {
+  for (int head = 0; head < sources.hot.rows.shape().num_kv_heads; ++head) {
     for (const Token &token : tokens) {
-      ((token.source == Source::cold ? cold : hot).rows.*get)(number, head, token.cell, out);
+      const Place place = place_of(sources, token, number);
+      (place.rows.*get)(place.layer, head, token.cell, out);
       if (transform != nullptr) {
         transform->undo(out, static_cast<std::size_t>(width));
       }
@@ -30,13 +44,9 @@ void get_stored_rows(const KeySources &sources, const std::vector<Token> &tokens
   }
   for (int head = 0; head < shape.num_kv_heads; ++head) {
     for (const Token &token : tokens) {
-      const bool scratch = token.source == Source::scratch;
-      const RowStorage &rows = scratch                        ? *sources.scratch
-                               : token.source == Source::cold ? sources.cold.rows
-                                                              : sources.hot.rows;
-      const int layer = scratch ? 0 : number;
-      rows.get_stored_k(layer, head, token.cell, k);
-      rows.get_stored_v(layer, head, token.cell, v);
+      const Place place = place_of(sources, token, number);
+      place.rows.get_stored_k(place.layer, head, token.cell, k);
+      place.rows.get_stored_v(place.layer, head, token.cell, v);
       k += shape.k_row_bytes();
       v += shape.v_row_bytes();
     }
@@ -94,14 +104,14 @@ void MixedCache::positions(std::int64_t seq, std::int64_t *pos, std::uint8_t *in
 void MixedCache::keys(int layer, std::int64_t seq, float *out) const {
   const Impl &m = *impl_;
   const int number = m.layer_number(layer);
-  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_k, m.transforms.keys.get(),
+  get_rows(m.sources(), m.committed(seq), number, &RowStorage::get_k, m.transforms.keys.get(),
            m.config.head_dim, out);
 }
 
 void MixedCache::values(int layer, std::int64_t seq, float *out) const {
   const Impl &m = *impl_;
   const int number = m.layer_number(layer);
-  get_rows(m.hot, m.cold, m.committed(seq), number, &RowStorage::get_v, m.transforms.values.get(),
+  get_rows(m.sources(), m.committed(seq), number, &RowStorage::get_v, m.transforms.values.get(),
            m.config.head_dim_v, out);
 }
 
@@ -116,13 +126,29 @@ void MixedCache::export_rows(int layer, std::int64_t seq, const StoredRows &to_h
   const int number = m.layer_number(layer);
   if (m.cold.rows.shape().center_keys) {
     throw std::invalid_argument("export_rows: center_keys is on, and the rows of cold keys say "
-                                "nothing without what they were stored less of; keys() has them");
+                                "nothing without what they were stored less of; dequantised "
+                                "rows have it added");
   }
-  if (m.slot.active) {
-    m.need_stored(layer, number, "be stored before its rows are exported");
-  }
+  m.need_exportable(layer, number);
   get_stored_rows(m.sources(), m.attended(seq, false), number, m.hot.rows.shape(), to_hot);
   get_stored_rows(m.sources(), m.attended(seq, true), number, m.cold.rows.shape(), to_cold);
+}
+
+void MixedCache::export_dequantized(int layer, std::int64_t seq, const DequantizedRows &to_hot,
+                                    const DequantizedRows &to_cold) const {
+  const Impl &m = *impl_;
+  const int number = m.layer_number(layer);
+  m.need_exportable(layer, number);
+  for (const DequantizedRows *to : {&to_hot, &to_cold}) {
+    const std::vector<Token> tokens = m.attended(seq, to == &to_cold);
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      to->pos[i] = tokens[i].pos;
+    }
+    get_rows(m.sources(), tokens, number, &RowStorage::get_k, m.transforms.keys.get(),
+             m.config.head_dim, to->k);
+    get_rows(m.sources(), tokens, number, &RowStorage::get_v, m.transforms.values.get(),
+             m.config.head_dim_v, to->v);
+  }
 }
 
 CacheStats MixedCache::stats() const {

@@ -49,6 +49,14 @@ struct StoredRows {
   void *v = nullptr;
 };
 
+/// Likewise what these rows stand for: k [num_kv_heads, n, head_dim], v [num_kv_heads, n,
+/// head_dim_v].
+struct DequantizedRows {
+  std::int64_t *pos = nullptr;
+  float *k = nullptr;
+  float *v = nullptr;
+};
+
 struct CacheStats {
   std::int64_t hot_tokens = 0; ///< cells in use, committed
   std::int64_t cold_tokens = 0;
@@ -141,10 +149,14 @@ public:
   /// What attend reads of seq, bit for bit: its committed tokens, and those of a pending slot,
   /// which are all hot rows here, wherever they will lie (attend reads them as such). With a slot
   /// pending the layer is stored already; of a slot with tokens bound for cold it is the layer
-  /// stored last.
+  /// stored last. Refused where keys are centered: such rows say nothing by themselves.
   void export_rows(int layer, std::int64_t seq, const StoredRows &to_hot,
                    const StoredRows &to_cold) const;
-  /// How many tokens export_rows gives of each tier.
+  /// The same tokens' rows as what they stand for, of any cache: dequantised, centers added, the
+  /// transform undone. attend gives what attention over these gives, but for rounding.
+  void export_dequantized(int layer, std::int64_t seq, const DequantizedRows &to_hot,
+                          const DequantizedRows &to_cold) const;
+  /// How many tokens either gives of each tier.
   void export_len(std::int64_t seq, std::int64_t &num_hot, std::int64_t &num_cold) const;
   CacheStats stats() const;
 

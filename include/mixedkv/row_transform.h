@@ -5,7 +5,8 @@
 //   query    queries are changed as keys are, so that their products stay what they were
 //   output   a result is changed back as values were
 //   move     rows are changed already: they go from tier to tier as they are
-//   export   rows as attention reads them stay changed; keys() and values() change them back
+//   export   rows as attention reads them stay changed; keys(), values() and what is exported
+//            dequantised are changed back
 //
 // No transform: rows pass through untouched, at the cost of one comparison a call. The cache's own
 // is a rotation (CacheConfig::rotate; rows/hadamard.h).

@@ -144,7 +144,7 @@ class MixedCache(metaclass=_Pybind11Type):
     def keys(self, layer: int, seq: int) -> NDArray[np.float32]: ...
     def values(self, layer: int, seq: int) -> NDArray[np.float32]: ...
     def export_rows(
-        self, layer: int, seq: int
+        self, layer: int, seq: int, dequantize: bool
     ) -> tuple[
         tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]],
         tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]],

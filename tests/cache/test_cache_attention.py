@@ -17,7 +17,6 @@ from caches import (
     Cache,
     D,
     add,
-    cold_positions,
     mixed,
     one_tier,
     rows_for,
@@ -312,80 +311,3 @@ def test_cache_layers_are_apart(make: Callable[..., Cache]) -> None:
         np.testing.assert_array_equal(
             cache.keys(layer, 0), ref.stored_as(rows_for([0], layer)[0], "f16")
         )
-
-
-# --- rows as they are stored ----------------------------------------------------------------------
-
-
-def as_f32(rows: np.ndarray | mkv.QuantizedArray) -> np.ndarray:
-    if isinstance(rows, mkv.QuantizedArray):
-        return ref.dequantize_q4_0(rows.data)
-    return rows.astype(np.float32)
-
-
-def test_export_rows_gives_what_is_stored() -> None:
-    cache = mixed(sink_tokens=2)
-    add(cache, range(5))
-    add(cache, range(5, 14))
-    hot, cold = cache.export_rows(1, 0)
-    tiers = cache.tiers(0)
-    positions = cache.positions(0)
-    assert 0 < len(cold.positions) < len(positions)
-    np.testing.assert_array_equal(hot.positions, positions[~tiers])
-    np.testing.assert_array_equal(cold.positions, positions[tiers])
-    k, v = rows_for(positions.tolist(), 1)
-    for exported, original in ((hot.k, k), (hot.v, v)):
-        assert exported.dtype == np.float16
-        np.testing.assert_array_equal(exported, original[:, ~tiers].astype(np.float16))
-    for exported, original in ((cold.k, k), (cold.v, v)):
-        assert exported.format == "q4_0"
-        once = original[:, tiers].astype(np.float16)
-        np.testing.assert_array_equal(exported.data, ref.quantize_q4_0(once))
-    for rows, looked in ((hot.k, cache.keys(1, 0)), (hot.v, cache.values(1, 0))):
-        np.testing.assert_array_equal(as_f32(rows), looked[:, ~tiers])
-    np.testing.assert_array_equal(as_f32(cold.k), cache.keys(1, 0)[:, tiers])
-
-
-@pytest.mark.parametrize("n", [3, 40], ids=["in_hot", "longer_than_hot"])
-def test_export_rows_gives_what_a_pending_slot_attends(n: int, rng: np.random.Generator) -> None:
-    cache = mixed()
-    add(cache, range(14))
-    cold_before = len(cold_positions(cache))
-    pos = list(range(14, 14 + n))
-    slot = cache.find_slot(pos=pos, seq_id=[0] * n)
-    assert slot is not None
-    assert (slot.num_cold > 0) == (n == 40)
-    with pytest.raises(ValueError, match="be stored before its rows are exported"):
-        cache.export_rows(0, 0)
-    cache.store(0, *rows_for(pos))
-    hot, cold = cache.export_rows(0, 0)
-    assert len(cold.positions) == cold_before + slot.num_moved
-    assert sorted([*hot.positions, *cold.positions]) == list(range(14 + n))
-    assert set(pos) <= set(hot.positions.tolist())
-    q = normal(rng, HQ, n, D)
-    out = cache.attend(0, q)
-    k = np.concatenate([as_f32(cold.k), as_f32(hot.k)], 1)
-    v = np.concatenate([as_f32(cold.v), as_f32(hot.v)], 1)
-    seen = np.concatenate([cold.positions, hot.positions])[None, :] <= np.array(pos)[:, None]
-    want = mkv.attention(q, k, v, mask=seen)
-    assert_close(out, want, Q4_0_REL)
-    if slot.num_cold:
-        cache.store(1, *rows_for(pos, 1))
-        with pytest.raises(ValueError, match="be the one stored last"):
-            cache.export_rows(0, 0)
-    cache.restore()
-
-
-def test_export_rows_of_one_sequence_alone() -> None:
-    cache = mixed(n_seq_max=3)
-    add(cache, range(3), 0)
-    add(cache, range(2), 1)
-    hot, cold = cache.export_rows(0, 1)
-    assert hot.k.shape == (HKV, 2, D)
-    assert hot.v.shape == (HKV, 2, DV)
-    assert cold.k.shape == (HKV, 0, D)
-    assert cache.export_rows(0, 2)[0].positions.size == 0
-    with pytest.raises(ValueError, match="seq"):
-        cache.export_rows(0, 3)
-    with pytest.raises(ValueError, match="layer"):
-        cache.export_rows(LAYERS, 0)

@@ -68,6 +68,30 @@ RowsView rows_of(const std::vector<float> &x, std::int64_t n, int width) {
   return {x.data(), Format::f32, n * width * 4, width * 4};
 }
 
+/// The rows of both tiers as what they stand for are those that keys() and values() have.
+void check_dequantised(const MixedCache &cache, const Outcome &outcome) {
+  std::int64_t num_hot = 0, num_cold = 0;
+  cache.export_len(0, num_hot, num_cold);
+  const std::int64_t n = num_hot + num_cold;
+  std::vector<std::int64_t> pos(size(n)), all(size(n));
+  std::vector<float> hot_k(size(kHeads * num_hot * kDim)), cold_k(size(kHeads * num_cold * kDim));
+  std::vector<float> hot_v(size(kHeads * num_hot * kDimV)), cold_v(size(kHeads * num_cold * kDimV));
+  cache.export_dequantized(1, 0, {pos.data(), hot_k.data(), hot_v.data()},
+                           {pos.data() + num_hot, cold_k.data(), cold_v.data()});
+  cache.positions(0, all.data(), nullptr);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t row = std::find(all.begin(), all.end(), pos[size(i)]) - all.begin();
+    const bool cold = i >= num_hot;
+    const std::int64_t own = cold ? i - num_hot : i, count = cold ? num_cold : num_hot;
+    for (int head = 0; head < kHeads; ++head) {
+      const float *k = (cold ? cold_k : hot_k).data() + (head * count + own) * kDim;
+      const float *v = (cold ? cold_v : hot_v).data() + (head * count + own) * kDimV;
+      EXPECT(std::equal(k, k + kDim, outcome.keys.data() + (head * n + row) * kDim), "keys");
+      EXPECT(std::equal(v, v + kDimV, outcome.values.data() + (head * n + row) * kDimV), "values");
+    }
+  }
+}
+
 /// A prompt longer than hot, then decode steps that move tokens, one of them taken back.
 Outcome run(const CacheConfig &config, const RowTransforms &transforms) {
   MixedCache cache(config, transforms);
@@ -129,6 +153,7 @@ Outcome run(const CacheConfig &config, const RowTransforms &transforms) {
   std::vector<char> cold_v = bytes(config.cold_v_type, num_cold, kDimV);
   cache.export_rows(1, 0, {hot_pos.data(), outcome.stored.data(), hot_v.data()},
                     {cold_pos.data(), cold_k.data(), cold_v.data()});
+  check_dequantised(cache, outcome);
   return outcome;
 }
 

@@ -34,11 +34,12 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Rows of a layer as one tier stores them, in order of position."""
+    """Rows of a layer and a tier as it stores them, or what they stand for, by position."""
 
     #: int64 [n].
     positions: NDArray[np.int64]
-    #: [Hkv, n, D] in the tier's type: float32, float16, or a QuantizedArray (ggml's block order).
+    #: [Hkv, n, D] in the tier's type: float32, float16, or a QuantizedArray (ggml's block order);
+    #: where dequantised rows were asked for, float32.
     k: NDArray[Any] | QuantizedArray
     #: [Hkv, n, Dv] likewise.
     v: NDArray[Any] | QuantizedArray

@@ -310,20 +310,34 @@ class KVCache:
         """Return a dequantised copy of a sequence's values: float32 [Hkv, n, Dv], as positions."""
         return self._core.values(integer(layer, "layer"), integer(seq, "seq"))
 
-    def export_rows(self, layer: int, seq: int) -> tuple[StoredRows, StoredRows]:
+    def export_rows(
+        self, layer: int, seq: int, *, dequantize: bool = False
+    ) -> tuple[StoredRows, StoredRows]:
         """Return what :meth:`attend` reads of a sequence, bit for bit: (hot rows, cold rows).
 
         With a slot pending, its tokens are among the hot rows, wherever they will lie at commit:
         that is how they are attended. The layer is stored already then, and, of a slot with tokens
         bound for cold, the layer stored last. Where the cache rotates rows (`rotate`), these are
-        rotated, as the queries that meet them are; :meth:`keys` and :meth:`values` turn them back.
+        rotated, as the queries that meet them are.
+
+        Parameters
+        ----------
+        dequantize
+            Return float32 rows that stand for these, as :meth:`keys` and :meth:`values` do:
+            dequantised, centers added (`center_keys`), rotated back. Attention over them is what
+            the cache's attention comes to, but for rounding.
 
         Raises
         ------
         ValueError
-            Where layer or seq does not fit.
+            Where layer or seq does not fit; where keys are centered and rows are wanted as stored,
+            which say nothing without their centers.
         """
-        hot, cold = self._core.export_rows(integer(layer, "layer"), integer(seq, "seq"))
+        if not isinstance(dequantize, bool):
+            raise TypeError(f"dequantize must be a bool, got {type(dequantize).__name__}")
+        hot, cold = self._core.export_rows(integer(layer, "layer"), integer(seq, "seq"), dequantize)
+        if dequantize:
+            return StoredRows(*hot), StoredRows(*cold)
         config = self._config
         return (
             stored_rows(hot, config.hot_k_type, config.hot_v_type),
