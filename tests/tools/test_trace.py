@@ -82,7 +82,8 @@ def make_model(name: str = "llama", **sizes: Any) -> Any:
 def record(
     name: str = "llama", sizes: dict[str, Any] | None = None, **settings: Any
 ) -> recording.Recording:
-    options = {"hot_size": 16, "group_size": 4, **settings}
+    tiers = {"hot_size": 16, "group_size": 4} if settings.get("mixed") else {}
+    options = {**tiers, **settings}
     model = make_model(name, **(sizes or {}))
     return recording.record(model, PROMPT, recording.Settings(**options), title=name)
 

@@ -31,6 +31,7 @@ from mixedkv.tools.trace.stored import copied  # noqa: E402
 from mixedkv.tools.trace.verify import compare_traces, verify  # noqa: E402
 from test_trace import call, saved  # noqa: E402
 from verify_cases import Tensors, compute, fails, one_element, plant, small_trace  # noqa: E402
+from verify_cases import changed as changed  # noqa: E402
 from verify_cases import mixed as mixed  # noqa: E402
 from verify_cases import standard as standard  # noqa: E402
 
@@ -142,6 +143,11 @@ MIXED_ONLY = [
         *(
             pytest.param("mixed", *one, id=f"mixed-{one[0].__name__}")
             for one in EVERYWHERE + MIXED_ONLY
+        ),
+        *(
+            pytest.param("changed", *one, id=f"changed-{one[0].__name__}")
+            for one in EVERYWHERE + MIXED_ONLY
+            if one[0] is not nibbles_paired  # its rows are f32
         ),
     ],
 )

@@ -43,6 +43,12 @@ def standard() -> recording.Recording:
     return record(steps=4)
 
 
+@pytest.fixture(scope="module")
+def changed() -> recording.Recording:
+    """Of a cache that rotates rows and centers keys: rows as what these stand for."""
+    return record(mixed=True, steps=4, sink_tokens=1, rotate=True, center_keys=True)
+
+
 def plant(recorded: recording.Recording, change: Callable[[Tensors], None]) -> recording.Recording:
     """A copy of a trace whose every step is changed."""
     planted = copy.deepcopy(recorded)

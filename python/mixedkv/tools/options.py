@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import mixedkv as mkv
+from mixedkv.cache import presets
 
 from ._commands import MOST_SEED, finite
 
@@ -42,9 +43,42 @@ Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the rando
 Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
 ]
-HotSize = Annotated[int, typer.Option(min=1, help="Tokens of the hot tier of a mixed cache.")]
-GroupSize = Annotated[int, typer.Option(min=1, help="Most tokens moved at once.")]
-SinkTokens = Annotated[int, typer.Option(min=0, help="First tokens, which stay hot.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(presets.NAMES)}: options of a mixed cache, which those given beside "
+        "change."
+    ),
+]
+HotSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens of the hot tier of a mixed cache. Default: the preset's, or 128."
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tokens moved at once. Default: the preset's, or 256."),
+]
+SinkTokens = Annotated[
+    int | None,
+    typer.Option(min=0, help="First tokens, which stay hot. Default: the preset's, or 0."),
+]
+HotKeep = Annotated[
+    int | None,
+    typer.Option(min=0, help="Newest tokens, which stay hot. Default: the preset's, or 0."),
+]
+Rotate = Annotated[
+    bool | None,
+    typer.Option("--rotate/--no-rotate", help="Rotated rows. Default: the preset's, or no."),
+]
+CenterKeys = Annotated[
+    bool | None,
+    typer.Option(
+        "--center-keys/--no-center-keys",
+        help="Centered keys in the cold tier. Default: the preset's, or no.",
+    ),
+]
 _TYPES = ", ".join(mkv.formats.available())
 KType = Annotated[
     str, typer.Option("-ctk", "--cache-type-k", "--k-type", help=f"Type of keys: {_TYPES}.")
@@ -54,11 +88,12 @@ VType = Annotated[
 ]
 ColdKType = Annotated[
     str | None,
-    typer.Option(help="Type of the cold keys of a mixed cache, any of the same. Default: q4_0."),
+    typer.Option(
+        help="Type of the cold keys of a mixed cache, any of the same. Default: the preset's, or "
+        "q4_0."
+    ),
 ]
-ColdVType = Annotated[
-    str | None, typer.Option(help="Type of its cold values, likewise. Default: q4_0.")
-]
+ColdVType = Annotated[str | None, typer.Option(help="Type of its cold values, likewise.")]
 
 
 def tolerance(text: str) -> object:

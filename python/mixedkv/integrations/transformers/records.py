@@ -24,7 +24,7 @@ class Observation(NamedTuple):
     The tensors are the model's own: copy what is to be kept. `native` is in the midst of the step,
     so that ``native.export_rows(place, row)`` gives the very keys and values that were attended
     (rotated ones where the cache was made with ``rotate=True``; query and out are as the model has
-    them).
+    them, and so are rows that are exported with ``dequantize=True``).
 
     Attributes
     ----------

@@ -76,14 +76,15 @@ def problem_of(data: StepData, info: LayerInfo) -> Problem:
 
 
 def sees_quantised(data: StepData) -> bool:
-    """Whether some query sees a key or value of a format of blocks, such as Q4_0."""
-    for k, v, mask in (
-        (data.k, data.v, data.mask),
-        (data.k_quant, data.v_quant, data.mask_quant),
+    """Whether some query sees a key or value of blocks, such as Q4_0, or what one stands for."""
+    blocks = {role for role, name in data.stored.items() if mkv.formats.info(name).block_values > 1}
+    for k, v, mask, roles in (
+        (data.k, data.v, data.mask, {"k", "v"}),
+        (data.k_quant, data.v_quant, data.mask_quant, {"k_quant", "v_quant"}),
     ):
         if k is None or v is None or mask is None:
             continue
-        if (in_blocks(k) or in_blocks(v)) and not np.isneginf(mask).all():
+        if (in_blocks(k) or in_blocks(v) or roles & blocks) and not np.isneginf(mask).all():
             return True
     return False
 

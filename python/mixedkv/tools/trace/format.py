@@ -8,6 +8,7 @@ last axis is contiguous); ggml and the file count the other way round.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ NAMES = {
     "mask_quant": "mask_quant",
 }
 ROLES = tuple(NAMES)
+#: Those of keys and values.
+ROWS = ("k", "v", "k_quant", "v_quant")
 #: Tensors a step -> their roles.
 ROLES_BY_COUNT = {5: ROLES[:5], 7: ROLES[:7], 8: ROLES}
 
@@ -96,6 +99,9 @@ class TraceHeader:
         How many of them each step took.
     positions, positions_quant
         Step -> position of each key in k and v, and in k_quant and v_quant; -1 marks padding.
+    stored
+        Role of keys or values -> the format that the cache held them in, where the tensors are not
+        those rows but what they stand for: of caches that rotate or center.
     notes
         More metadata, name -> text, below ``kqv_trace.``.
     """
@@ -109,6 +115,7 @@ class TraceHeader:
     layers: dict[int, LayerInfo] = field(default_factory=dict)
     positions: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     positions_quant: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -133,6 +140,8 @@ class StepData:
         [n, kv] float32, added to the logits.
     k_quant, v_quant, mask_quant
         Cold part likewise; None where there is none.
+    stored
+        As in `TraceHeader`.
     """
 
     out: NDArray[np.float32]
@@ -143,6 +152,7 @@ class StepData:
     k_quant: Rows | None = None
     v_quant: Rows | None = None
     mask_quant: NDArray[np.float32] | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,8 @@ class Step:
         As in `TraceHeader`; None where the trace does not say.
     first
         Position of the step's first query (the others follow); None where the trace does not say.
+    stored
+        As in `TraceHeader`.
     """
 
     layer: int
@@ -171,6 +183,7 @@ class Step:
     positions: NDArray[np.int64] | None
     positions_quant: NDArray[np.int64] | None
     first: int | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> StepData:
         """Read the arrays. Maps keys and values, copies the rest as float32."""
@@ -197,6 +210,7 @@ class Step:
             k_quant=rows("k_quant") if self.kv_cold else None,
             v_quant=rows("v_quant") if self.kv_cold else None,
             mask_quant=cold,
+            stored=self.stored,
         )
 
     def _mask(self, raw: NDArray[Any]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from .format import (
     NAMES,
     ROLES,
     ROLES_BY_COUNT,
+    ROWS,
     VERSION,
     LayerInfo,
     Step,
@@ -28,7 +29,7 @@ from .format import (
 )
 from .gguf_file import BYTES, FileTensor, TraceError, held, read_gguf
 from .metadata import Metadata, short
-from .writing import TEXTS
+from .writing import STORED, TEXTS
 
 _PLAIN_NAME = re.compile(r"^(?P<tensor>.*?)(?:-(?P<layer>\d{1,6}))?_step_(?P<step>\d{1,9})$")
 
@@ -88,8 +89,9 @@ def _described(data: Metadata, tensors: list[FileTensor]) -> tuple[TraceHeader, 
         model=data.text("model"),
         cache=data.text("cache"),
         layers=_layers(data),
-        notes=data.notes(besides=TEXTS),
+        stored=_stored(data),
     )
+    header.notes = data.notes(besides=(*TEXTS, *(f"{STORED}.{role}" for role in ROWS)))
     if header.cache not in CACHES:
         raise data.refuse("cache", f"must be {' or '.join(CACHES)}, got {short(header.cache)}")
     if "tokens" in data:
@@ -110,6 +112,19 @@ def _described(data: Metadata, tensors: list[FileTensor]) -> tuple[TraceHeader, 
             if f"{key}.{step}" in data:
                 positions[step] = data.integer_array(f"{key}.{step}", -1)
     return header, groups
+
+
+def _stored(data: Metadata) -> dict[str, str]:
+    """Read which formats a cache held rows in that are recorded as what they stand for."""
+    found = {}
+    for role in ROWS:
+        key = f"{STORED}.{role}"
+        if key in data:
+            found[role] = data.text(key)
+            if found[role] not in mkv.formats.available():
+                known = ", ".join(mkv.formats.available())
+                raise data.refuse(key, f"must be one of {known}, got {short(found[role])}")
+    return found
 
 
 def _layers(data: Metadata) -> dict[int, LayerInfo]:
@@ -315,10 +330,15 @@ def _check_roles(where: str, tensors: dict[str, FileTensor], header: TraceHeader
             raise TraceError(
                 f"{where}: {short(tensor.name)} has {tensor.type_name}; a trace holds {held()}"
             )
-        if tensor.format.packed and role not in ("k", "v", "k_quant", "v_quant"):
+        if tensor.format.packed and role not in ROWS:
             raise TraceError(
                 f"{where}: {short(tensor.name)} is {tensor.type_name}, which only keys and values "
                 "may be"
+            )
+        if tensor.format.packed and header is not None and role in header.stored:
+            raise TraceError(
+                f"{where}: {short(tensor.name)} is {tensor.type_name}, and "
+                f"kqv_trace.{STORED}.{role} says that it is float32 or float16"
             )
 
 
@@ -345,5 +365,9 @@ def _placed(where: str, step: Step, header: TraceHeader, starts: Sequence[int]) 
         given, lacking = ("hot", "cold") if positions_quant is None else ("cold", "hot")
         raise TraceError(f"{where}: positions of the {given} keys are there, of the {lacking} not")
     return dataclasses.replace(
-        step, positions=positions, positions_quant=positions_quant, first=first
+        step,
+        positions=positions,
+        positions_quant=positions_quant,
+        first=first,
+        stored=header.stored,
     )

@@ -2,7 +2,8 @@
 
 The model runs with mixedkv's attention and a `MixedCache`; the cache's observer is called after
 each attention, while the step's cells are still pending, and exports the very rows that were
-attended, in the types of their tiers.
+attended, in the types of their tiers. Rows of a cache that rotates or centers them say nothing to
+anyone else; of these it exports what they stand for.
 """
 
 # mypy: allow-untyped-calls
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
+from mixedkv.cache import presets
 
 from ..memory import padded
 from ..progress import SILENT, Progress
@@ -30,6 +32,12 @@ from .masks import sees
 from .stored import Rows, zeros
 
 Listener: TypeAlias = Callable[[RecordedStep], None]
+
+_WITHOUT_PRESET: dict[str, Any] = {"hot_size": 128, "group_size": 256}
+_OF_MIXED = (
+    *("cold_k_type", "cold_v_type", "hot_size", "group_size", "sink_tokens", "hot_keep"),
+    "center_keys",
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,14 @@ class Settings:
         Decode steps after the prompt's own.
     mixed
         A mixed cache; else a standard one of one tier.
+    preset
+        Of a mixed cache: where its options come from that are None here.
     k_type, v_type
         Formats of keys and values; of a mixed cache those of the hot tier.
     cold_k_type, cold_v_type
         Those of the cold tier.
+    hot_size, group_size, sink_tokens, hot_keep, rotate, center_keys
+        As in `mixedkv.CacheConfig`; a standard cache can only rotate.
     second_mask
         Store the cold part's mask as a tensor of its own.
     sample, seed
@@ -57,17 +69,41 @@ class Settings:
     layers: tuple[int, ...] | None = None
     steps: int = 4
     mixed: bool = False
+    preset: str | None = None
     k_type: str = "f16"
     v_type: str = "f16"
-    cold_k_type: str = "q4_0"
-    cold_v_type: str = "q4_0"
-    hot_size: int = 128
-    group_size: int = 256
-    sink_tokens: int = 0
+    cold_k_type: str | None = None
+    cold_v_type: str | None = None
+    hot_size: int | None = None
+    group_size: int | None = None
+    sink_tokens: int | None = None
+    hot_keep: int | None = None
+    rotate: bool | None = None
+    center_keys: bool | None = None
     second_mask: bool = False
     sample: bool = False
     seed: int = 0
     threads: int | None = None
+
+    def options(self, room: int) -> dict[str, Any]:
+        """Give the options of a cache that has room for so many tokens.
+
+        Raises
+        ------
+        ValueError
+            An option is of a mixed cache, and the cache is not; there is no such preset.
+        """
+        given = {name: getattr(self, name) for name in _OF_MIXED if getattr(self, name) is not None}
+        types = {"hot_k_type": self.k_type, "hot_v_type": self.v_type}
+        turned = {} if self.rotate is None else {"rotate": self.rotate}
+        if self.mixed:
+            chosen = _WITHOUT_PRESET if self.preset is None else presets.options(self.preset)
+            chosen = {**chosen, "cold_size": room, **given, **turned, **types}
+            return {**chosen, "n_pad": math.gcd(chosen["hot_size"], 32)}
+        if self.preset is not None or given:
+            name = "preset" if self.preset is not None else next(iter(given))
+            raise ValueError(f"{name} is of a mixed cache, got {getattr(self, name)!r} without one")
+        return {"hot_size": room, "quantize": False, **turned, **types}
 
 
 @dataclass
@@ -166,6 +202,8 @@ def record(
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     recorder = Recorder(header, num_layers, settings, listener)
     cache = make_cache(model.config, len(prompt) + settings.steps, settings)
+    options = settings.options(0)
+    header.notes |= {name: "on" for name in ("rotate", "center_keys") if options.get(name)}
     cache.observer = partial(_observe, recorder, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     fed = list(prompt)
@@ -186,26 +224,9 @@ def record(
 
 def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
     """Give the cache to record from, with room for `total` tokens."""
-    room = padded(total)
-    options: dict[str, Any] = {"hot_size": room, "quantize": False}
-    if settings.mixed:
-        options = {
-            "hot_size": settings.hot_size,
-            "cold_size": room,
-            "group_size": settings.group_size,
-            "n_pad": math.gcd(settings.hot_size, 32),
-            "sink_tokens": settings.sink_tokens,
-            "cold_k_type": settings.cold_k_type,
-            "cold_v_type": settings.cold_v_type,
-        }
-    return mkt.MixedCache(
-        config,
-        preset=None,
-        **options,
-        hot_k_type=settings.k_type,
-        hot_v_type=settings.v_type,
-        threads=settings.threads,
-    )
+    # The settings have a preset's options already.
+    options = settings.options(padded(total))
+    return mkt.MixedCache(config, preset=None, **options, threads=settings.threads)
 
 
 def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> None:
@@ -214,7 +235,9 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
         return
     if seen.rows != 1 or seen.kept is not None:
         raise ValueError("a trace is of one sequence without padding")
-    hot, cold = seen.native.export_rows(seen.place, 0)
+    stored = _stored(seen.native.config, settings)
+    hot, cold = seen.native.export_rows(seen.place, 0, dequantize=bool(stored))
+    recorder.header.stored.update(stored)
     queries = seen.query.shape[2]
     q = watched("Q, the model's [1, head, query, dim]", seen.query.float().numpy())
     q = watched("Q [head, query, dim]", np.array(q[0], np.float32, order="C"))
@@ -258,6 +281,16 @@ def _observe(recorder: Recorder, settings: Settings, seen: mkt.Observation) -> N
         window_left=-1 if window is None else int(window),
     )
     recorder.add(seen.layer, info, tensors)
+
+
+def _stored(config: mkv.CacheConfig, settings: Settings) -> dict[str, str]:
+    """Give the formats of rows that are recorded as what they stand for, by role."""
+    if not (config.rotate or config.center_keys):
+        return {}
+    found = {"k": config.hot_k_type, "v": config.hot_v_type}
+    if settings.mixed:
+        found |= {"k_quant": config.cold_k_type, "v_quant": config.cold_v_type}
+    return found
 
 
 def _mask(

@@ -49,6 +49,9 @@ class OwnOp:
         self._order: _Order | None = None
         if not sees_quantised(data):
             return
+        if data.stored:
+            self.plain = "it holds what rotated or centered rows stand for, not the rows"
+            return
         found = _order_of(data)
         if isinstance(found, str):
             self.plain = found

@@ -44,7 +44,8 @@ def step_bytes(step: Step) -> int:
 def kept_bytes(steps: Sequence[Step]) -> int:
     """Give the bytes of the rows that are kept from step to step, to be followed by position.
 
-    Of each layer the hot ones, once for each position.
+    Of each layer the hot ones, once for each position; the cold ones too where these stand for
+    others, in as many bytes.
     """
     by_layer: dict[int, list[Step]] = {}
     for step in steps:
@@ -58,6 +59,7 @@ def kept_bytes(steps: Sequence[Step]) -> int:
             known = [step.positions for step in group if step.positions is not None]
             counts[key] = len(np.unique(np.concatenate(known)))
         row = max(_stored(step, "k") + _stored(step, "v") for step in group)
+        row *= 2 if any(step.stored for step in group) else 1
         total += counts[key] * row
     return total
 

@@ -269,6 +269,11 @@ def _remarks(steps: Sequence[Step], results: Sequence[StepResult], follower: Fol
             f"{follower.unknown} cold rows are in no step while hot: not checked is what they were",
         ),
         (
+            any(step.stored and step.kv_cold for step in steps),
+            "the cache changes rows (rotate, center_keys), the trace holds what they stand for: "
+            "not checked is what became of rows that moved to cold, but for what it cost",
+        ),
+        (
             plain,
             f"in {_count(len(plain), 'step', 'steps')} with keys or values in blocks mixedkv's own "
             f"op read plain rows, not a cache's packed ones: {plain[0] if plain else ''}",

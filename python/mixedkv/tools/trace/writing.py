@@ -16,6 +16,8 @@ from .stored import Rows, data_of, format_of
 
 TEXTS = ("engine", "engine_version", "model", "cache")
 """Metadata that every trace has as text."""
+STORED = "stored"
+"""Begins the names of what a trace says of rows of keys and values, by role."""
 
 
 def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) -> None:
@@ -38,7 +40,7 @@ def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) 
             writer.add_array(f"kqv_trace.{key}", values)
 
     for name in header.notes:
-        if name in TEXTS:
+        if name in TEXTS or name.startswith(f"{STORED}."):
             raise ValueError(f"a note can't be named {name!r}: the format has that key")
     ordered = sorted(steps, key=lambda one: (one.step, one.layer))
     # Not by tempfile, whose files nobody else may read.
@@ -49,6 +51,8 @@ def write_trace(path: Path, header: TraceHeader, steps: Iterable[RecordedStep]) 
         writer.add_uint32("kqv_trace.version", VERSION)
         for key in TEXTS:
             text(key, getattr(header, key))
+        for role, name in header.stored.items():
+            text(f"{STORED}.{role}", name)
         for key, note in header.notes.items():
             text(key, note)
         numbers("tokens", [int(token) for token in header.tokens])

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 import mixedkv as mkv
+from mixedkv.cache import presets
 
 from ..._commands import (
     check_output,
@@ -26,13 +27,17 @@ from ..._commands import (
 from ...options import (
     AsJson,
     CacheDir,
+    CenterKeys,
     ColdKType,
     ColdVType,
     Debug,
     GroupSize,
+    HotKeep,
     HotSize,
     KType,
+    Preset,
     PromptFile,
+    Rotate,
     Sample,
     Seed,
     SinkTokens,
@@ -92,9 +97,13 @@ def trace(
     ] = False,
     cold_k_type: ColdKType = None,
     cold_v_type: ColdVType = None,
-    hot_size: HotSize = 128,
-    group_size: GroupSize = 256,
-    sink_tokens: SinkTokens = 0,
+    preset: Preset = None,
+    hot_size: HotSize = None,
+    group_size: GroupSize = None,
+    sink_tokens: SinkTokens = None,
+    hot_keep: HotKeep = None,
+    rotate: Rotate = None,
+    center_keys: CenterKeys = None,
     second_mask: Annotated[
         bool,
         typer.Option("--second-mask", help="Store the mask of the cold part as its own tensor."),
@@ -112,14 +121,19 @@ def trace(
         raise typer.BadParameter(
             f"must be transformers or llama.cpp, got {engine!r}", param_hint="--engine"
         )
-    known = mkv.formats.available()
-    cold = {"--cold-k-type": cold_k_type, "--cold-v-type": cold_v_type}
-    for option, value in {"-ctk": k_type, "-ctv": v_type, **cold}.items():
-        if value is not None and value not in known:
+    mixed = mixed or preset is not None
+    known = {"-ctk": mkv.formats.available(), "--preset": presets.NAMES}
+    types = {"--cold-k-type": cold_k_type, "--cold-v-type": cold_v_type}
+    for option, value in {"-ctk": k_type, "-ctv": v_type, **types, "--preset": preset}.items():
+        names = known.get(option, known["-ctk"])
+        if value is not None and value not in names:
             raise typer.BadParameter(
-                f"must be one of {', '.join(known)}, got {value!r}", param_hint=option
+                f"must be one of {', '.join(names)}, got {value!r}", param_hint=option
             )
-        if option in cold and value is not None and not mixed:
+    sizes = {"--hot-size": hot_size, "--group-size": group_size, "--sink-tokens": sink_tokens}
+    kept = {"--hot-keep": hot_keep, "--center-keys": center_keys}
+    for option, given in {**types, **sizes, **kept}.items():
+        if given is not None and not mixed:
             raise typer.BadParameter("goes with --mixed-kv-cache", param_hint=option)
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("--prompt and --prompt-file: one of them", param_hint="--prompt")
@@ -128,6 +142,10 @@ def trace(
     if mixed and engine != "transformers":
         raise typer.BadParameter(
             "llama.cpp has no mixed cache; use --engine transformers", param_hint="--mixed-kv-cache"
+        )
+    if rotate and engine != "transformers":
+        raise typer.BadParameter(
+            "llama.cpp is not asked to rotate; use --engine transformers", param_hint="--rotate"
         )
     layers = parse_layers(layer)
     check_output(save_gguf, "--save-gguf")
@@ -149,11 +167,15 @@ def trace(
         mixed=mixed,
         k_type=k_type,
         v_type=v_type,
-        cold_k_type=cold_k_type or record.Settings.cold_k_type,
-        cold_v_type=cold_v_type or record.Settings.cold_v_type,
+        preset=preset,
+        cold_k_type=cold_k_type,
+        cold_v_type=cold_v_type,
         hot_size=hot_size,
         group_size=group_size,
         sink_tokens=sink_tokens,
+        hot_keep=hot_keep,
+        rotate=rotate,
+        center_keys=center_keys,
         second_mask=second_mask,
         sample=sample,
         seed=seed,
