@@ -7,6 +7,7 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -14,19 +15,21 @@
 namespace mixedkv::bindings {
 namespace {
 
-/// [(name, values of a block, bytes of a block, ggml's number or -1)].
-std::vector<std::tuple<std::string, int, int, int>> formats() {
-  std::vector<std::tuple<std::string, int, int, int>> all;
+/// [(name, values of a block, bytes of a block, ggml's number or -1, overflow or 0)].
+std::vector<std::tuple<std::string, int, int, int, double>> formats() {
+  std::vector<std::tuple<std::string, int, int, int, double>> all;
   for (const FormatInfo &info : kFormats) {
-    all.emplace_back(info.name, info.block_values, info.block_bytes, info.ggml_type);
+    all.emplace_back(info.name, info.block_values, info.block_bytes, info.ggml_type, info.overflow);
   }
   return all;
 }
 
-/// x [rows, row of x_format] into out [rows, row of out_format]. finite: x, which is float32 or
-/// float16 then, is refused where one of its values is not finite, before anything is written.
-void convert(const py::array &x, const std::string &x_format, const py::array &out,
-             const std::string &out_format, bool finite, int threads) {
+/// x [rows, row of x_format] into out [rows, row of out_format]. check: (row, column, value) of the
+/// first value that out's format does not keep is returned, where there is one, and nothing
+/// written.
+std::optional<std::tuple<std::int64_t, std::int64_t, float>>
+convert(const py::array &x, const std::string &x_format, const py::array &out,
+        const std::string &out_format, bool check, int threads) {
   check_apart({"out", out}, {{"x", x}});
   const RowsArray from = view_rows(x, "x", 2, parse_format(x_format, "x_format"));
   const RowsArray to =
@@ -37,24 +40,17 @@ void convert(const py::array &x, const std::string &x_format, const py::array &o
                                 std::to_string(from.width) + ", got " +
                                 std::to_string(to.shape[0]) + " and " + std::to_string(to.width));
   }
-  if (finite && from.format != Format::f32 && from.format != Format::f16) {
-    throw std::invalid_argument("x must be float32 or float16 to be checked for finite values");
-  }
   const auto n = static_cast<std::size_t>(from.width);
   const int num_threads = threads > 0 ? threads : get_num_threads();
   const ConstRowsView rows{from.data, from.format, from.strides[0]};
-  bool good = true;
-  {
-    GilRelease release;
-    good = !finite || all_finite(rows, from.shape[0], n, num_threads);
-    if (good) {
-      convert_rows(rows, {to.data, to.format, to.strides[0]}, from.shape[0], n, num_threads);
+  GilRelease release;
+  if (check) {
+    if (const auto bad = find_unkept(rows, from.shape[0], n, to.format, num_threads)) {
+      return std::make_tuple(bad->row, bad->column, bad->value);
     }
   }
-  if (!good) {
-    throw std::invalid_argument(
-        "x must be finite, got a NaN or an infinity among its values; nothing was written");
-  }
+  convert_rows(rows, {to.data, to.format, to.strides[0]}, from.shape[0], n, num_threads);
+  return std::nullopt;
 }
 
 } // namespace
@@ -62,7 +58,7 @@ void convert(const py::array &x, const std::string &x_format, const py::array &o
 void register_quantize(py::module_ &m) {
   m.def("formats", &formats);
   m.def("convert", &convert, py::arg("x"), py::arg("x_format"), py::arg("out"),
-        py::arg("out_format"), py::arg("finite"), py::arg("threads"));
+        py::arg("out_format"), py::arg("check"), py::arg("threads"));
 }
 
 } // namespace mixedkv::bindings

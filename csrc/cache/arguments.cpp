@@ -2,8 +2,8 @@
 
 #include "cache/checks.h"
 #include "kernels/dispatch.h"
-#include "mixedkv/convert.h"
 #include "rows/parallel_rows.h"
+#include "rows/row_parts.h"
 
 #include <algorithm>
 #include <atomic>
@@ -19,22 +19,6 @@ constexpr std::int64_t kLookTokens = 64;
 
 const char *row_at(const RowsView &rows, std::int64_t head, std::int64_t token) {
   return static_cast<const char *>(rows.data) + head * rows.head_stride + token * rows.row_stride;
-}
-
-/// Calls look(values, count) on n values of a row as f32, as many at a time as are had
-/// without memory of their own.
-template <typename F> void each_part(Format type, const char *row, std::size_t n, F &&look) {
-  if (type == Format::f32) {
-    look(reinterpret_cast<const float *>(row), n);
-    return;
-  }
-  constexpr std::size_t kPart = 256;
-  float part[kPart];
-  for (std::size_t i = 0; i < n; i += kPart) {
-    const std::size_t count = std::min(kPart, n - i);
-    convert_row(type, row + row_bytes(type, i), Format::f32, part, count);
-    look(part, count);
-  }
 }
 
 /// Whether all values are below limit in magnitude, NaN aside, and none is NaN where so asked.

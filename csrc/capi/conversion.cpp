@@ -4,6 +4,7 @@
 #include "mixedkv/convert.h"
 #include "mixedkv/runtime.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace mixedkv::capi {
@@ -20,6 +21,22 @@ void check_rows(const char *name, const char *stride_name, Format format, const 
   const std::size_t alignment = row_alignment(format);
   check_pointer(name, data, alignment);
   check_multiple(stride_name, stride, static_cast<std::int64_t>(alignment));
+}
+
+[[noreturn]] void refuse_unkept(const RowValue &bad, Format target) {
+  const auto row = static_cast<long long>(bad.row);
+  const auto column = static_cast<long long>(bad.column);
+  const auto value = static_cast<double>(bad.value);
+  if (!std::isfinite(bad.value)) {
+    refuse(MIXEDKV_INVALID_ARGUMENT,
+           "x must be finite for %s, got %g at value %lld of row %lld; nothing was written",
+           format_name(target), value, column, row);
+  }
+  refuse(
+      MIXEDKV_INVALID_ARGUMENT,
+      "x must have magnitudes below %.9g for %s, got %.9g at value %lld of row %lld; nothing was "
+      "written",
+      format_info(target).overflow, format_name(target), value, column, row);
 }
 
 void convert(mixedkv_format from, const void *x, std::ptrdiff_t x_stride, mixedkv_format to,
@@ -44,11 +61,10 @@ void convert(mixedkv_format from, const void *x, std::ptrdiff_t x_stride, mixedk
   }
   const int threads = num_threads > 0 ? num_threads : get_num_threads();
   const ConstRowsView rows{x, source, x_stride};
-  const bool may_look = source == Format::f32 || source == Format::f16;
-  if (may_look && !format_info(target).plain() && (flags & MIXEDKV_ALLOW_NON_FINITE) == 0 &&
-      !all_finite(rows, num_rows, width, threads)) {
-    refuse(MIXEDKV_INVALID_ARGUMENT,
-           "x must be finite, got a NaN or an infinity among its values; nothing was written");
+  if ((flags & MIXEDKV_ALLOW_NON_FINITE) == 0) {
+    if (const auto bad = find_unkept(rows, num_rows, width, target, threads)) {
+      refuse_unkept(*bad, target);
+    }
   }
   convert_rows(rows, {y, target, y_stride}, num_rows, width, threads);
 }
@@ -71,7 +87,8 @@ mixedkv_status mixedkv_get_format_info(mixedkv_format format, mixedkv_format_inf
     own.block_bytes = row.block_bytes;
     own.ggml_type = row.ggml_type;
     own.alignment = static_cast<int32_t>(row_alignment(known));
-    write_struct("info", own, info, MIXEDKV_FIRST_SIZE(mixedkv_format_info, alignment));
+    own.overflow = row.overflow;
+    write_struct("info", own, info, MIXEDKV_FIRST_SIZE(mixedkv_format_info, overflow));
   });
 }
 

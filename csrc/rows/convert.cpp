@@ -1,11 +1,15 @@
 #include "mixedkv/convert.h"
 
 #include "kernels/dispatch.h"
+#include "rows/row_parts.h"
 #include "runtime/parallel.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <mutex>
 
 namespace mixedkv {
 namespace {
@@ -17,6 +21,21 @@ std::int64_t rows_per_unit(std::size_t n) {
 
 const char *row_at(const ConstRowsView &view, std::int64_t i) {
   return static_cast<const char *>(view.data) + i * view.stride;
+}
+
+/// Whether no value of n in blocks can leave f16's range, as their scales alone tell: a value is a
+/// scale times a level of eight bits.
+bool fits_f16_by_scales(Format type, const char *row, std::size_t n) {
+  constexpr f16_t k512 = 0x6000; // 128 times what is below is 65504 at most
+  const FormatInfo &info = format_info(type);
+  const char *end = row + row_bytes(type, n);
+  int largest = 0;
+  for (; row < end; row += info.block_bytes) {
+    f16_t scale;
+    std::memcpy(&scale, row, sizeof scale);
+    largest = std::max(largest, scale & 0x7fff);
+  }
+  return largest < k512;
 }
 
 } // namespace
@@ -45,23 +64,65 @@ void convert_row(Format from, const void *x, Format to, void *y, std::size_t n) 
   }
 }
 
-bool all_finite(const ConstRowsView &x, std::int64_t num_rows, std::size_t n, int num_threads) {
+std::optional<RowValue> find_unkept(const ConstRowsView &x, std::int64_t num_rows, std::size_t n,
+                                    Format to, int num_threads) {
+  const FormatInfo &from = format_info(x.type);
+  const FormatInfo &target = format_info(to);
+  const bool fits =
+      target.overflow == 0.0 || (from.overflow != 0.0 && from.overflow <= target.overflow);
+  if (n == 0 || x.type == to || (target.plain() && fits)) {
+    return std::nullopt;
+  }
   const Kernels &kernels = active_kernels();
+  const double limit = target.overflow;
+  const auto kept = [&](const float *values, std::size_t count) {
+    return (fits || kernels.largest_magnitude(values, count) < limit) &&
+           (target.plain() || kernels.all_finite_f32(values, count));
+  };
+  const auto is_unkept = [&](float value) {
+    return std::isfinite(value) ? !fits && std::fabs(value) >= limit : !target.plain();
+  };
+  const bool by_scales = to == Format::f16 && !from.plain();
+  const bool as_f16 = x.type == Format::f16 && fits; // which has a look of its own
+  const auto width = static_cast<std::int64_t>(n);
+  const bool side_by_side = x.stride == static_cast<std::ptrdiff_t>(row_bytes(x.type, n));
+  // As one row, where they lie so: kernels like them long, and two looks at the first-level cache.
+  const std::int64_t at_once = side_by_side ? std::max<std::int64_t>(1, 4096 / width) : 1;
   const std::int64_t step = rows_per_unit(n);
-  std::atomic<bool> finite{true};
+  std::mutex mutex;
+  std::atomic<std::int64_t> first{std::numeric_limits<std::int64_t>::max()}; // row * n + column
+  float value = 0.0f;
   parallel_for((num_rows + step - 1) / step, num_threads, [&](std::int64_t unit) {
     const std::int64_t end = std::min(num_rows, (unit + 1) * step);
-    for (std::int64_t i = unit * step; i < end && finite.load(std::memory_order_relaxed); ++i) {
-      const void *row = row_at(x, i);
-      const bool ok = x.type == Format::f32
-                          ? kernels.all_finite_f32(static_cast<const float *>(row), n)
-                          : kernels.all_finite_f16(static_cast<const f16_t *>(row), n);
-      if (!ok) {
-        finite.store(false, std::memory_order_relaxed);
+    for (std::int64_t i = unit * step; i < end && i * width < first.load(); i += at_once) {
+      const char *row = row_at(x, i);
+      const auto count = static_cast<std::size_t>(std::min(at_once, end - i)) * n;
+      if (as_f16 && kernels.all_finite_f16(reinterpret_cast<const f16_t *>(row), count)) {
+        continue;
       }
+      if (by_scales && fits_f16_by_scales(x.type, row, count)) {
+        continue;
+      }
+      std::int64_t place = i * width;
+      each_part(x.type, row, count, [&](const float *values, std::size_t part) {
+        const float *bad =
+            kept(values, part) ? values + part : std::find_if(values, values + part, is_unkept);
+        if (bad != values + part) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          if (place + (bad - values) < first.load()) {
+            first.store(place + (bad - values));
+            value = *bad;
+          }
+        }
+        place += static_cast<std::int64_t>(part);
+      });
     }
   });
-  return finite.load();
+  const std::int64_t place = first.load();
+  if (place == std::numeric_limits<std::int64_t>::max()) {
+    return std::nullopt;
+  }
+  return RowValue{place / width, place % width, value};
 }
 
 void convert_rows(const ConstRowsView &x, const MutableRowsView &y, std::int64_t num_rows,

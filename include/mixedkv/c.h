@@ -64,6 +64,7 @@ typedef struct mixedkv_format_info {
   int32_t block_bytes;
   int32_t ggml_type; /* ggml's number of the same bytes, -1 where it has none */
   int32_t alignment; /* rows begin at a multiple of it */
+  double overflow;   /* finite values of this magnitude and more don't stay finite; 0: all do */
 } mixedkv_format_info;
 
 /* Formats have the numbers 0 to count - 1. */
@@ -74,13 +75,16 @@ MIXEDKV_API mixedkv_status mixedkv_format_by_name(const char *name, mixedkv_form
 /* Bytes of a row of n values, whole blocks of the format. */
 MIXEDKV_API mixedkv_status mixedkv_row_bytes(mixedkv_format format, int64_t n, size_t *bytes);
 
-/* A flag of mixedkv_convert_rows: values that are not finite are no error; a block that holds one
- * gets a scale of NaN. */
+/* A flag of mixedkv_convert_rows: values that are not finite, or don't stay so, are no error. A
+ * block that holds an infinity or a NaN gets a scale of NaN; a finite value beyond the format
+ * becomes what ggml makes of it, mostly infinities. */
 #define MIXEDKV_ALLOW_NON_FINITE 1u
 
 /* num_rows rows of n values from one format to another; row i begins at x + i * x_stride bytes,
- * likewise y. From f32 or f16 to a format of blocks, all values are looked at first: one that is
- * not finite is MIXEDKV_INVALID_ARGUMENT, and nothing is written. num_threads 0: the default. */
+ * likewise y; x and y share no memory. All values are looked at first: a finite one that y's format
+ * would not keep finite (mixedkv_format_info.overflow), and, where y has blocks, one that is not
+ * finite, is MIXEDKV_INVALID_ARGUMENT, and nothing is written. Where both formats are the same,
+ * rows are copied as they are. num_threads 0: the default. */
 MIXEDKV_API mixedkv_status mixedkv_convert_rows(mixedkv_format from, const void *x,
                                                 ptrdiff_t x_stride, mixedkv_format to, void *y,
                                                 ptrdiff_t y_stride, int64_t num_rows, int64_t n,

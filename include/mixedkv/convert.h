@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace mixedkv {
 
@@ -25,11 +26,22 @@ struct MutableRowsView {
 /// type: a copy. Q4_0 sources and targets: n is a multiple of QK4_0. Never fails for a value.
 MIXEDKV_API void convert_row(Format from, const void *x, Format to, void *y, std::size_t n);
 
-/// True when every value of num_rows rows (f32 or f16) is finite.
-MIXEDKV_API bool all_finite(const ConstRowsView &x, std::int64_t num_rows, std::size_t n,
-                            int num_threads);
+/// A value of some rows, and where it is.
+struct RowValue {
+  std::int64_t row = 0;
+  std::int64_t column = 0;
+  float value = 0.0f;
+};
 
-/// Converts num_rows rows of n values.
+/// The first value of num_rows rows of n, in their order, that rows of another format don't keep: a
+/// finite one that would not stay finite there (FormatInfo::overflow), or, where they have blocks,
+/// an infinity or a NaN, which would take its block along. nullopt where there is none; rows of x's
+/// own format keep all.
+MIXEDKV_API std::optional<RowValue> find_unkept(const ConstRowsView &x, std::int64_t num_rows,
+                                                std::size_t n, Format to, int num_threads);
+
+/// Converts num_rows rows of n values, whatever they are: what find_unkept finds becomes infinite
+/// or NaN.
 MIXEDKV_API void convert_rows(const ConstRowsView &x, const MutableRowsView &y,
                               std::int64_t num_rows, std::size_t n, int num_threads);
 

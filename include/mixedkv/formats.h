@@ -50,7 +50,7 @@ struct FormatInfo {
 /// From here on an f16 rounds to infinity: half a step above the largest, 65504.
 constexpr double kF16Overflow = 65520.0;
 /// Likewise a bf16: half a step above its largest, 0x7f7f.
-constexpr double kBf16Overflow = 3.3961775292304957e38;
+constexpr double kBf16Overflow = 0x1.ffp127;
 
 /// By Format.
 // clang-format off
@@ -79,6 +79,7 @@ static constexpr std::size_t row_bytes(Format format, std::size_t n) {
 }
 
 // --- blocks --------------------------------------------------------------------------------------
+// Each begins with a scale in f16; its values are the scale times levels of eight bits.
 
 /// Values in one Q4_0 block.
 enum : int { QK4_0 = 32 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from typing import Any, TypeAlias
 
@@ -197,3 +198,15 @@ def check_threads(threads: int | None) -> int:
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads must be from 1 to 1024, got {threads}")
     return int(threads)
+
+
+def shown(value: Any) -> str:
+    """Return what a message says of a value of a wrong type: the type, and the value, cut short."""
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def boolean(value: bool, name: str) -> bool:
+    """Return value as a bool; TypeError names it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
+    return bool(value)

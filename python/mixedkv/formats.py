@@ -23,6 +23,8 @@ class Format:
     block_bytes: int
     #: ggml's number of the same bytes; None where it has none.
     ggml_type: int | None
+    #: Finite values of this magnitude and more don't stay finite; None where all do.
+    overflow: float | None
 
     @property
     def bits(self) -> float:
@@ -60,8 +62,8 @@ class Format:
 
 
 _FORMATS = {
-    name: Format(name, values, size, number if number >= 0 else None)
-    for name, values, size, number in _core.formats()
+    name: Format(name, values, size, number if number >= 0 else None, overflow or None)
+    for name, values, size, number, overflow in _core.formats()
 }
 
 

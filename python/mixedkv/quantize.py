@@ -6,14 +6,15 @@ is ``n // 32 * 18`` bytes, byte for byte what ggml writes.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core
-from ._arrays import FLOATS, Array, check_target, check_threads, is_tensor, to_numpy
+from . import _core, formats
+from ._arrays import FLOATS, Array, boolean, check_target, check_threads, is_tensor, to_numpy
 
 __all__ = ["BLOCK_BYTES", "BLOCK_VALUES", "dequantize_q4_0", "quantize_q4_0", "row_bytes_q4_0"]
 
@@ -30,13 +31,18 @@ def row_bytes_q4_0(n: int) -> int:
     return n // BLOCK_VALUES * BLOCK_BYTES
 
 
-def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = None) -> Array:
+def quantize_q4_0(
+    x: Array,
+    *,
+    out: Array | None = None,
+    threads: int | None = None,
+    allow_non_finite: bool = False,
+) -> Array:
     """Quantise rows to Q4_0, byte for byte as ggml does.
 
     A block's scale is ``d = max / -8``, where max is the value of largest magnitude with its sign
     (the first one on a tie); a value becomes ``min(15, trunc(x / d + 8.5))``; d is stored as f16.
-    As ggml does, this makes an infinity of the d of a block with a magnitude of 524,160 or more,
-    which then reads back as infinities and NaN.
+    The d of a block with a magnitude of 524,160 or more would be infinite.
 
     Parameters
     ----------
@@ -46,6 +52,9 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
         uint8 [..., n // 32 * 18], contiguous in its last axis, of any kind; filled and returned.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`.
+    allow_non_finite
+        Convert whatever comes: blocks with an infinity or a NaN read back as NaN, those beyond the
+        format have ggml's bytes.
 
     Returns
     -------
@@ -54,8 +63,8 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
     Raises
     ------
     ValueError
-        Where n is not a multiple of 32, x holds a NaN or an infinity (nothing is written then),
-        or out has another shape.
+        Where n is not a multiple of 32, x holds a NaN, an infinity or a magnitude of 524,160 or
+        more (nothing is written then), or out has another shape.
     TypeError
         Where x or out has another dtype.
     """
@@ -70,12 +79,18 @@ def quantize_q4_0(x: Array, *, out: Array | None = None, threads: int | None = N
     shape = (*array.shape[:-1], row_bytes_q4_0(n))
     target, result = target_of(x, shape, out, np.dtype(np.uint8))
     check_target(target, {"x": array}, "out")
-    convert(array, plain_format(array), target, "q4_0", check_threads(threads), finite=True)
+    check = not boolean(allow_non_finite, "allow_non_finite")
+    convert(array, plain_format(array), target, "q4_0", check_threads(threads), "x", check=check)
     return result
 
 
 def dequantize_q4_0(
-    b: Array, *, dtype: Any = np.float32, out: Array | None = None, threads: int | None = None
+    b: Array,
+    *,
+    dtype: Any = np.float32,
+    out: Array | None = None,
+    threads: int | None = None,
+    allow_non_finite: bool = False,
 ) -> Array:
     """Return the values of Q4_0 rows: ``(nibble - 8) * d``.
 
@@ -89,6 +104,8 @@ def dequantize_q4_0(
         [..., m // 18 * 32] of that dtype, filled and returned.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`.
+    allow_non_finite
+        Let finite values beyond float16 become infinities.
 
     Returns
     -------
@@ -97,7 +114,8 @@ def dequantize_q4_0(
     Raises
     ------
     ValueError
-        Where m is not a multiple of 18, or out has another shape.
+        Where m is not a multiple of 18, out has another shape, or dtype is float16 and a finite
+        value's magnitude is 65,520 or more (nothing is written then).
     TypeError
         Where b is not uint8, or dtype is neither float32 nor float16.
     """
@@ -113,7 +131,8 @@ def dequantize_q4_0(
     shape = (*array.shape[:-1], m // BLOCK_BYTES * BLOCK_VALUES)
     target, result = target_of(b, shape, out, wanted)
     check_target(target, {"b": array}, "out")
-    convert(array, "q4_0", target, plain_format(target), check_threads(threads))
+    check = not boolean(allow_non_finite, "allow_non_finite")
+    convert(array, "q4_0", target, plain_format(target), check_threads(threads), "b", check=check)
     return result
 
 
@@ -128,10 +147,15 @@ def convert(
     target: NDArray[Any],
     target_format: str,
     threads: int,
+    name: str,
     *,
-    finite: bool = False,
+    check: bool,
 ) -> None:
-    """Convert rows of any leading shape; in place where the target's rows have one stride."""
+    """Convert rows of any leading shape; in place where the target's rows have one stride.
+
+    check: ValueError names the first value of the source, called name, that the target's format
+    does not keep, and nothing is written.
+    """
     if not source.size:
         return
     rows = target.reshape(-1, target.shape[-1])
@@ -139,9 +163,27 @@ def convert(
     if not in_place:
         rows = np.empty(rows.shape, rows.dtype)
     flat = source.reshape(-1, source.shape[-1])
-    _core.convert(flat, source_format, rows, target_format, finite, threads)
+    found = _core.convert(flat, source_format, rows, target_format, check, threads)
+    if found is not None:
+        raise ValueError(_not_kept(found, source.shape[:-1], formats.info(target_format), name))
     if not in_place:
         target[...] = rows.reshape(target.shape)
+
+
+def _not_kept(
+    found: tuple[int, int, float], leading: tuple[int, ...], target: formats.Format, name: str
+) -> str:
+    row, column, value = found
+    places = [int(place) for place in np.unravel_index(row, leading)] if leading else []
+    where = f"{name}[{', '.join(str(place) for place in [*places, column])}]"
+    if not math.isfinite(value):
+        return (
+            f"{name} must be finite for {target.name}, got {where} = {value}; nothing was written"
+        )
+    return (
+        f"{name} must have magnitudes below {target.overflow:.9g} for {target.name}, got {where} = "
+        f"{value:.9g}; nothing was written"
+    )
 
 
 def float_dtype(dtype: Any) -> np.dtype[Any]:

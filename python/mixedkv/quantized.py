@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import formats
-from ._arrays import FLOATS, Array, check_target, check_threads, cpu_tensor, is_tensor, to_numpy
+from ._arrays import (
+    FLOATS,
+    Array,
+    boolean,
+    check_target,
+    check_threads,
+    cpu_tensor,
+    is_tensor,
+    to_numpy,
+)
 from .quantize import convert, float_dtype, plain_format, target_of
 
 __all__ = ["QuantizedArray", "quantize"]
@@ -116,7 +125,12 @@ class QuantizedArray:
     # --- its values ----------------------------------------------------------------------------
 
     def dequantize(
-        self, dtype: Any = np.float32, *, out: Array | None = None, threads: int | None = None
+        self,
+        dtype: Any = np.float32,
+        *,
+        out: Array | None = None,
+        threads: int | None = None,
+        allow_non_finite: bool = False,
     ) -> Array:
         """Return the values [..., n], rounded once where dtype is float16.
 
@@ -128,16 +142,26 @@ class QuantizedArray:
             [..., n] of that dtype, of any kind; filled and returned.
         threads
             Threads to use; None: :func:`mixedkv.get_num_threads`.
+        allow_non_finite
+            Let finite values beyond float16 become infinities.
 
         Returns
         -------
         [..., n] of dtype, torch where data is torch.
+
+        Raises
+        ------
+        ValueError
+            Where out has another shape, or dtype is float16 and a finite value's magnitude is
+            65,520 or more (nothing is written then).
         """
         wanted = float_dtype(dtype)
         target, result = target_of(self._data, self.shape, out, wanted)
         source = self.rows()
         check_target(target, {"data": source}, "out")
-        convert(source, self.format, target, plain_format(target), check_threads(threads))
+        kind = plain_format(target)
+        check = not boolean(allow_non_finite, "allow_non_finite")
+        convert(source, self.format, target, kind, check_threads(threads), "values", check=check)
         return result
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -223,6 +247,7 @@ def quantize(
     *,
     out: QuantizedArray | Array | None = None,
     threads: int | None = None,
+    allow_non_finite: bool = False,
 ) -> QuantizedArray:
     """Convert rows of values to a format, byte for byte as ggml does where it has the format.
 
@@ -244,6 +269,9 @@ def quantize(
         its last axis; filled.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`.
+    allow_non_finite
+        Convert whatever comes: blocks with an infinity or a NaN read back as NaN, those beyond the
+        format have ggml's bytes, mostly infinities.
 
     Returns
     -------
@@ -252,8 +280,9 @@ def quantize(
     Raises
     ------
     ValueError
-        Where n is not a multiple of the block, x holds a NaN or an infinity (bf16 keeps these;
-        nothing is written), or out has another shape or format.
+        Where n is not a multiple of the block, x holds a finite value that the format does not
+        keep finite (:attr:`mixedkv.formats.Format.overflow`), a NaN or an infinity (bf16 keeps
+        these), or out has another shape or format. Nothing is written then.
     TypeError
         Where x or out has another dtype.
     """
@@ -275,8 +304,8 @@ def quantize(
     data = out.data if isinstance(out, QuantizedArray) else out
     target, result = target_of(x, shape, data, _U8)
     check_target(target, {"x": array}, "out")
-    finite = kind.block_values > 1
-    convert(array, plain_format(array), target, format, check_threads(threads), finite=finite)
+    check = not boolean(allow_non_finite, "allow_non_finite")
+    convert(array, plain_format(array), target, format, check_threads(threads), "x", check=check)
     return out if isinstance(out, QuantizedArray) else QuantizedArray(result, format)
 
 

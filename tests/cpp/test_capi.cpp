@@ -255,7 +255,8 @@ void test_formats() {
       EXPECT(mixedkv_get_format_info(i, &info) == MIXEDKV_OK, "%s", mixedkv_last_error());
       const mixedkv::FormatInfo &want = mixedkv::kFormats[i];
       EXPECT(std::strcmp(info.name, want.name) == 0 && info.block_values == want.block_values &&
-                 info.block_bytes == want.block_bytes && info.ggml_type == want.ggml_type,
+                 info.block_bytes == want.block_bytes && info.ggml_type == want.ggml_type &&
+                 info.overflow == want.overflow,
              "format %d", i);
       mixedkv_format found = -1;
       EXPECT(mixedkv_format_by_name(info.name, &found) == MIXEDKV_OK && found == i, "%s",

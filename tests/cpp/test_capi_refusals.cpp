@@ -256,13 +256,36 @@ void test_formats() {
                    mixedkv_convert_rows(0, nullptr, 128, 2, y.data(), 18, 1, 32, 0, 0), kBad);
     expect_refused("y must not be null",
                    mixedkv_convert_rows(0, x.data(), 128, 2, nullptr, 18, 1, 32, 0, 0), kBad);
+    x[45] = -524160.0f;
+    expect_refused("x must have magnitudes below 524160 for q4_0, got -524160 at value 13 of row 1",
+                   convert(MIXEDKV_F32, MIXEDKV_Q4_0, 2, 32), kBad);
+    expect_refused("x must have magnitudes below 65520 for f16, got -524160 at value 13 of row 1",
+                   convert(MIXEDKV_F32, MIXEDKV_F16, 2, 32, 128, 64), kBad);
     x[40] = kNan;
-    expect_refused("x must be finite", convert(MIXEDKV_F32, MIXEDKV_Q4_0, 2, 32), kBad);
+    expect_refused("x must be finite for q4_0, got nan at value 8 of row 1; nothing was written",
+                   convert(MIXEDKV_F32, MIXEDKV_Q4_0, 2, 32), kBad);
     EXPECT(y == std::vector<std::uint16_t>(64, 7), "written to");
     EXPECT(convert(MIXEDKV_F32, MIXEDKV_Q4_0, 2, 32, 128, 18, MIXEDKV_ALLOW_NON_FINITE) ==
                MIXEDKV_OK,
            "%s", mixedkv_last_error());
     EXPECT(y[0] != 7 && (y[9] & 0x7fff) > 0x7c00, "the second row's scale is no NaN: %x", y[9]);
+    // A plain target keeps what is not finite already; blocks that hold too much for f16 are read.
+    x.assign(64, 1.0f);
+    x[3] = kInf;
+    EXPECT(convert(MIXEDKV_F32, MIXEDKV_F16, 1, 32, 128, 64) == MIXEDKV_OK, "%s",
+           mixedkv_last_error());
+    EXPECT(y[3] == 0x7c00 && y[4] == 0x3c00, "%x %x", y[3], y[4]);
+    x[3] = 3e5f;
+    std::vector<std::uint16_t> blocks(9);
+    EXPECT(mixedkv_convert_rows(MIXEDKV_F32, x.data(), 128, MIXEDKV_Q4_0, blocks.data(), 18, 1, 32,
+                                0, 0) == MIXEDKV_OK,
+           "%s", mixedkv_last_error());
+    y.assign(64, 7);
+    expect_refused("x must have magnitudes below 65520 for f16, got 300",
+                   mixedkv_convert_rows(MIXEDKV_Q4_0, blocks.data(), 18, MIXEDKV_F16, y.data(), 64,
+                                        1, 32, 0, 0),
+                   kBad);
+    EXPECT(y == std::vector<std::uint16_t>(64, 7), "written to");
     EXPECT(mixedkv_convert_rows(0, nullptr, 0, 2, nullptr, 0, 0, 32, 0, 0) == MIXEDKV_OK, "empty");
   });
   check("looking formats up refuses what is wrong", [&] {

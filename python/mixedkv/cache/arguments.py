@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,13 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import formats
-from .._arrays import Array
+from .._arrays import Array, shown
 from ..quantized import QuantizedArray, rows_of
-
-
-def shown(value: Any) -> str:
-    """Return what a message says of a value of a wrong type: the type, and the value, cut short."""
-    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def integer(value: int, name: str) -> int:
@@ -41,13 +35,6 @@ def positive(value: int, name: str) -> int:
 def positive_or_none(value: int | None, name: str) -> int | None:
     """Return None, or value as :func:`positive` does."""
     return None if value is None else positive(value, name)
-
-
-def boolean(value: bool, name: str) -> bool:
-    """Return value as a bool; TypeError names it."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {shown(value)}")
-    return bool(value)
 
 
 def kv_type(value: str, name: str) -> str:

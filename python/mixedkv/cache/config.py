@@ -21,8 +21,9 @@ from typing import (
 import numpy as np
 
 from .. import _core
+from .._arrays import boolean
 from .._options import finite, window
-from .arguments import boolean, integer, kv_type, layers, positive, positive_or_none
+from .arguments import integer, kv_type, layers, positive, positive_or_none
 
 Check = Callable[[Any, str], Any]
 
