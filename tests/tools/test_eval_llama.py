@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 
 from mixedkv.tools.cli import app  # noqa: E402
 from mixedkv.tools.eval import configurations, evaluation, llama, session  # noqa: E402
+from mixedkv.tools.llama import loaded_model  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 TEXT = "It was a fine day in the village, and nobody had anything to do but to walk about. " * 30
@@ -54,21 +55,18 @@ def test_llama_cpp_stands_in_the_same_table(trained_model: Path, text: Path) -> 
 @pytest.mark.usefixtures("llama_cpp")
 def test_chunks_do_not_show(trained_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantised cache is read as it is written: by one token or by many, but for rounding."""
-    model = llama.Model(trained_model, 2)
-    try:
-        tokens = torch.arange(1000, 1040)
+    tokens = torch.arange(1000, 1040)
+    with loaded_model(trained_model) as model:
 
         def logits() -> Any:
-            parts = list(model.feed(tokens, 8, "q4_0"))
+            parts = list(llama.feed(model, tokens, 8, "q4_0", 2))
             assert parts[-1][0] == 40
             return torch.cat([part for _, part in parts])
 
         whole = logits()
-        assert whole.shape == (32, model.vocab_size)
+        assert whole.shape == (32, 49152)
         monkeypatch.setattr(llama, "_BATCH", 1)
         single = logits()
-    finally:
-        model.close()
     assert (whole.argmax(-1) == single.argmax(-1)).float().mean() > 0.9
     assert (whole - single).norm() < 0.02 * whole.norm()
 
@@ -77,8 +75,8 @@ def test_chunks_do_not_show(trained_model: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_llama_cpp_can_not_load(tmp_path: Path) -> None:
     path = tmp_path / "no.gguf"
     path.write_bytes(b"GGUF and nothing else")
-    with pytest.raises(ValueError, match=r"llama.cpp can't load .*no.gguf"):
-        llama.Model(path, 1)
+    with pytest.raises(ValueError, match=r"llama.cpp can't load .*no.gguf"), loaded_model(path):
+        pass
 
 
 @pytest.mark.parametrize(

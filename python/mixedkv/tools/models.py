@@ -70,11 +70,12 @@ SMOLLM2 = PackagedModel(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of transformers with its tokenizer."""
+    """A model of transformers with its tokenizer; file: the GGUF file that it came from."""
 
     title: str
     model: Any
     tokenizer: Any
+    file: Path | None = None
 
 
 def cache_folder() -> Path:
@@ -161,7 +162,7 @@ def load(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"could not load {title!r}: {error}") from error
-    return LoadedModel(title, model.eval(), tokenizer)
+    return LoadedModel(title, model.eval(), tokenizer, path if path.is_file() else None)
 
 
 def _pip_download(packaged: PackagedModel, scratch: Path, progress: Progress) -> Path:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ import torch
 import mixedkv as mkv
 
 from .. import models
+from ..llama import loaded_model
 from ..progress import SILENT, Progress
 from . import llama, runs, windows
 from .configurations import config_of, sized
 from .measures import Figures, TokenFigures, compare, summarise
-from .session import Settings, check_settings, f16_options, gguf_file, load, versions
+from .session import Settings, check_settings, f16_options, load, versions
 from .simulate import Rules, SimulatedCache
 
 BLOCK = 128
@@ -106,11 +108,12 @@ def run(settings: Settings, progress: Progress = SILENT) -> Result:
     cut = windows.cut(
         text, loaded.tokenizer, settings.context, settings.prompt_tokens, settings.tokens
     )
-    evaluation = _Evaluation(settings, loaded, cut, progress)
-    try:
+    with ExitStack() as stack:
+        evaluation = _Evaluation(settings, loaded, cut, progress)
+        if settings.llama:
+            assert loaded.file is not None  # check_settings saw to that
+            evaluation.add_llama(stack.enter_context(loaded_model(loaded.file)), settings.llama)
         evaluation.all()
-    finally:
-        evaluation.close()
     return dataclasses.replace(evaluation.result(settings), seconds=time.perf_counter() - begun)
 
 
@@ -124,47 +127,42 @@ def attention_of_torch(model: Any) -> Iterator[None]:
         model.set_attn_implementation("mixedkv")
 
 
+Feed = Callable[[torch.Tensor, int], Iterator[tuple[int, torch.Tensor]]]
+"""Feeds tokens [n] through a cache made anew, and gives logits as `runs.feed` does, of tokens from
+an index on."""
+
+
 @dataclass
 class _Run:
-    """A run under way, through caches made anew for each window."""
+    """A run under way."""
 
     name: str
     options: dict[str, Any]
-    make: Callable[[], runs.StepCache | _Llama]
+    feed: Feed
     scored: list[TokenFigures] = field(default_factory=list)
     stats: mkv.CacheStats | None = None
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class _Llama:
-    """A cache of llama.cpp's to feed a window through."""
+class _Window:
+    """What a window's runs have in common."""
 
-    model: llama.Model
-    kind: str
-
-
-@dataclass(frozen=True)
-class _LlamaRuns:
-    """llama.cpp's runs, f16 first; exact: the figures of that one against itself."""
-
-    model: llama.Model
-    runs: list[_Run]
-    exact: list[TokenFigures] = field(default_factory=list)
-
-
-def _llama_runs(settings: Settings) -> _LlamaRuns:
-    model = llama.Model(gguf_file(settings), mkv.get_num_threads())
-
-    def run(kind: str) -> _Run:
-        return _Run(f"llama.cpp {kind}", {"type": kind}, lambda: _Llama(model, kind))
-
-    kinds = ["f16", *(kind for kind in dict.fromkeys(settings.llama) if kind != "f16")]
-    return _LlamaRuns(model, [run(kind) for kind in kinds])
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    label: str
 
 
 class _Evaluation:
-    """All runs over all windows."""
+    """All runs over all windows.
+
+    Attributes
+    ----------
+    llama
+        llama.cpp's runs, f16 first.
+    llama_exact
+        The figures of that one against itself, which the others are compared with.
+    """
 
     def __init__(
         self,
@@ -183,93 +181,82 @@ class _Evaluation:
             self.caches.append(self._real(configuration.name, options))
             if settings.simulate:
                 self.simulations.append(self._simulated(configuration.name, options))
-        self.llama = _llama_runs(settings) if settings.llama else None
-        self.done = 0
+        self.llama: list[_Run] = []
+        self.llama_exact: list[TokenFigures] = []
+        self.done = self.total = 0
 
-    def close(self) -> None:
-        """Give memory back that Python does not look after."""
-        if self.llama is not None:
-            self.llama.model.close()
+    def add_llama(self, model: Any, kinds: Sequence[str]) -> None:
+        """Run caches of llama.cpp's besides, of its f16 and of these types."""
+        threads = mkv.get_num_threads()
+        for kind in dict.fromkeys(("f16", *kinds)):
+            feed = partial(llama.feed, model, kind=kind, threads=threads)
+            self.llama.append(_Run(f"llama.cpp {kind}", {"type": kind}, feed))
 
     def _real(self, name: str, options: dict[str, Any]) -> _Run:
-        config = self.loaded.model.config
-        return _Run(name, options, lambda: runs.RealCache(config, options))
+        def feed(inputs: torch.Tensor, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+            model = self.loaded.model
+            step_cache = runs.RealCache(model.config, options)
+            yield from runs.feed(model, inputs, step_cache, first)
+            real.stats = step_cache.cache.stats()
+
+        real = _Run(name, options, feed)
+        return real
 
     def _simulated(self, name: str, options: dict[str, Any]) -> _Run:
-        layers = self.loaded.model.config.get_text_config().num_hidden_layers
+        model = self.loaded.model
+        layers = model.config.get_text_config().num_hidden_layers
         rules = Rules.of(config_of(options))
-        return _Run(f"{name}, simulated", options, lambda: SimulatedCache(layers, rules))
+
+        def feed(inputs: torch.Tensor, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+            return runs.feed(model, inputs, SimulatedCache(layers, rules), first)
+
+        return _Run(f"{name}, simulated", options, feed)
 
     def all(self) -> None:
         """Run and score everything."""
         count = len(self.cut.tokens)
-        every = [self.f16, *self.caches, *self.simulations]
-        runs_of_llama = self.llama.runs if self.llama is not None else []
-        fed = count * (len(every) + len(runs_of_llama)) * (self.context - 1)
-        self.progress.phase(f"{count} windows of {self.context} tokens", fed)
+        every = [self.f16, *self.caches, *self.simulations, *self.llama]
+        self.total = count * len(every) * (self.context - 1)
+        self.progress.phase(f"{count} windows of {self.context} tokens", self.total)
         for number, (inputs, targets) in enumerate(self.cut, 1):
-            label = f"window {number} of {count}"
-            exact = torch.cat([part for _, part in self._feed(self.f16, inputs, fed, label)])
+            window = _Window(inputs, targets, f"window {number} of {count}")
+            exact = self._logits(self.f16, window)
             self.f16.scored.append(compare(exact, exact, targets))
             for run in self.caches:
-                self._score(run, inputs, targets, exact, fed, label)
+                self._score(run, window, exact)
             with attention_of_torch(self.loaded.model):
                 for run in self.simulations:
-                    self._score(run, inputs, targets, exact, fed, label)
-            if self.llama is not None:
-                self._score_llama(self.llama, inputs, targets, exact, fed, label)
+                    self._score(run, window, exact)
+            if self.llama:
+                of_f16, *others = self.llama
+                # A GGUF file may have a vocabulary padded to a round number.
+                own = self._logits(of_f16, window)[:, : exact.shape[1]]
+                of_f16.scored.append(compare(exact, own, targets))
+                self.llama_exact.append(compare(own, own, targets))
+                for run in others:
+                    self._score(run, window, own)
 
-    def _score_llama(
-        self,
-        of_llama: _LlamaRuns,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        exact: torch.Tensor,
-        fed: int,
-        label: str,
-    ) -> None:
-        of_f16, *others = of_llama.runs
-        own = torch.cat([part for _, part in self._feed(of_f16, inputs, fed, label)])
-        own = own[:, : exact.shape[1]]
-        of_f16.scored.append(compare(exact, own, targets))
-        of_llama.exact.append(compare(own, own, targets))
-        for run in others:
-            self._score(run, inputs, targets, own, fed, label)
+    def _logits(self, run: _Run, window: _Window) -> torch.Tensor:
+        """Give the logits of all scored predictions."""
+        return torch.cat([logits for _, logits in self._feed(run, window)])
 
-    def _score(
-        self,
-        run: _Run,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        exact: torch.Tensor,
-        fed: int,
-        label: str,
-    ) -> None:
+    def _score(self, run: _Run, window: _Window, exact: torch.Tensor) -> None:
         parts = []
-        for at, logits in self._feed(run, inputs, fed, label):
+        for at, logits in self._feed(run, window):
             rows = slice(at, at + len(logits))
-            parts.append(compare(exact[rows], logits[:, : exact.shape[1]], targets[rows]))
+            parts.append(compare(exact[rows], logits[:, : exact.shape[1]], window.targets[rows]))
         run.scored.append(TokenFigures.join(parts))
 
-    def _feed(
-        self, run: _Run, inputs: torch.Tensor, total: int, label: str
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def _feed(self, run: _Run, window: _Window) -> Iterator[tuple[int, torch.Tensor]]:
         """Give logits of scored predictions, and the index of the first of them."""
         begun, before = time.perf_counter(), self.done
         first = self.cut.prompt - 1
-        step_cache = run.make()
-        if isinstance(step_cache, _Llama):
-            steps = step_cache.model.feed(inputs, first, step_cache.kind)
-        else:
-            steps = runs.feed(self.loaded.model, inputs, step_cache, first)
-        for fed, logits in steps:
+        for fed, logits in run.feed(window.inputs, first):
             self.done = before + fed
-            self.progress.at(self.done, total, f"{label}: {run.name}")
+            self.progress.at(self.done, self.total, f"{window.label}: {run.name}")
             if len(logits):
                 yield fed - first - len(logits), logits
         run.seconds += time.perf_counter() - begun
-        if isinstance(step_cache, runs.RealCache):
-            run.stats = step_cache.cache.stats()
 
     def result(self, settings: Settings) -> Result:
         """Sum everything up."""
@@ -286,42 +273,38 @@ class _Evaluation:
                 self._figures(run, simulation)
                 for run, simulation in zip(self.caches, simulations, strict=True)
             ]
-            + self._llama_figures(),
+            + [self._llama_figures(run) for run in self.llama],
             seconds=0.0,
         )
 
-    def _llama_figures(self) -> list[CacheFigures]:
-        if self.llama is None:
-            return []
+    @property
+    def _f16_token_bytes(self) -> int:
+        """Bytes that a token takes in f16."""
         stats = self.f16.stats
         assert stats is not None
-        found = []
-        for number, run in enumerate(self.llama.runs):
-            bits = llama.bits_of(run.options["type"])
-            held = stats.hot_tokens * (stats.hot_bytes // stats.hot_size)
-            base = self.llama.exact if number else self.f16.scored
-            found.append(
-                CacheFigures(
-                    name=run.name,
-                    options=run.options,
-                    cold_bits=bits if number else None,
-                    total_bytes=int(held * bits / 16),
-                    f16_share=bits / 16,
-                    hot_tokens=0,
-                    cold_tokens=stats.hot_tokens,
-                    events=0,
-                    seconds=run.seconds,
-                    figures=summarise(run.scored, base, BLOCK),
-                    simulated=None,
-                )
-            )
-        return found
+        return stats.hot_bytes // stats.hot_size
+
+    def _llama_figures(self, run: _Run) -> CacheFigures:
+        bits = llama.bits_of(run.options["type"])
+        is_f16 = run is self.llama[0]
+        held = self.context - 1
+        return CacheFigures(
+            name=run.name,
+            options=run.options,
+            cold_bits=None if is_f16 else bits,
+            total_bytes=int(held * self._f16_token_bytes * bits / 16),
+            f16_share=bits / 16,
+            hot_tokens=0,
+            cold_tokens=held,
+            events=0,
+            seconds=run.seconds,
+            figures=summarise(run.scored, self.f16.scored if is_f16 else self.llama_exact, BLOCK),
+            simulated=None,
+        )
 
     def _figures(self, run: _Run, simulation: _Run | None) -> CacheFigures:
-        stats, f16 = run.stats, self.f16.stats
+        stats, f16_token_bytes = run.stats, self._f16_token_bytes
         assert stats is not None
-        assert f16 is not None
-        f16_token_bytes = f16.hot_bytes // f16.hot_size
         values = f16_token_bytes / 2 * stats.cold_size
         held = stats.hot_tokens + stats.cold_tokens
         return CacheFigures(

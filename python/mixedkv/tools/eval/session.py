@@ -72,16 +72,9 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"configuration {configuration.name!r}: {error}") from error
     for kind in settings.llama:
         llama.check_type(kind)
-    if settings.llama and settings.model is not None:
-        gguf_file(settings)
-
-
-def gguf_file(settings: Settings) -> Path:
-    """Give the model's GGUF file, fetched already where it is the default one."""
-    path = models.fetch(folder=settings.cache_dir) if settings.model is None else settings.model
-    if not Path(path).is_file():
-        raise ValueError(f"llama.cpp runs GGUF files only, and model is {str(settings.model)!r}")
-    return Path(path)
+    model = settings.model
+    if settings.llama and model is not None and not Path(model).is_file():
+        raise ValueError(f"llama.cpp runs GGUF files only, and model is {model!r}")
 
 
 def load(settings: Settings, progress: Progress) -> models.LoadedModel:

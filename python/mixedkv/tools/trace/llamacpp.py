@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import mixedkv as mkv
 
+from ..llama import context_params, loaded_model
 from ..progress import SILENT, Progress
 from .format import LayerInfo, TraceHeader
 from .gguf_file import FORMATS
@@ -84,18 +85,7 @@ def record(
     """
     import llama_cpp
 
-    if not path.is_file():
-        raise ValueError(f"{path} is not a GGUF file: llama.cpp runs nothing else")
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    options = llama_cpp.llama_model_default_params()
-    options.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
-    if not model:
-        raise ValueError(f"llama.cpp can't load {path}")
-    context = None
-    try:
+    with loaded_model(path) as model:
         tokens = _tokenize(llama_cpp, model, prompt)[:prompt_tokens]
         if not tokens:
             raise ValueError("the prompt has no token")
@@ -109,15 +99,14 @@ def record(
         watcher = _Watcher(_ggml(llama_cpp), recorder, settings)
         callback = llama_cpp.ggml_backend_sched_eval_callback(watcher)
         context = llama_cpp.llama_init_from_model(
-            model, _context_params(llama_cpp, settings, len(tokens), callback)
+            model, _context_params(settings, len(tokens), callback)
         )
         if not context:
             raise ValueError("llama.cpp refuses these settings (cache types, length)")
-        _run(llama_cpp, model, context, watcher, tokens, settings, progress)
-    finally:
-        if context:
+        try:
+            _run(llama_cpp, model, context, watcher, tokens, settings, progress)
+        finally:
             llama_cpp.llama_free(context)
-        llama_cpp.llama_model_free(model)
     return recorder.finish()
 
 
@@ -131,18 +120,14 @@ def _tokenize(llama_cpp: Any, model: Any, prompt: str) -> list[int]:
     return list(room[:count])
 
 
-def _context_params(llama_cpp: Any, settings: Settings, prompt: int, callback: Any) -> Any:
-    params = llama_cpp.llama_context_default_params()
+def _context_params(settings: Settings, prompt: int, callback: Any) -> Any:
+    params = context_params(
+        number_of(settings.k_type), number_of(settings.v_type), settings.threads
+    )
     # The whole prompt is one step.
     params.n_ctx = prompt + settings.steps + 1
     params.n_batch = params.n_ubatch = prompt
-    params.type_k = number_of(settings.k_type)
-    params.type_v = number_of(settings.v_type)
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.offload_kqv = params.op_offload = False
     params.cb_eval = callback
-    if settings.threads is not None:
-        params.n_threads = params.n_threads_batch = settings.threads
     return params
 
 
