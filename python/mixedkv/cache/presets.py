@@ -5,11 +5,12 @@ One table; what each costs is measured in docs/fidelity.md by ``mixedkv eval``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any
 
-from .config import CacheConfig
+from .config import OPTIONS, CacheConfig
 
 _COMMON: dict[str, Any] = {
     "rotate": True,
@@ -23,9 +24,6 @@ _COMMON: dict[str, Any] = {
 """Sizes are for one sequence. Hot fills up to 316 tokens, then 64 move, half a page of those that
 share a center: the newest 248 tokens and more are exact at any step of plain decoding, and hot_keep
 of them whatever else happens."""
-
-_PAD = 32
-"""What hot_size is a multiple of, as `CacheConfig.n_pad` has it."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "near_lossless": {"cold_k_type": "q8_0", "cold_v_type": "q8_0"},
@@ -76,22 +74,23 @@ def options(
     own = {**_COMMON, **_PRESETS[name]}
     if window is not None and own["hot_keep"] < window <= MOST_WINDOW:
         hot_size = own["hot_size"] - own["hot_keep"] + window
-        own |= {"hot_size": -(-hot_size // _PAD) * _PAD, "hot_keep": window}
+        own |= {"hot_size": _padded(hot_size, OPTIONS["n_pad"].default), "hot_keep": window}
     own |= {size: own[size] * sequences for size in _PER_SEQUENCE}
-    chosen = {**own, **given}
-    if {"hot_size", "threshold", "n_pad", "sink_tokens", "hot_keep"}.isdisjoint(given):
-        return chosen
-    try:
-        fitted = _fitted(own, given, sequences)
-    except (TypeError, ValueError, ArithmeticError):
-        return chosen  # something given can't be: for CacheConfig to refuse
-    return {**chosen, **fitted, **given}
+    # What is given and can't be is for CacheConfig to refuse.
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError):
+        own |= _fitted(own, given, sequences)
+    return {**own, **given}
+
+
+def _padded(size: int, n_pad: int) -> int:
+    """Return the smallest multiple of n_pad that is not below size."""
+    return -(-size // n_pad) * n_pad
 
 
 def _fitted(own: dict[str, Any], given: dict[str, Any], sequences: int) -> dict[str, int]:
     """Return the sizes of a preset as they fit beside those given."""
     n_pad = operator.index(given.get("n_pad", 1))
-    hot_size = operator.index(given.get("hot_size", -(-own["hot_size"] // n_pad) * n_pad))
+    hot_size = operator.index(given.get("hot_size", _padded(own["hot_size"], n_pad)))
     level = math.floor(given.get("threshold", own["threshold"]) * hot_size) // sequences
     keep, sinks = own["hot_keep"], own["sink_tokens"]
     if level < math.floor(own["threshold"] * own["hot_size"]) // sequences:
