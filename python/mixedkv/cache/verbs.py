@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from .._arrays import FLOATS, Array, Result, check_target, check_threads, to_numpy
+from .._arrays import FLOATS, Array, Result, boolean, check_target, check_threads, to_numpy
 from .._options import (
     ComputeType,
     check_compute_type,
@@ -333,8 +333,7 @@ class KVCache:
             Where layer or seq does not fit; where keys are centered and rows are wanted as stored,
             which say nothing without their centers.
         """
-        if not isinstance(dequantize, bool):
-            raise TypeError(f"dequantize must be a bool, got {type(dequantize).__name__}")
+        dequantize = boolean(dequantize, "dequantize")
         hot, cold = self._core.export_rows(integer(layer, "layer"), integer(seq, "seq"), dequantize)
         if dequantize:
             return StoredRows(*hot), StoredRows(*cold)
