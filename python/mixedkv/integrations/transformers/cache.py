@@ -40,7 +40,7 @@ from .config import read_config
 from .groups import Group
 from .layers import MixedLayer
 from .masks import MaskPlan
-from .options import TAKEN, given_options, preset_options, read_options
+from .options import TAKEN, given_options, read_options, with_preset
 from .records import Observation, Occupancy
 from .rows import CachedRows, Handle
 from .steps import Step
@@ -113,11 +113,11 @@ class MixedCache(Cache):
         **options: Any,
     ) -> None:
         self._batch = Batch(max_batch_size)
+        plan = read_config(config)
         # The real cache is made when the batch is known; a wrong option should be told now.
-        self._row_config = read_options(preset_options(config, preset, **options))
+        self._row_config = read_options(with_preset(plan.window, preset, options))
 
         self._config = config
-        plan = read_config(config)
         super().__init__(
             layers=[
                 MixedLayer(self, index, layer.window) for index, layer in enumerate(plan.layers)

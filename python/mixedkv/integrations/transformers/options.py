@@ -58,12 +58,17 @@ def preset_options(config: Any, preset: str | None = "balanced", **options: Any)
     ValueError
         There is no such preset, or a MixedCache can't serve the model.
     """
+    return with_preset(read_config(config).window, preset, options)
+
+
+def with_preset(window: int | None, preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Likewise for a model whose largest sliding window is known."""
     if preset is None:
         return options
     presets.check(preset)
     if not options.get("quantize", True):
         return options
-    return presets.options(preset, window=read_config(config).window, **options)
+    return presets.options(preset, window=window, **options)
 
 
 def given_options(config: mkv.CacheConfig) -> dict[str, Any]:
