@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -12,18 +11,12 @@ from typing import Any
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
 from mixedkv.cache import presets
+from mixedkv.cache.config import OPTIONS
+from mixedkv.integrations.transformers.options import TAKEN
 
 from ..memory import padded
 
-_FROM_MODEL = (
-    *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "layer_filter"),
-    *("n_seq_max", "window_left", "rope"),
-)
-_DEFAULTS: dict[str, Any] = {
-    option.name: option.default
-    for option in dataclasses.fields(mkv.CacheConfig)
-    if option.name not in _FROM_MODEL
-}
+_DEFAULTS: dict[str, Any] = {name: OPTIONS[name].default for name in TAKEN}
 _KINDS = {bool: "1 or 0", int: "a whole number", float: "a number"}
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
