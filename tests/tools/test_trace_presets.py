@@ -174,6 +174,13 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("wide")
+def test_a_presets_sizes_fit_those_given() -> None:
+    options = recording.Settings(mixed=True, preset="small", hot_size=64).options(96)
+    want = presets.options("small", hot_size=64, cold_size=96)
+    assert options.items() >= want.items()
+    assert (options["hot_keep"], options["group_size"]) == (31, 16)
+
+
 def test_command_takes_presets(tmp_path: Path) -> None:
     path = tmp_path / "t.gguf"
     options = ["--prompt-tokens", "20", "-n", "6", "-o", path]

@@ -53,7 +53,7 @@ class Settings:
     mixed
         A mixed cache; else a standard one of one tier.
     preset
-        Of a mixed cache: where its options come from that are None here.
+        Of a mixed cache: where its options come from that are None here, made to fit the others.
     k_type, v_type
         Formats of keys and values; of a mixed cache those of the hot tier.
     cold_k_type, cold_v_type
@@ -97,8 +97,12 @@ class Settings:
         types = {"hot_k_type": self.k_type, "hot_v_type": self.v_type}
         turned = {} if self.rotate is None else {"rotate": self.rotate}
         if self.mixed:
-            chosen = _WITHOUT_PRESET if self.preset is None else presets.options(self.preset)
-            chosen = {**chosen, "cold_size": room, **given, **turned, **types}
+            given = {"cold_size": room, **given, **turned, **types}
+            chosen = (
+                {**_WITHOUT_PRESET, **given}
+                if self.preset is None
+                else presets.options(self.preset, **given)
+            )
             return {**chosen, "n_pad": math.gcd(chosen["hot_size"], 32)}
         if self.preset is not None or given:
             name = "preset" if self.preset is not None else next(iter(given))
