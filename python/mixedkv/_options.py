@@ -143,10 +143,11 @@ class Inputs:
             )
         self.head_dim = int(q.shape[-1])
         self.head_dim_v = row_width(v, self.v_format, "v")
-        if row_width(k, self.k_format, "k") != self.head_dim:
+        k_dim = row_width(k, self.k_format, "k")
+        if k_dim != self.head_dim:
             raise ValueError(
-                f"k must have q's head_dim {self.head_dim}, got "
-                f"{row_width(k, self.k_format, 'k')} (shape {k.shape}, {k.dtype})"
+                f"k must have q's head_dim {self.head_dim}, got {k_dim} (shape {k.shape}, "
+                f"{k.dtype})"
             )
         for name, width in (("q", self.head_dim), ("v", self.head_dim_v)):
             if not 1 <= width <= MAX_HEAD_DIM:

@@ -27,6 +27,12 @@ __all__ = ["QuantizedArray", "quantize"]
 
 _U8 = np.dtype(np.uint8)
 _HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
+#: What rows of keys or values are told by where they come as a numpy type. (dtype.name is slow.)
+_FORMAT_OF = {
+    dtype: formats.info(name)
+    for dtype, name in zip((*FLOATS, _U8), ("f32", "f16", "q4_0"), strict=True)
+}
+_ROWS = tuple(_FORMAT_OF)
 
 
 class QuantizedArray:
@@ -326,9 +332,8 @@ def rows_of(x: Any, name: str) -> tuple[NDArray[Any], formats.Format]:
         return x.rows(), formats.info(x.format)
     if is_tensor(x) and x.dtype == sys.modules["torch"].bfloat16:
         return QuantizedArray(_bytes_of(x, "bf16", name), "bf16").rows(), formats.info("bf16")
-    array = to_numpy(x, name, (*FLOATS, _U8))
-    names = {"float32": "f32", "float16": "f16", "uint8": "q4_0"}
-    return array, formats.info(names[array.dtype.name])
+    array = to_numpy(x, name, _ROWS)
+    return array, _FORMAT_OF[array.dtype]
 
 
 def row_width(array: NDArray[Any], kind: formats.Format, name: str) -> int:
