@@ -147,7 +147,7 @@ void Bf16Products::add_values(const KeyRun &run, bool some_hidden) {
   if (some_hidden && !bf16_.all_finite(value_panels_, panels_of(in_.head_dim_v) * ld)) {
     take_out_not_finite(num_keys, ld);
   }
-  in_.states.begin_keys(run.size());
+  in_.states.begin_sums(1);
   bf16_.product(weights_, kLdWeights, in_.num_rows, value_panels_, ld, static_cast<int>(num_pairs),
                 dv, true, in_.states.acc(), in_.head_dim_v);
 }

@@ -83,16 +83,12 @@ void F32Products::weigh_row(const KeyRun &run, int row, int from, int to) {
   std::fill(x + to, x + run.size(), 0.0f);
 }
 
-/// acc += weights * n values, span by span.
+/// acc += weights * n values.
 void F32Products::add_rows(const RowKernels &kernels, const Rows &values, int n,
                            const float *weights) {
-  for (int j = 0; j < n; j += TileStates::kSpanKeys) {
-    const int count = std::min<int>(TileStates::kSpanKeys, n - j);
-    const Rows part = rows_from(values, j);
-    in_.states.begin_keys(count);
-    kernels.pv(weights + j, in_.scores.ld(), in_.num_rows, &part, count,
-               static_cast<int>(in_.head_dim_v), in_.states.acc(), in_.head_dim_v);
-  }
+  in_.states.begin_sums((n + kSumKeys - 1) / kSumKeys);
+  kernels.pv(weights, in_.scores.ld(), in_.num_rows, &values, n, static_cast<int>(in_.head_dim_v),
+             in_.states.acc(), in_.head_dim_v);
 }
 
 /// acc += weights * the first n unpacked values.
@@ -127,7 +123,7 @@ void F32Products::add_tile_values(const KeyRun &run, bool some_hidden) {
   const TileKernels &kernels = *in_.kernels.tiles_of(run.segment().v_format);
   const float *weights = in_.scores.by_token();
   if (few_rows()) {
-    in_.states.begin_keys(run.size());
+    in_.states.begin_sums((run.num_tokens() + kChunkKeys - 1) / kChunkKeys);
     kernels.pv(weights, in_.scores.ld(), in_.num_rows, &tiles, run.num_tiles(), dv,
                in_.states.acc(), in_.head_dim_v);
     return;

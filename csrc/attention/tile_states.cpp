@@ -18,7 +18,7 @@ TileStates::TileStates(const Kernels &kernels, const QueryRows &rows, std::size_
 
 void TileStates::clear() {
   std::fill_n(states_, rows_.count(), RowState{kMinusInfinity, 0.0f});
-  span_keys_ = 0;
+  num_sums_ = 0;
   for (Level &level : levels_) {
     level.num_sums = 0;
   }
@@ -74,8 +74,8 @@ bool TileStates::raise_maximum(int row, const float *x, int n) {
   return true;
 }
 
-void TileStates::put_span_away() {
-  span_keys_ = 0;
+void TileStates::put_sums_away() {
+  num_sums_ = 0;
   for (int r = 0; r < rows_.count(); ++r) {
     if (states_[r].m != kMinusInfinity) {
       add_row(levels_[0], r, acc(r), states_[r].s);
@@ -84,7 +84,7 @@ void TileStates::put_span_away() {
     }
   }
   ++levels_[0].num_sums;
-  for (int l = 0; l + 1 < kLevels && levels_[l].num_sums == kSpans; ++l) {
+  for (int l = 0; l + 1 < kLevels && levels_[l].num_sums == kSums; ++l) {
     for (int r = 0; r < rows_.count(); ++r) {
       if (states_[r].m != kMinusInfinity) {
         add_row(levels_[l + 1], r, level_row(levels_[l], r), levels_[l].s[r]);
@@ -118,7 +118,7 @@ void TileStates::settle() {
       }
     }
     level.num_sums = 0;
-    span_keys_ = kSpanKeys; // a sum of many: the next run begins one of its own
+    num_sums_ = 1;
   }
 }
 
@@ -130,7 +130,7 @@ void TileStates::load(const StateView &state) {
     if (m != kMinusInfinity) {
       states_[r] = {m, state.ms[2 * row + 1]};
       std::memcpy(acc(r), state.acc + row * head_dim_v_, head_dim_v_ * sizeof(float));
-      span_keys_ = kSpanKeys;
+      num_sums_ = 1;
     }
   }
 }
@@ -162,7 +162,7 @@ void TileStates::store_partial(float *partial) {
 
 void TileStates::merge_partial(const float *partial) {
   settle();
-  span_keys_ = kSpanKeys;
+  num_sums_ = 1;
   const int num_rows = rows_.count();
   const float *accs = partial + 2 * num_rows;
   for (int r = 0; r < num_rows; ++r) {

@@ -1,9 +1,10 @@
 // The states of a tile's query rows while it walks over keys.
 //
-// A sum of n terms in one f32 may be off by n / 2 roundings. So keys are summed in spans, kSpans of
-// these in a sum of the next level, and so on: where no weight is rounded (rows; token tiles round
-// more than that), sums are off by some (kSpanKeys + 2 * kSpans + keys / 2^17) / 2 roundings, 6e-6
-// of their size at a million keys. All levels of a row are relative to the same M.
+// A sum of n terms in one f32 may be off by n / 2 roundings. So kernels sum kSumKeys keys at a time
+// and add that to acc, kSums of which are added to the level above, and so on: where no weight is
+// rounded (rows; token tiles round more than that), sums are off by some
+// (kSumKeys + 2 * kSums + keys / 2^17) / 2 roundings, 6e-6 of their size at a million keys. All
+// levels of a row are relative to the same M.
 #pragma once
 
 #include "attention/query_rows.h"
@@ -28,16 +29,14 @@ public:
   bool all_finite();
 
   std::size_t head_dim_v() const { return head_dim_v_; }
-  /// Keys that products add to one span.
-  static constexpr int kSpanKeys = 128;
-  /// Before the values of so many keys are added: makes room for them in the span.
-  void begin_keys(int num_keys) {
-    if (span_keys_ > 0 && span_keys_ + num_keys > kSpanKeys) {
-      put_span_away();
+  /// Before kernels add so many sums to acc: makes room for them.
+  void begin_sums(int num_sums) {
+    if (num_sums_ + num_sums > kSums) {
+      put_sums_away();
     }
-    span_keys_ += num_keys;
+    num_sums_ += num_sums;
   }
-  /// The current span's accumulators, row by row, to which products add weighed values.
+  /// The accumulators, row by row, to which products add sums of weighed values.
   float *acc() { return acc_; }
   float *acc(int row) { return acc_ + static_cast<std::size_t>(row) * head_dim_v_; }
   float m(int row) const { return states_[row].m; }
@@ -59,19 +58,19 @@ public:
 
 private:
   enum : int {
-    kSpans = 32, ///< sums of a level in one of the next
-    kLevels = 3, ///< above the span's: 32 spans, 1024 spans (131,072 keys), all of them
+    kSums = 32,  ///< in acc, and of a level in one of the next
+    kLevels = 2, ///< above acc: 1024 sums (131,072 keys), all of them
   };
-  /// Sums of spans, of the rows that have seen a key; the others' are anything.
+  /// What acc has come to, of the rows that have seen a key; the others' are anything.
   struct Level {
     int num_sums = 0;   ///< added up in it; 0: it holds nothing
     float *acc;         ///< [rows, head_dim_v]
     float s[kTileRows]; ///< of the rows
   };
 
-  void put_span_away();
+  void put_sums_away();
   void add_row(Level &level, int row, const float *acc, float s);
-  /// Adds all levels up in the span's sums, which is where states are read and written.
+  /// Adds all levels up in acc and S, which is where states are read and written.
   void settle();
   float *level_row(Level &level, int row) {
     return level.acc + static_cast<std::size_t>(row) * head_dim_v_;
@@ -80,9 +79,9 @@ private:
   const Kernels &kernels_;
   const QueryRows &rows_;
   std::size_t head_dim_v_;
-  float *acc_;                 ///< of the current span
-  RowState states_[kTileRows]; ///< M, and S of the current span
-  int span_keys_ = 0;
+  float *acc_;
+  RowState states_[kTileRows]; ///< M, and S of what acc holds
+  int num_sums_ = 0;           ///< in acc
   Level levels_[kLevels];
 };
 

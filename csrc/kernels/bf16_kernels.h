@@ -32,7 +32,7 @@ struct Bf16Kernels {
   bool (*all_finite)(const bf16_t *x, std::size_t n) noexcept;
 
   /// c[r * ld_c + j] = sum over i < 2 * num_pairs, in their order, of a[r * ld_a + i] times number
-  /// i of column j, for j < num_columns; where `add`, the sum starts from what c held.
+  /// i of column j, for j < num_columns; where `add`, the sum is added to what c held.
   void (*product)(const bf16_t *a, std::size_t ld_a, int num_rows, const bf16_t *panels,
                   std::size_t ld_panel, int num_pairs, int num_columns, bool add, float *c,
                   std::size_t ld_c) noexcept;

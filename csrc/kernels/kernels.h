@@ -11,6 +11,10 @@
 
 namespace mixedkv {
 
+/// A sum of n terms in one f32 may be off by n / 2 roundings: kernels add up so many keys at a
+/// time.
+enum : int { kSumKeys = 128 };
+
 /// Rows of one format, n values (or head_dim, head_dim_v) each, whole blocks.
 struct RowKernels {
   // --- conversion: rounding is to nearest even where the format has no rule of its own ----------
@@ -47,8 +51,9 @@ struct RowKernels {
                     int head_dim, float *scores, std::size_t ld_scores) noexcept;
   QkFn *qk;
 
-  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i]. All of these: a
-  /// weight of 0 times an infinity is NaN, and keeping the two apart is the caller's business.
+  /// acc[r * ld_acc + i] += sum over j, ascending, of p[r * ld_p + j] * v_j[i]; every kSumKeys keys
+  /// are added up by themselves, from 0 on, before they are added to acc. All of these: a weight of
+  /// 0 times an infinity is NaN, and keeping the two apart is the caller's business.
   using PvFn = void(const float *p, std::size_t ld_p, int num_rows, const Rows *v, int num_keys,
                     int head_dim_v, float *acc, std::size_t ld_acc) noexcept;
   PvFn *pv;
@@ -83,11 +88,12 @@ struct TileKernels {
   /// its scores not finite.
   void (*qk)(const float *prepared, int num_rows, const Rows *tiles, int num_tiles, int head_dim,
              float *scores, std::size_t ld_scores) noexcept;
-  /// As RowKernels::pv, over all tokens of num_tiles tiles; p >= 0 (not -0), and 0 for tokens that
-  /// a row does not see, whose values never show. For each token that a row sees, |error| is at
-  /// most 1.3e-4 of the largest |p * d| that it sees in a run of 16 tiles, and all of them together
-  /// at most 8e-4 of the run's |p * d|, added up but for the largest, or 1e-4 of all of them (each
-  /// times the largest code); products below 1e-30 may count as nothing.
+  /// As RowKernels::pv, over all tokens of num_tiles tiles, up to 256 of them in one sum; p >= 0
+  /// (not -0), and 0 for tokens that a row does not see, whose values never show. For each token
+  /// that a row sees, |error| is at most 1.3e-4 of the largest |p * d| that it sees in a run of 16
+  /// tiles, and all of them together at most 8e-4 of the run's |p * d|, added up but for the
+  /// largest, or 1e-4 of all of them (each times the largest code); products below 1e-30 may count
+  /// as nothing.
   RowKernels::PvFn *pv;
 
   /// A tile's values as f32 rows [kTileTokens, head_dim_v].

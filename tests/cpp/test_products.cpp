@@ -173,24 +173,24 @@ void test_states() {
     EXPECT(!states.raise_maximum(1, bad, 1) && std::isnan(states.m(1)), "not a number");
     EXPECT(std::isnan(acc[kDimV + 5]), "stays seen");
   });
-  check("sums of many spans keep to one size of error, whenever rows come to see keys", [&] {
-    // Rows 0, 1 and 2 see spans from number 0, 40 and 1500 on; M rises twice on the way.
+  check("many sums keep to one size of error, whenever rows come to see keys", [&] {
+    // Rows 0, 1 and 2 see sums from number 0, 40 and 1500 on; M rises twice on the way.
     const int first[] = {0, 40, 1500};
-    constexpr int kNumSpans = 2100;
+    constexpr int kNumSums = 2100;
     Owned states(kernels, rows);
     std::vector<double> want(3, 0.0);
-    for (int span = 0; span < kNumSpans; ++span) {
-      const float m = span < 100 ? 1.0f : span < 1600 ? 2.0f : 2.5f;
+    for (int sum = 0; sum < kNumSums; ++sum) {
+      const float m = sum < 100 ? 1.0f : sum < 1600 ? 2.0f : 2.5f;
       for (int r = 0; r < 3; ++r)
-        if (span >= first[r] && (span == first[r] || span == 100 || span == 1600)) {
+        if (sum >= first[r] && (sum == first[r] || sum == 100 || sum == 1600)) {
           const float before = states.m(r);
           states.raise_maximum(r, &m, 1);
           if (before != -kInf)
             want[size(r)] *= std::exp(static_cast<double>(before) - m);
         }
-      states.begin_keys(TileStates::kSpanKeys);
+      states.begin_sums(1);
       for (int r = 0; r < 3; ++r)
-        if (span >= first[r]) {
+        if (sum >= first[r]) {
           states.add_to_sum(r, 0.1f);
           for (int d = 0; d < kDimV; ++d)
             states.acc(r)[d] += 0.1f;
@@ -204,9 +204,12 @@ void test_states() {
       EXPECT(std::fabs(s / w - 1) < 4e-6 && std::fabs(a / w - 1) < 4e-6,
              "row %d: %.9g, %.9g, not %.9g", r, s, a, w);
     }
-    // What comes after is a span of its own.
-    states.begin_keys(1);
-    EXPECT(states.acc(0)[0] == 0.0f, "the sum was put away");
+    // All of them together count as one.
+    for (int i = 0; i < 31; ++i)
+      states.begin_sums(1);
+    EXPECT(states.acc(0)[0] == acc[0], "there is room for so many beside");
+    states.begin_sums(1);
+    EXPECT(states.acc(0)[0] == 0.0f, "they are put away for the next");
   });
   check("partial states and carried states come back as they were", [&] {
     Random random(33);

@@ -25,19 +25,13 @@ MIXEDKV_INLINE i32v broadcast_pair(const bf16_t *row, int i) {
 /// R rows by P panels; of the one panel only the first n columns where Partial.
 template <int R, int P, bool Partial>
 MIXEDKV_INLINE void panel_products(const bf16_t *a, size_t ld_a, const bf16_t *panels,
-                                   size_t ld_panel, int num_pairs, int n, bool add, float *c,
+                                   size_t ld_panel, int num_pairs, int n, bool add_to_c, float *c,
                                    size_t ld_c) {
   constexpr int C = P * kPanelVectors;
   f32v sum[R][C];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v) {
-      const float *from = c + at(r, ld_c, v * kLanes);
-      const int lanes = n - v * kLanes;
-      sum[r][v] = !add                          ? zero()
-                  : !Partial || lanes >= kLanes ? load(from)
-                  : lanes > 0                   ? load_n(from, lanes)
-                                                : zero();
-    }
+    for (int v = 0; v < C; ++v)
+      sum[r][v] = zero();
   const bf16_t *panel[P];
   for (int p = 0; p < P; ++p)
     panel[p] = panels + static_cast<size_t>(p) * ld_panel;
@@ -57,50 +51,50 @@ MIXEDKV_INLINE void panel_products(const bf16_t *a, size_t ld_a, const bf16_t *p
       float *to = c + at(r, ld_c, v * kLanes);
       const int lanes = n - v * kLanes;
       if (!Partial || lanes >= kLanes)
-        store(to, sum[r][v]);
+        store(to, add_to_c ? add(load(to), sum[r][v]) : sum[r][v]);
       else if (lanes > 0)
-        store_n(to, sum[r][v], lanes);
+        store_n(to, add_to_c ? add(load_n(to, lanes), sum[r][v]) : sum[r][v], lanes);
     }
 }
 
 template <int P, bool Partial, int R = kProductRows>
 MIXEDKV_INLINE void row_products(int num_rows, const bf16_t *a, size_t ld_a, const bf16_t *panels,
-                                 size_t ld_panel, int num_pairs, int n, bool add, float *c,
+                                 size_t ld_panel, int num_pairs, int n, bool add_to_c, float *c,
                                  size_t ld_c) {
   if constexpr (R > 1)
     if (num_rows < R)
-      return row_products<P, Partial, R - 1>(num_rows, a, ld_a, panels, ld_panel, num_pairs, n, add,
-                                             c, ld_c);
-  panel_products<R, P, Partial>(a, ld_a, panels, ld_panel, num_pairs, n, add, c, ld_c);
+      return row_products<P, Partial, R - 1>(num_rows, a, ld_a, panels, ld_panel, num_pairs, n,
+                                             add_to_c, c, ld_c);
+  panel_products<R, P, Partial>(a, ld_a, panels, ld_panel, num_pairs, n, add_to_c, c, ld_c);
 }
 
 /// All rows by P panels: these stay in the first-level cache from group to group of rows.
 template <int P, bool Partial>
 void product_columns(const bf16_t *a, size_t ld_a, int num_rows, const bf16_t *panels,
-                     size_t ld_panel, int num_pairs, int n, bool add, float *c,
+                     size_t ld_panel, int num_pairs, int n, bool add_to_c, float *c,
                      size_t ld_c) noexcept {
   for (int r = 0; r < num_rows; r += kProductRows)
     row_products<P, Partial>(num_rows - r < kProductRows ? num_rows - r : kProductRows,
-                             a + at(r, ld_a, 0), ld_a, panels, ld_panel, num_pairs, n, add,
+                             a + at(r, ld_a, 0), ld_a, panels, ld_panel, num_pairs, n, add_to_c,
                              c + at(r, ld_c, 0), ld_c);
 }
 
 void bf16_product(const bf16_t *a, size_t ld_a, int num_rows, const bf16_t *panels, size_t ld_panel,
-                  int num_pairs, int num_columns, bool add, float *c, size_t ld_c) noexcept {
+                  int num_pairs, int num_columns, bool add_to_c, float *c, size_t ld_c) noexcept {
   int j = 0;
   for (; j + kProductPanels * kPanelColumns <= num_columns; j += kProductPanels * kPanelColumns)
     product_columns<kProductPanels, false>(
         a, ld_a, num_rows, panels + static_cast<size_t>(j / kPanelColumns) * ld_panel, ld_panel,
-        num_pairs, 0, add, c + j, ld_c);
+        num_pairs, 0, add_to_c, c + j, ld_c);
   if constexpr (kProductPanels > 1)
     for (; j + kPanelColumns <= num_columns; j += kPanelColumns)
       product_columns<1, false>(a, ld_a, num_rows,
                                 panels + static_cast<size_t>(j / kPanelColumns) * ld_panel,
-                                ld_panel, num_pairs, 0, add, c + j, ld_c);
+                                ld_panel, num_pairs, 0, add_to_c, c + j, ld_c);
   if (j < num_columns)
     product_columns<1, true>(a, ld_a, num_rows,
                              panels + static_cast<size_t>(j / kPanelColumns) * ld_panel, ld_panel,
-                             num_pairs, num_columns - j, add, c + j, ld_c);
+                             num_pairs, num_columns - j, add_to_c, c + j, ld_c);
 }
 
 // --- rows and weights --------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 //
 // What a score or an element of acc comes to does not depend on which tile it was computed in: the
 // order of its additions follows from head_dim (qk) and from the order of keys (pv) alone. So a row
-// gets the same bits however many rows come with it, and acc the same bits however a run is cut.
+// gets the same bits however many rows come with it.
 //
 // Where there are more rows than a tile holds, they go over a few keys (values) at a time, group by
 // group, so that these stay in the first-level cache; rows of blocks are unpacked to f32 on the
@@ -29,6 +29,8 @@ enum : int { kStackFloats = 4096 }; // 16 KiB: leaves room in the smallest first
 enum : int { kMaxUnpackedDim = 512 };
 /// From so many rows on, values come from the first-level cache rather than from memory.
 enum : int { kManyRows = 12 };
+/// Rows whose sums of a run of values the stack holds, at most.
+enum : int { kMostRows = 128 };
 
 /// Rows are asked for this many bytes before their turn. Processors read ahead by themselves, but
 /// stop at the ends of pages and start anew with each run of keys, which long contexts wait for.

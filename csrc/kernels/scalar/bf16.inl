@@ -76,11 +76,11 @@ void bf16_product(const bf16_t *a, size_t ld_a, int num_rows, const bf16_t *pane
     for (int j = 0; j < num_columns; ++j) {
       const bf16_t *panel = panels + static_cast<size_t>(j / kPanelColumns) * ld_panel;
       float *out = c + static_cast<size_t>(r) * ld_c + static_cast<size_t>(j);
-      float sum = add ? *out : 0.0f;
+      float sum = 0.0f;
       for (int i = 0; i < 2 * num_pairs; ++i)
         sum += bf16_to_float(a[static_cast<size_t>(r) * ld_a + static_cast<size_t>(i)]) *
                bf16_to_float(panel[in_panel(i, j % kPanelColumns)]);
-      *out = sum;
+      *out = add ? *out + sum : sum;
     }
 }
 

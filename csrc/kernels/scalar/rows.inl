@@ -53,13 +53,22 @@ void qk(const float *q, size_t ld_q, int num_rows, const Rows *k, int num_keys, 
 template <typename T>
 void pv(const float *p, size_t ld_p, int num_rows, const Rows *v, int num_keys, int head_dim_v,
         float *acc, size_t ld_acc) noexcept {
+  enum : int { kDims = 64 }; // whose sums are held at a time
   for (int r = 0; r < num_rows; ++r)
-    for (int j = 0; j < num_keys; ++j) {
-      const T *row = row_at<T>(*v, j);
-      const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
-      for (int i = 0; i < head_dim_v; ++i)
-        acc[static_cast<size_t>(r) * ld_acc + static_cast<size_t>(i)] += weight * value_at(row, i);
-    }
+    for (int j = 0; j < num_keys; j += kSumKeys)
+      for (int i = 0; i < head_dim_v; i += kDims) {
+        const int end = num_keys - j < kSumKeys ? num_keys : j + kSumKeys;
+        const int dims = head_dim_v - i < kDims ? head_dim_v - i : +kDims;
+        float sums[kDims] = {};
+        for (int key = j; key < end; ++key) {
+          const T *row = row_at<T>(*v, key);
+          const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(key)];
+          for (int d = 0; d < dims; ++d)
+            sums[d] += weight * value_at(row, i + d);
+        }
+        for (int d = 0; d < dims; ++d)
+          acc[static_cast<size_t>(r) * ld_acc + static_cast<size_t>(i + d)] += sums[d];
+      }
 }
 
 template <typename T>

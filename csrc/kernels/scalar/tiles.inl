@@ -150,18 +150,20 @@ template <typename Block>
 void pv_tiles(const float *p, size_t ld_p, int num_rows, const Rows *tiles, int num_tiles,
               int head_dim_v, float *acc, size_t ld_acc) noexcept {
   for (int r = 0; r < num_rows; ++r)
-    for (int j = 0; j < num_tiles * kTileTokens; ++j) {
-      const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
-      if (weight == 0.0f)
-        continue;
-      for (int b = 0; b < head_dim_v / kValuesOf<Block>; ++b) {
+    for (int b = 0; b < head_dim_v / kValuesOf<Block>; ++b) {
+      float sums[kValuesOf<Block>] = {};
+      for (int j = 0; j < num_tiles * kTileTokens; ++j) {
+        const float weight = p[static_cast<size_t>(r) * ld_p + static_cast<size_t>(j)];
+        if (weight == 0.0f)
+          continue;
         const Block block = InTile<Block>::value(row_at<uint8_t>(*tiles, j / kTileTokens),
                                                  head_dim_v / kValuesOf<Block>, b, j % kTileTokens);
-        float *a =
-            acc + static_cast<size_t>(r) * ld_acc + static_cast<size_t>(b * kValuesOf<Block>);
         for (int i = 0; i < kValuesOf<Block>; ++i)
-          a[i] += weight * BlockMath<Block>::value(block, i);
+          sums[i] += weight * BlockMath<Block>::value(block, i);
       }
+      for (int i = 0; i < kValuesOf<Block>; ++i)
+        acc[static_cast<size_t>(r) * ld_acc + static_cast<size_t>(b * kValuesOf<Block> + i)] +=
+            sums[i];
     }
 }
 
