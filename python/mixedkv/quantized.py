@@ -28,9 +28,10 @@ __all__ = ["QuantizedArray", "quantize"]
 _U8 = np.dtype(np.uint8)
 _HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
 #: What rows of keys or values are told by where they come as a numpy type. (dtype.name is slow.)
-_FORMAT_OF = {
-    dtype: formats.info(name)
-    for dtype, name in zip((*FLOATS, _U8), ("f32", "f16", "q4_0"), strict=True)
+_FORMAT_OF: dict[np.dtype[Any], formats.Format] = {
+    np.dtype(np.float32): formats.info("f32"),
+    np.dtype(np.float16): formats.info("f16"),
+    _U8: formats.info("q4_0"),
 }
 _ROWS = tuple(_FORMAT_OF)
 
