@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for reference.py and caches.py
+sys.path.insert(0, str(Path(__file__).parent))  # for reference and caches.py
 
 import mixedkv as mkv
 import reference as ref

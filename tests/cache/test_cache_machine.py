@@ -1,4 +1,4 @@
-"""MixedKVCache against the brute-force model of reference.py, driven by random operations."""
+"""MixedKVCache against the brute-force model of reference, driven by random operations."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ pytest.importorskip("platformdirs")
 
 import mixedkv as mkv  # noqa: E402
 import reference as ref  # noqa: E402
+from hostile_traces import refused, rewritten  # noqa: E402
 from mixedkv.tools import models  # noqa: E402
 from mixedkv.tools.trace import (  # noqa: E402
     LayerInfo,
@@ -34,7 +35,6 @@ from mixedkv.tools.trace.gguf_file import BYTES  # noqa: E402
 from mixedkv.tools.trace.stored import copied, data_of, of_format  # noqa: E402
 from mixedkv.tools.trace.verify import verify  # noqa: E402
 from test_trace import CountingTokenizer, call, make_model, record, saved  # noqa: E402
-from test_trace_hostile import refused, rewritten  # noqa: E402
 
 FORMATS = mkv.formats.available()
 #: Whose rows GGUF has no type for.

@@ -19,13 +19,13 @@ pytest.importorskip("platformdirs")
 
 import mixedkv as mkv  # noqa: E402
 import reference as ref  # noqa: E402
+from hostile_traces import refused, rewritten  # noqa: E402
 from mixedkv.cache import presets  # noqa: E402
 from mixedkv.tools import models  # noqa: E402
 from mixedkv.tools.trace import read_trace, write_trace  # noqa: E402
 from mixedkv.tools.trace import record as recording  # noqa: E402
 from mixedkv.tools.trace.verify import verify  # noqa: E402
 from test_trace import CountingTokenizer, call, make_model, record, saved  # noqa: E402
-from test_trace_hostile import refused, rewritten  # noqa: E402
 
 SIZES = {"head_dim": 64, "num_hidden_layers": 1}
 SMALL = {"hot_size": 24, "group_size": 8, "hot_keep": 4}
