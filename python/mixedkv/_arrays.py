@@ -16,6 +16,7 @@ _F32 = np.dtype(np.float32)
 _F16 = np.dtype(np.float16)
 _U8 = np.dtype(np.uint8)
 _BOOL = np.dtype(np.bool_)
+_HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
 
 #: dtypes that each argument takes, by what it is.
 FLOATS = (_F32, _F16)
@@ -210,3 +211,38 @@ def boolean(value: bool, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {shown(value)}")
     return bool(value)
+
+
+def bytes_of(data: Any, format: str, name: str) -> Array:
+    """Return an argument as uint8 whose rows' bytes lie side by side."""
+    if is_tensor(data):
+        torch = sys.modules["torch"]
+        data = cpu_tensor(data, name)
+        if data.ndim and data.shape[-1] > 1 and data.stride(-1) != 1:
+            data = data.contiguous()
+        if format == "bf16" and data.dtype in (torch.bfloat16, torch.int16, torch.uint16):
+            data = _as_bytes(data, torch.uint8, name)
+        if data.dtype != torch.uint8:
+            raise TypeError(f"{name} must be {_byte_types(format)}, got a tensor of {data.dtype}")
+        return data
+    if not isinstance(data, np.ndarray):
+        raise TypeError(
+            f"{name} must be a numpy array or a torch CPU tensor, got {type(data).__name__}"
+        )
+    if data.ndim and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
+        data = np.ascontiguousarray(data)
+    if format == "bf16" and data.dtype in _HALVES:
+        data = _as_bytes(data, _U8, name)
+    if data.dtype != _U8:
+        raise TypeError(f"{name} must be {_byte_types(format)}, got {data.dtype}")
+    return data
+
+
+def _as_bytes(data: Array, dtype: Any, name: str) -> Array:
+    if data.ndim == 0:
+        raise ValueError(f"{name} must have one axis at least, got a scalar")
+    return data.view(dtype)
+
+
+def _byte_types(format: str) -> str:
+    return "uint8, uint16, int16 or bfloat16" if format == "bf16" else "uint8"

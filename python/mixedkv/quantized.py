@@ -15,18 +15,18 @@ from ._arrays import (
     FLOATS,
     Array,
     boolean,
+    bytes_of,
     check_target,
     check_threads,
-    cpu_tensor,
     is_tensor,
     to_numpy,
 )
+from ._indexing import listed, new_shape, place, take, whole
 from .quantize import convert, float_dtype, plain_format, target_of
 
 __all__ = ["QuantizedArray", "quantize"]
 
 _U8 = np.dtype(np.uint8)
-_HALVES = (np.dtype(np.uint16), np.dtype(np.int16))
 #: What rows of keys or values are told by where they come as a numpy type. (dtype.name is slow.)
 _FORMAT_OF: dict[np.dtype[Any], formats.Format] = {
     np.dtype(np.float32): formats.info("f32"),
@@ -43,8 +43,16 @@ class QuantizedArray:
     reshaped and transposed like an array of values [..., n], all but the last axis: that one holds
     whole blocks.
 
-    ``np.asarray(a)`` gives the values as float32, a copy. ``a == b`` of two of them is one bool:
-    the same format, shape and bytes.
+    Slices are views, with negative steps too; torch has no negative strides, so that a slice
+    backwards of a tensor, and :meth:`torch` of a numpy one, is a copy. Views of read-only data are
+    read-only. Copies, by :meth:`copy`, :mod:`copy` and :mod:`pickle`, hold the view's own rows
+    alone, side by side, and may be written to.
+
+    ``np.asarray(a)`` gives the values as float32, always a copy: ``copy=False`` is refused, and a
+    dtype converts them. ``a == b`` is one bool, never an array: whether both are QuantizedArrays of
+    the same format, shape and bytes (numpy or torch; a NaN's bytes equal themselves). Whatever else
+    it is compared with is unequal, an array of its values too. It has no hash. To other functions
+    of numpy it is its values: ``x - a``, ``np.abs(a)``.
 
     Parameters
     ----------
@@ -68,7 +76,7 @@ class QuantizedArray:
 
     def __init__(self, data: Array, format: str) -> None:
         self._format = find_packed(format, "format")
-        self._data = _bytes_of(data, self._format.name, "data")
+        self._data = bytes_of(data, self._format.name, "data")
         if self._data.ndim == 0:
             raise ValueError("data must have one axis at least, got a scalar")
         if self._data.shape[-1] % self._format.block_bytes:
@@ -118,16 +126,26 @@ class QuantizedArray:
         return f"QuantizedArray({self.format}, shape={self.shape}, {kind}, {self.nbytes} bytes)"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, QuantizedArray):
-            return NotImplemented
         return (
-            self.format == other.format
+            isinstance(other, QuantizedArray)
+            and self.format == other.format
             and self.shape == other.shape
             and np.array_equal(_numpy(self._data), _numpy(other._data))
         )
 
     def __reduce__(self) -> tuple[type[QuantizedArray], tuple[Array, str]]:
-        return QuantizedArray, (self._data, self.format)
+        # A torch view would bring all that its storage holds along, a numpy one its axes' order.
+        if not is_tensor(self._data):
+            return QuantizedArray, (np.ascontiguousarray(self._data), self.format)
+        is_all = self._data.untyped_storage().nbytes() == self.nbytes
+        alone = is_all and self._data.is_contiguous()
+        return QuantizedArray, (self._data if alone else self.copy().data, self.format)
+
+    def __copy__(self) -> QuantizedArray:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedArray:
+        return self.copy()
 
     # --- its values ----------------------------------------------------------------------------
 
@@ -177,6 +195,17 @@ class QuantizedArray:
         values: NDArray[Any] = self.numpy().dequantize()
         return values if dtype is None else values.astype(dtype, copy=False)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Take part in numpy's arithmetic as values; an array's == and != ask :meth:`__eq__`."""
+        if ufunc in (np.equal, np.not_equal) and method == "__call__":
+            first, second = inputs
+            same = first.__eq__(second) if first is self else self.__eq__(first)
+            return same if ufunc is np.equal else not same
+        if any(isinstance(one, QuantizedArray) for one in options.get("out", ())):
+            return NotImplemented
+        values = (np.asarray(x) if isinstance(x, QuantizedArray) else x for x in inputs)
+        return getattr(ufunc, method)(*values, **options)
+
     # --- views ---------------------------------------------------------------------------------
 
     def rows(self) -> NDArray[np.uint8]:
@@ -193,21 +222,31 @@ class QuantizedArray:
         return QuantizedArray(_numpy(self._data), self.format)
 
     def torch(self) -> QuantizedArray:
-        """Return the same rows as a torch tensor, sharing memory where that may be written to."""
+        """Return the same rows as a torch tensor.
+
+        It shares memory where torch can: read-only data, which it has no word for, and views with
+        negative strides are copied.
+        """
         if is_tensor(self._data):
             return self
         import torch
 
-        data = self._data if self._data.flags.writeable else self._data.copy()
+        data = self._data
+        if not data.flags.writeable or min(data.strides) < 0:
+            data = data.copy()
         return QuantizedArray(torch.from_numpy(data), self.format)
 
     def copy(self) -> QuantizedArray:
-        """Return the same rows in memory of their own."""
-        data = self._data.clone() if is_tensor(self._data) else self._data.copy()
+        """Return the same rows in memory of their own, one after the other, to be written to."""
+        data = self._data
+        if is_tensor(data):
+            data = data.clone(memory_format=sys.modules["torch"].contiguous_format)
+        else:
+            data = data.copy()
         return QuantizedArray(data, self.format)
 
     def __getitem__(self, index: Any) -> QuantizedArray:
-        return QuantizedArray(self._data[_whole_rows(index, self.shape)], self.format)
+        return QuantizedArray(take(self._data, index, self.shape), self.format)
 
     def __iter__(self) -> Iterator[QuantizedArray]:
         if self.ndim == 1:
@@ -216,27 +255,20 @@ class QuantizedArray:
 
     def reshape(self, *shape: Any) -> QuantizedArray:
         """Return the rows in another shape with the same last axis; one axis may be -1."""
-        wanted = list(shape[0]) if len(shape) == 1 and hasattr(shape[0], "__iter__") else [*shape]
-        width = self.shape[-1]
-        if not wanted or wanted[-1] not in (width, -1):
-            raise ValueError(
-                f"the last axis must stay {width}: it holds whole blocks; got {tuple(wanted)}"
-            )
-        if wanted[-1] == -1 and math.prod(wanted[:-1]) * width != self.size:
-            raise ValueError(f"a shape {tuple(wanted)} would change the last axis, {width}")
+        wanted = new_shape(listed(shape, "shape"), self.shape)
         return QuantizedArray(self._data.reshape((*wanted[:-1], self._data.shape[-1])), self.format)
 
     def swapaxes(self, axis1: int, axis2: int) -> QuantizedArray:
         """Return the rows with two axes, neither of them the last, in each other's place."""
         axes = list(range(self.ndim))
-        a, b = (_axis(axis, self.ndim) for axis in (axis1, axis2))
+        a, b = (place(whole(axis, "axis"), self.ndim) for axis in (axis1, axis2))
         axes[a], axes[b] = axes[b], axes[a]
         return self.transpose(*axes)
 
     def transpose(self, *axes: Any) -> QuantizedArray:
         """Return the rows with their axes in another order, the last one last (as numpy's)."""
-        order = list(axes[0]) if len(axes) == 1 and hasattr(axes[0], "__iter__") else [*axes]
-        places = [_axis(axis, self.ndim) for axis in order]
+        order = listed(axes, "axes")
+        places = [place(axis, self.ndim) for axis in order]
         if sorted(places) != list(range(self.ndim)) or places[-1] != self.ndim - 1:
             raise ValueError(
                 f"axes must be all of 0 to {self.ndim - 1}, the last one last, which holds whole "
@@ -332,7 +364,7 @@ def rows_of(x: Any, name: str) -> tuple[NDArray[Any], formats.Format]:
     if isinstance(x, QuantizedArray):
         return x.rows(), formats.info(x.format)
     if is_tensor(x) and x.dtype == sys.modules["torch"].bfloat16:
-        return QuantizedArray(_bytes_of(x, "bf16", name), "bf16").rows(), formats.info("bf16")
+        return QuantizedArray(bytes_of(x, "bf16", name), "bf16").rows(), formats.info("bf16")
     array = to_numpy(x, name, _ROWS)
     return array, _FORMAT_OF[array.dtype]
 
@@ -353,76 +385,3 @@ def row_width(array: NDArray[Any], kind: formats.Format, name: str) -> int:
 def _numpy(data: Array) -> NDArray[np.uint8]:
     array: NDArray[np.uint8] = data.numpy() if is_tensor(data) else data
     return array
-
-
-def _bytes_of(data: Any, format: str, name: str) -> Array:
-    """Return an argument as uint8 whose rows' bytes lie side by side."""
-    if is_tensor(data):
-        torch = sys.modules["torch"]
-        data = cpu_tensor(data, name)
-        if data.ndim and data.shape[-1] > 1 and data.stride(-1) != 1:
-            data = data.contiguous()
-        if format == "bf16" and data.dtype in (torch.bfloat16, torch.int16, torch.uint16):
-            data = _as_bytes(data, torch.uint8, name)
-        if data.dtype != torch.uint8:
-            raise TypeError(f"{name} must be {_byte_types(format)}, got a tensor of {data.dtype}")
-        return data
-    if not isinstance(data, np.ndarray):
-        raise TypeError(
-            f"{name} must be a numpy array or a torch CPU tensor, got {type(data).__name__}"
-        )
-    if data.ndim and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
-        data = np.ascontiguousarray(data)
-    if format == "bf16" and data.dtype in _HALVES:
-        data = _as_bytes(data, _U8, name)
-    if data.dtype != _U8:
-        raise TypeError(f"{name} must be {_byte_types(format)}, got {data.dtype}")
-    return data
-
-
-def _as_bytes(data: Array, dtype: Any, name: str) -> Array:
-    if data.ndim == 0:
-        raise ValueError(f"{name} must have one axis at least, got a scalar")
-    return data.view(dtype)
-
-
-def _byte_types(format: str) -> str:
-    return "uint8, uint16, int16 or bfloat16" if format == "bf16" else "uint8"
-
-
-def _axis(axis: int, ndim: int) -> int:
-    place = axis + ndim if axis < 0 else axis
-    if not 0 <= place < ndim:
-        raise ValueError(f"axis {axis} is out of range for {ndim} axes")
-    return place
-
-
-def _whole_rows(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Return an index over all axes that takes the last one whole, or raise IndexError."""
-    parts = index if isinstance(index, tuple) else (index,)
-    taken = sum(_axes_of(part) for part in parts)
-    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
-    if len(dots) > 1:
-        raise IndexError("an index can only have a single ellipsis ('...')")
-    if taken > len(shape):
-        raise IndexError(f"too many indices: {taken} for {len(shape)} axes")
-    at = dots[0] if dots else len(parts)
-    full = (*parts[:at], *[slice(None)] * (len(shape) - taken), *parts[at + len(dots) :])
-    last = full[-1] if full else None
-    whole = isinstance(last, slice) and last.indices(shape[-1]) == (0, shape[-1], 1)
-    if not whole:
-        raise IndexError(
-            "the last axis of a QuantizedArray holds whole blocks and can't be indexed: index the "
-            f"others, or dequantize() first; got {index!r} for shape {shape}"
-        )
-    return (*full[:-1], slice(None))
-
-
-def _axes_of(part: Any) -> int:
-    """Return how many axes a part of an index takes."""
-    if part is None or part is Ellipsis:
-        return 0
-    if isinstance(part, (bool, np.bool_)):
-        raise IndexError("a bool is no index of a QuantizedArray; use an array of bools")
-    is_mask = str(getattr(part, "dtype", "")) in ("bool", "torch.bool")
-    return int(part.ndim) if is_mask else 1
