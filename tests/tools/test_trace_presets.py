@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ pytest.importorskip("rich")
 pytest.importorskip("platformdirs")
 
 import mixedkv as mkv  # noqa: E402
+import mixedkv.integrations.transformers as mkt  # noqa: E402
 import reference as ref  # noqa: E402
+import transformers  # noqa: E402
 from hostile_traces import refused, rewritten  # noqa: E402
 from mixedkv.cache import presets  # noqa: E402
 from mixedkv.tools import models  # noqa: E402
@@ -173,7 +176,6 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: loaded)
 
 
-@pytest.mark.usefixtures("wide")
 def test_a_presets_sizes_fit_those_given() -> None:
     options = recording.Settings(mixed=True, preset="small", hot_size=64).options(96)
     want = presets.options("small", hot_size=64, cold_size=96)
@@ -181,6 +183,29 @@ def test_a_presets_sizes_fit_those_given() -> None:
     assert (options["hot_keep"], options["group_size"]) == (31, 16)
 
 
+def test_a_sliding_window_stays_hot_as_in_a_mixed_cache() -> None:
+    config = transformers.Gemma2Config(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=512,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    settings = recording.Settings(mixed=True, preset="small")
+    cache = recording.make_cache(config, 2000, settings)
+    same = mkt.MixedCache(config, preset="small", cold_size=2016)
+    assert mkt.preset_options(config, "small")["hot_keep"] == 512
+    for name in ("hot_size", "hot_keep", "group_size", "threshold", "sink_tokens"):
+        assert getattr(cache._row_config, name) == getattr(same._row_config, name), name
+    assert cache._row_config.hot_keep == 512
+    # What is given still comes before it.
+    given = recording.make_cache(config, 2000, dataclasses.replace(settings, hot_keep=40))
+    assert given._row_config.hot_keep == 40
+
+
+@pytest.mark.usefixtures("wide")
 def test_command_takes_presets(tmp_path: Path) -> None:
     path = tmp_path / "t.gguf"
     options = ["--prompt-tokens", "20", "-n", "6", "-o", path]

@@ -85,8 +85,14 @@ class Settings:
     seed: int = 0
     threads: int | None = None
 
-    def options(self, room: int) -> dict[str, Any]:
+    def options(self, room: int, config: Any = None) -> dict[str, Any]:
         """Give the options of a cache that has room for so many tokens.
+
+        Parameters
+        ----------
+        config
+            The model's config, whose sliding windows a preset's hot tier holds as a `MixedCache`'s
+            does; None: a model without.
 
         Raises
         ------
@@ -98,11 +104,12 @@ class Settings:
         turned = {} if self.rotate is None else {"rotate": self.rotate}
         if self.mixed:
             given = {"cold_size": room, **given, **turned, **types}
-            chosen = (
-                {**_WITHOUT_PRESET, **given}
-                if self.preset is None
-                else presets.options(self.preset, **given)
-            )
+            if self.preset is None:
+                chosen = {**_WITHOUT_PRESET, **given}
+            elif config is None:
+                chosen = presets.options(self.preset, **given)
+            else:
+                chosen = mkt.preset_options(config, self.preset, **given)
             return {**chosen, "n_pad": math.gcd(chosen["hot_size"], 32)}
         if self.preset is not None or given:
             name = "preset" if self.preset is not None else next(iter(given))
@@ -206,7 +213,7 @@ def record(
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     recorder = Recorder(header, num_layers, settings, listener)
     cache = make_cache(model.config, len(prompt) + settings.steps, settings)
-    options = settings.options(0)
+    options = settings.options(0, model.config)
     header.notes |= {name: "on" for name in ("rotate", "center_keys") if options.get(name)}
     cache.observer = partial(_observe, recorder, settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -229,7 +236,7 @@ def record(
 def make_cache(config: Any, total: int, settings: Settings) -> mkt.MixedCache:
     """Give the cache to record from, with room for `total` tokens."""
     # The settings have a preset's options already.
-    options = settings.options(padded(total))
+    options = settings.options(padded(total), config)
     return mkt.MixedCache(config, preset=None, **options, threads=settings.threads)
 
 
