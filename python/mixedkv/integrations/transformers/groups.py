@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 import mixedkv as mkv
 
 from .options import for_rows
-from .rows import Handle, to_array
+from .rows import Handle, stored_as, to_bits
 from .steps import Step
 
 
@@ -102,7 +102,7 @@ class Group:
                 )
             assert self.native is not None
             return self.native
-        k, v = to_array(handle.k), to_array(handle.v)
+        k, v = to_bits(handle.k), to_bits(handle.v)
         native = self.fit(layer, k, v, room_for)
         if self.slot is None:
             self.find_slot(step, room_for)
@@ -110,7 +110,8 @@ class Group:
         assert placement is not None
         if placement.num_tokens:
             try:
-                native.store(self.place[layer], placement.cut(k), placement.cut(v))
+                k_rows, v_rows = (stored_as(placement.cut(rows)) for rows in (k, v))
+                native.store(self.place[layer], k_rows, v_rows)
             except ValueError as error:
                 raise ValueError(f"the model's layer {layer}: {error}") from None
         handle.k = handle.v = None

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+
+import mixedkv as mkv
 
 from .masks import MaskPlan
 from .questions import QUESTIONS
@@ -119,3 +122,17 @@ def to_array(rows: torch.Tensor) -> NDArray[Any]:
         rows = rows.detach()
     array: NDArray[Any] = (rows.float() if rows.dtype is torch.bfloat16 else rows).numpy()
     return array
+
+
+def to_bits(rows: torch.Tensor) -> NDArray[Any]:
+    """View a tensor as an array, never a copy; bf16 as its bits, uint16: `stored_as` has them."""
+    if rows.requires_grad:
+        rows = rows.detach()
+    is_bf16 = rows.dtype is torch.bfloat16
+    array: NDArray[Any] = (rows.view(torch.uint16) if is_bf16 else rows).numpy()
+    return array
+
+
+def stored_as(rows: NDArray[Any]) -> NDArray[Any] | mkv.QuantizedArray:
+    """Give rows out of `to_bits` as a cache stores them."""
+    return mkv.QuantizedArray(rows, "bf16") if rows.dtype == np.uint16 else rows
