@@ -68,9 +68,7 @@ def to_numpy(x: Array, name: str, dtypes: tuple[np.dtype[Any], ...]) -> NDArray[
     elif isinstance(x, np.ndarray):
         array = x
     else:
-        raise TypeError(
-            f"{name} must be a numpy array or a torch CPU tensor, got {type(x).__name__}"
-        )
+        raise TypeError(f"{name} must be a numpy array or a torch CPU tensor, got {shown(x)}")
     if array.dtype not in dtypes:
         raise TypeError(f"{name} must be {_dtype_names(dtypes)}, got {array.dtype}")
     if not array.flags.aligned or (
@@ -107,9 +105,10 @@ class Result:
             else:
                 self._finish = lambda: self.array
             return
-        if tuple(out.shape if hasattr(out, "shape") else ()) != shape:
-            got = getattr(out, "shape", type(out).__name__)
-            raise ValueError(f"{name} must have shape {shape}, got {_shape_text(got)}")
+        if not (is_tensor(out) or isinstance(out, np.ndarray)):
+            raise TypeError(f"{name} must be a numpy array or a torch CPU tensor, got {shown(out)}")
+        if tuple(out.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(out.shape)}")
         if is_tensor(out):
             torch = sys.modules["torch"]
             if out.device.type != "cpu" or (out.requires_grad and torch.is_grad_enabled()):
@@ -123,10 +122,6 @@ class Result:
             self.array = np.empty(shape, np.float32)
             self._finish = lambda: out.copy_(torch.from_numpy(self.array))
             return
-        if not isinstance(out, np.ndarray):
-            raise TypeError(
-                f"{name} must be a numpy array or a torch CPU tensor, got {type(out).__name__}"
-            )
         if out.dtype != _F32:
             raise TypeError(f"{name} must be float32, got {out.dtype}")
         if not out.flags.writeable:
@@ -148,14 +143,6 @@ class Result:
     def get(self) -> Array:
         """Return the result in the caller's kind, dtype and memory."""
         return self._finish()
-
-
-def _shape_text(shape: object) -> str:
-    return (
-        str(tuple(shape))
-        if hasattr(shape, "__iter__") and not isinstance(shape, str)
-        else str(shape)
-    )
 
 
 def _overlaps_itself(array: NDArray[Any]) -> bool:
@@ -195,7 +182,7 @@ def check_threads(threads: int | None) -> int:
     if threads is None:
         return 0
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
-        raise TypeError(f"threads must be an int or None, got {type(threads).__name__}")
+        raise TypeError(f"threads must be an int or None, got {shown(threads)}")
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads must be from 1 to 1024, got {threads}")
     return int(threads)
@@ -226,9 +213,7 @@ def bytes_of(data: Any, format: str, name: str) -> Array:
             raise TypeError(f"{name} must be {_byte_types(format)}, got a tensor of {data.dtype}")
         return data
     if not isinstance(data, np.ndarray):
-        raise TypeError(
-            f"{name} must be a numpy array or a torch CPU tensor, got {type(data).__name__}"
-        )
+        raise TypeError(f"{name} must be a numpy array or a torch CPU tensor, got {shown(data)}")
     if data.ndim and data.shape[-1] > 1 and data.strides[-1] != data.itemsize:
         data = np.ascontiguousarray(data)
     if format == "bf16" and data.dtype in _HALVES:

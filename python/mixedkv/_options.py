@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, MASKS, Array, check_threads, is_tensor, to_numpy
+from ._arrays import FLOATS, MASKS, Array, boolean, check_threads, is_tensor, shown, to_numpy
 from .quantized import row_width, rows_of
 
 F32 = np.dtype(np.float32)
@@ -30,7 +31,7 @@ def lse_like(q: Array, lse: NDArray[np.float32]) -> Array:
 
 def size(value: int, name: str, low: int, high: int = 2**31 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
     return int(value)
@@ -57,17 +58,20 @@ def per_head(values: Array | None, name: str, num_qo_heads: int) -> NDArray[np.f
 
 
 def _real(value: float, name: str) -> float:
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not isinstance(value, (bool, np.bool_, str, bytes, bytearray)) and not getattr(
+        value, "ndim", 0
+    ):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
 def finite(value: float, name: str, low: float = -math.inf) -> float:
     """Return value as a finite float of low or more; ValueError and TypeError name it."""
-    number = _real(value, name)
+    try:
+        number = _real(value, name)
+    except OverflowError:  # an int beyond float64
+        number = math.inf
     if not math.isfinite(number) or number < low or abs(number) > 3.4e38:
         bound = "" if low == -math.inf else f" of {low:g} or more"
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
@@ -90,10 +94,18 @@ def window(value: int, name: str = "window_left") -> int:
     return size(value, name, -1, 2**40)
 
 
+def check_layout(layout: str) -> None:
+    """Raise ValueError or TypeError unless layout is one."""
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be a str, got {shown(layout)}")
+    if layout not in ("HND", "NHD"):
+        raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
+
+
 def check_compute_type(compute_type: ComputeType) -> ComputeType:
     """Return a compute_type that is one."""
     if not isinstance(compute_type, str):
-        raise TypeError(f"compute_type must be a str, got {type(compute_type).__name__}")
+        raise TypeError(f"compute_type must be a str, got {shown(compute_type)}")
     if compute_type not in ("f32", "bf16", "auto"):
         raise ValueError(f"compute_type must be 'f32', 'bf16' or 'auto', got {compute_type!r}")
     return compute_type
@@ -200,9 +212,7 @@ class Options:
         self.sm_scale = (
             1.0 / math.sqrt(shapes.head_dim) if sm_scale is None else finite(sm_scale, "sm_scale")
         )
-        if not isinstance(causal, (bool, np.bool_)):
-            raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-        self.causal = bool(causal)
+        self.causal = boolean(causal, "causal")
         self.window_left = window(window_left)
         self.window_right = window(window_right, "window_right")
         self.logits_soft_cap = soft_cap(logits_soft_cap)

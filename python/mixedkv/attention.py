@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ._arrays import Array, Result, check_target
-from ._options import F32, ComputeType, Inputs, Options, lse_like, per_head
+from ._arrays import Array, Result, boolean, check_target
+from ._options import F32, ComputeType, Inputs, Options, check_layout, lse_like, per_head
 from .state import AttentionState, merge, merge_state, merge_states
 
 __all__ = ["AttentionState", "attention", "merge", "merge_state", "merge_states"]
@@ -104,8 +104,8 @@ def attention(
     TypeError
         Where a dtype or a type does not fit.
     """
-    if layout not in ("HND", "NHD"):
-        raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
+    check_layout(layout)
+    return_lse = boolean(return_lse, "return_lse")
     shapes = Inputs(q, k, v, nhd=layout == "NHD")
     options = Options(
         shapes,

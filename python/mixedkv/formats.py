@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import _core
+from ._arrays import shown
 
 __all__ = ["Format", "available", "info", "packed"]
 
@@ -93,7 +94,7 @@ def info(name: str) -> Format:
 def find(value: str, name: str, allowed: list[str]) -> Format:
     """Return the format that an argument names; ValueError and TypeError name the argument."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a str, got {shown(value)}")
     if value not in allowed:
         listed = ", ".join(repr(one) for one in allowed[:-1]) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name} must be {listed}, got {value!r}")

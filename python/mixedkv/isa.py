@@ -7,6 +7,7 @@ this machine lacks, is an error at first use.
 from __future__ import annotations
 
 from . import _core
+from ._arrays import shown
 
 __all__ = [
     "active",
@@ -93,5 +94,8 @@ def select(name: str) -> None:
         Where the name is unknown or this machine lacks the variant; nothing changes then.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be a str, got {type(name).__name__}")
-    _core.select_isa(name)
+        raise TypeError(f"name must be a str, got {shown(name)}")
+    try:
+        _core.select_isa(name)
+    except ValueError as error:
+        raise ValueError(f"name: {error}") from None

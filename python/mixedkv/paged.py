@@ -14,11 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, Array, Result, check_target, check_threads, is_tensor, to_numpy
+from ._arrays import (
+    FLOATS,
+    Array,
+    Result,
+    boolean,
+    check_target,
+    check_threads,
+    is_tensor,
+    shown,
+    to_numpy,
+)
 from ._options import (
     MAX_HEAD_DIM,
     ComputeType,
     check_compute_type,
+    check_layout,
     finite,
     lse_like,
     per_head,
@@ -109,10 +120,8 @@ def attention_paged(
     TypeError
         Where a dtype or a type does not fit.
     """
-    if layout not in ("HND", "NHD"):
-        raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    check_layout(layout)
+    causal, return_lse = boolean(causal, "causal"), boolean(return_lse, "return_lse")
     q_array = to_numpy(q, "q", FLOATS)
     if q_array.ndim != 3:
         raise ValueError(f"q must be [queries, Hq, D], got shape {q_array.shape}")
@@ -150,7 +159,7 @@ def attention_paged(
         per_head(sinks, "sinks", num_qo_heads),
         1.0 / math.sqrt(head_dim) if sm_scale is None else finite(sm_scale, "sm_scale"),
         soft_cap(logits_soft_cap),
-        bool(causal),
+        causal,
         window(window_left),
         window(window_right, "window_right"),
         check_threads(threads),
@@ -171,7 +180,7 @@ def _keys_and_values(kv_pages: Any) -> tuple[tuple[Any, str], tuple[Any, str]]:
     if shape is None:
         raise TypeError(
             "kv_pages must be (k_pages, v_pages) or one array [num_pages, 2, ...], got "
-            f"{type(kv_pages).__name__}"
+            f"{shown(kv_pages)}"
         )
     if len(shape) != 5 or shape[1] != 2:
         raise ValueError(

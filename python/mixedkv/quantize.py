@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, formats
-from ._arrays import FLOATS, Array, boolean, check_target, check_threads, is_tensor, to_numpy
+from ._arrays import FLOATS, Array, boolean, check_target, check_threads, is_tensor, shown, to_numpy
 
 __all__ = ["BLOCK_BYTES", "BLOCK_VALUES", "dequantize_q4_0", "quantize_q4_0", "row_bytes_q4_0"]
 
@@ -208,9 +208,7 @@ def target_of(
         target = np.empty(shape, dtype)
         return target, sys.modules["torch"].from_numpy(target) if is_tensor(like) else target
     if not (is_tensor(out) or isinstance(out, np.ndarray)):
-        raise TypeError(
-            f"out must be a numpy array or a torch CPU tensor, got {type(out).__name__}"
-        )
+        raise TypeError(f"out must be a numpy array or a torch CPU tensor, got {shown(out)}")
     target = out.detach().numpy() if is_tensor(out) else out
     if target.dtype != dtype:
         raise TypeError(f"out must be {dtype}, got {target.dtype}")

@@ -350,7 +350,7 @@ def quantize(
 
 def find_packed(value: str, name: str) -> formats.Format:
     """Return the format that an argument names, which must be one of bytes."""
-    if value in ("f32", "f16"):
+    if isinstance(value, str) and value in ("f32", "f16"):
         raise ValueError(f"{name} must not be {value!r}: such rows are plain arrays")
     return formats.find(value, name, formats.packed())
 

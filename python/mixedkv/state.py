@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import FLOATS, Array, Result, check_target, to_numpy
+from ._arrays import FLOATS, Array, Result, boolean, check_target, shown, to_numpy
 from ._options import (
     F32,
     MAX_HEAD_DIM,
@@ -181,6 +181,7 @@ class AttentionState:
         [B, Hq, Lq, Dv] of the kind of the last update's q (without B where that came without);
         zeros in rows that saw no key.
         """
+        return_lse = boolean(return_lse, "return_lse")
         shape: tuple[int, ...] = (*self._shape, self.head_dim)
         sink_array = per_head(sinks, "sinks", self.num_qo_heads)
         result = Result(self._like, shape if self._batched else shape[1:], out)
@@ -206,7 +207,7 @@ class AttentionState:
             Where the shapes differ.
         """
         if not isinstance(other, AttentionState):
-            raise TypeError(f"other must be an AttentionState, got {type(other).__name__}")
+            raise TypeError(f"other must be an AttentionState, got {shown(other)}")
         if (other._shape, other.head_dim) != (self._shape, self.head_dim):
             raise ValueError(f"other must have the shape of {self!r}, got {other!r}")
         ms, acc = other._ms, other._acc
@@ -244,7 +245,7 @@ def merge(states: Sequence[AttentionState]) -> AttentionState:
         raise ValueError("states must hold one AttentionState at least, got none")
     for state in states:
         if not isinstance(state, AttentionState):
-            raise TypeError(f"states must hold AttentionState, got {type(state).__name__}")
+            raise TypeError(f"states must hold AttentionState, got {shown(state)}")
     merged = states[0].copy()
     for state in states[1:]:
         merged.merge_(state)

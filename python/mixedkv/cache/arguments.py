@@ -95,7 +95,7 @@ def owners(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where each token's owners begin, [n + 1], and all owners."""
     if not hasattr(seq_id, "__len__"):
-        raise TypeError(f"seq_id must be a sequence, got {type(seq_id).__name__}")
+        raise TypeError(f"seq_id must be a sequence, got {shown(seq_id)}")
     if len(seq_id) != n:
         raise ValueError(f"seq_id must have one entry a token, {n}, got {len(seq_id)}")
     if isinstance(seq_id, np.ndarray) or not any(

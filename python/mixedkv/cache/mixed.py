@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+from .._arrays import shown
 from . import presets
 from .config import OPTIONS, CacheConfig, refuse_unknown, shows, takes
 from .verbs import KVCache
@@ -39,7 +40,7 @@ class MixedKVCache(KVCache):
         elif options:
             raise TypeError("give a CacheConfig or options, not both: CacheConfig.replace changes")
         elif not isinstance(config, CacheConfig):
-            raise TypeError(f"config must be a CacheConfig, got {type(config).__name__}")
+            raise TypeError(f"config must be a CacheConfig, got {shown(config)}")
         super().__init__(config)
 
     @classmethod

@@ -10,6 +10,7 @@ import math
 import operator
 from typing import Any
 
+from .._arrays import shown
 from .config import OPTIONS, CacheConfig
 
 _COMMON: dict[str, Any] = {
@@ -37,12 +38,17 @@ NAMES = tuple(_PRESETS)
 
 _PER_SEQUENCE = ("hot_size", "group_size")
 
+MOST_SEQUENCES = 2**16
+"""The largest n_seq_max that there can be."""
+
 MOST_WINDOW = 1024
 """The largest sliding window that hot is made to hold, see `options`."""
 
 
 def check(name: str) -> None:
-    """Raise ValueError where there is no preset of this name."""
+    """Raise ValueError or TypeError where there is no preset of this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"preset must be a str, got {shown(name)}")
     if name not in _PRESETS:
         raise ValueError(f"preset must be one of {', '.join(NAMES)}, got {name!r}")
 
@@ -90,6 +96,8 @@ def _padded(size: int, n_pad: int) -> int:
 def _fitted(own: dict[str, Any], given: dict[str, Any], sequences: int) -> dict[str, int]:
     """Return the sizes of a preset as they fit beside those given."""
     n_pad = operator.index(given.get("n_pad", 1))
+    if not 1 <= n_pad < 2**31:
+        return {}
     hot_size = operator.index(given.get("hot_size", _padded(own["hot_size"], n_pad)))
     level = math.floor(given.get("threshold", own["threshold"]) * hot_size) // sequences
     keep, sinks = own["hot_keep"], own["sink_tokens"]
@@ -120,6 +128,6 @@ def config(name: str, **given: Any) -> CacheConfig:
         n_seq_max, sizes given here are not.
     """
     sequences = given.get("n_seq_max", 1)
-    if not isinstance(sequences, int) or sequences < 1:
+    if not isinstance(sequences, int) or not 1 <= sequences <= MOST_SEQUENCES:
         sequences = 1  # for CacheConfig to refuse, or to read
     return CacheConfig(**options(name, sequences=sequences, **given))

@@ -94,3 +94,14 @@ class CacheStats:
             + self.books_bytes
             + self.scratch_bytes
         )
+
+
+def full_message(stats: CacheStats, n: int, has_cold: bool) -> str:
+    """Say that there is no room for n more tokens, and what room there is."""
+    free = stats.hot_size - stats.hot_tokens
+    if not has_cold:
+        return f"no room for {n} tokens: {free} of {stats.hot_size} cells are free"
+    return (
+        f"no room for {n} tokens: hot has {free} of {stats.hot_size} cells free, cold "
+        f"{stats.cold_size - stats.cold_tokens} of {stats.cold_size}"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from .._arrays import FLOATS, Array, Result, boolean, check_target, check_threads, to_numpy
+from .._arrays import FLOATS, Array, Result, boolean, check_target, check_threads, shown, to_numpy
 from .._options import (
     ComputeType,
     check_compute_type,
@@ -27,7 +27,7 @@ from ..quantized import QuantizedArray
 from .arguments import int_array, integer, new_rows, owners
 from .config import CacheConfig, core_options
 from .log import logger
-from .records import CacheFull, CacheStats, Slot, StoredRows, stored_rows
+from .records import CacheFull, CacheStats, Slot, StoredRows, full_message, stored_rows
 
 
 class KVCache:
@@ -147,6 +147,7 @@ class KVCache:
         ValueError
             Without a slot, before the layer is stored, for shapes or options that don't fit.
         """
+        return_lse = boolean(return_lse, "return_lse")
         array = to_numpy(q, "q", FLOATS)
         if array.ndim != 3:
             raise ValueError(f"q must be [Hq, n, D], got shape {array.shape}")
@@ -212,12 +213,12 @@ class KVCache:
         layers = self._core.layers()
         for name, rows in (("ks", ks), ("vs", vs)):
             if not hasattr(rows, "__len__"):
-                raise TypeError(f"{name} must be a sequence, got {type(rows).__name__}")
+                raise TypeError(f"{name} must be a sequence, got {shown(rows)}")
             if len(rows) != len(layers):
                 raise ValueError(f"{name} must hold rows of {len(layers)} layers, got {len(rows)}")
         slot = self.find_slot(pos, seq_id)
         if slot is None:
-            raise CacheFull(self._full_message(len(pos)))
+            raise CacheFull(full_message(self.stats(), len(pos), self._config.quantize))
         try:
             for layer, k, v in zip(layers, ks, vs, strict=True):
                 self.store(layer, k, v)
@@ -348,13 +349,13 @@ class KVCache:
         return CacheStats(**self._core.stats())
 
     def __copy__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} can't be copied")
+        raise TypeError(f"a {shown(self)} can't be copied")
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} can't be copied")
+        raise TypeError(f"a {shown(self)} can't be copied")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} can't be pickled")
+        raise TypeError(f"a {shown(self)} can't be pickled")
 
     # --- state files ------------------------------------------------------------------------------
 
@@ -372,17 +373,6 @@ class KVCache:
         raise NotImplementedError(f"loading {Path(path)}: state files are not there yet")
 
     # --- words ------------------------------------------------------------------------------------
-
-    def _full_message(self, n: int) -> str:
-        stats = self.stats()
-        if not self._config.quantize:
-            free = stats.hot_size - stats.hot_tokens
-            return f"no room for {n} tokens: {free} of {stats.hot_size} cells are free"
-        return (
-            f"no room for {n} tokens: hot has {stats.hot_size - stats.hot_tokens} of "
-            f"{stats.hot_size} cells free, cold {stats.cold_size - stats.cold_tokens} of "
-            f"{stats.cold_size}"
-        )
 
     def _log_moves(self) -> None:
         if logger.isEnabledFor(logging.DEBUG):
