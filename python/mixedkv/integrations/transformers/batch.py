@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from mixedkv.cache.arguments import positive
+from mixedkv.cache.presets import MOST_SEQUENCES
 
 from .steps import Step
 
@@ -39,6 +40,10 @@ class Batch:
     def __post_init__(self) -> None:
         if self.max_rows is not None:
             self.max_rows = positive(self.max_rows, "max_batch_size")
+            if self.max_rows > MOST_SEQUENCES:
+                raise ValueError(
+                    f"max_batch_size must be at most {MOST_SEQUENCES}, got {self.max_rows}"
+                )
 
     def make_room(self, rows: int) -> bool:
         """Have room for this many rows; tell whether it is more than before."""

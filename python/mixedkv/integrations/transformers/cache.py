@@ -22,7 +22,6 @@ masks, and the cache's pinned first positions are the row's first real tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -31,6 +30,7 @@ import torch
 from transformers.cache_utils import Cache
 
 import mixedkv as mkv
+from mixedkv._arrays import boolean
 from mixedkv._options import ComputeType
 from mixedkv.cache.config import shows
 
@@ -41,7 +41,7 @@ from .groups import Group
 from .layers import MixedLayer
 from .masks import MaskPlan
 from .options import TAKEN, given_options, read_options, with_preset
-from .records import Observation, Occupancy
+from .records import Observation, Occupancy, added_up
 from .rows import CachedRows, Handle
 from .steps import Step
 
@@ -113,6 +113,7 @@ class MixedCache(Cache):
         **options: Any,
     ) -> None:
         self._batch = Batch(max_batch_size)
+        keeps = boolean(record_history, "record_history")
         plan = read_config(config)
         # The real cache is made when the batch is known; a wrong option should be told now.
         self._row_config = read_options(with_preset(plan.window, preset, options))
@@ -129,7 +130,7 @@ class MixedCache(Cache):
         windows = [layer.window for layer in plan.layers]
         self._attention = LayerAttention(self._groups, windows, threads, compute_type)
         self._step: Step | None = None
-        self.history: list[Occupancy] | None = [] if record_history else None
+        self.history: list[Occupancy] | None = [] if keeps else None
         self.observer: Callable[[Observation], None] | None = None
 
     # What a user looks at
@@ -157,12 +158,7 @@ class MixedCache(Cache):
         all_stats = [native.stats() for native in self.natives]
         if not all_stats:
             raise ValueError("the MixedCache has not been used yet: it has no bytes and no tokens")
-        added = {
-            field.name: sum(getattr(stats, field.name) for stats in all_stats)
-            for field in dataclasses.fields(all_stats[0])
-            if field.name.endswith("bytes") or field.name in ("move_seconds", "bytes_saved")
-        }
-        return dataclasses.replace(all_stats[0], **added)
+        return added_up(all_stats)
 
     def __repr__(self) -> str:
         batch = self._batch

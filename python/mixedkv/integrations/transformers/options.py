@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import mixedkv as mkv
+from mixedkv._arrays import boolean
 from mixedkv.cache import presets
 from mixedkv.cache.config import OPTIONS, refuse_unknown
 
@@ -66,7 +67,7 @@ def with_preset(window: int | None, preset: str | None, options: dict[str, Any])
     if preset is None:
         return options
     presets.check(preset)
-    if not options.get("quantize", True):
+    if not boolean(options.get("quantize", True), "quantize"):
         return options
     return presets.options(preset, window=window, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -54,3 +55,13 @@ class Observation(NamedTuple):
     place: int
     kept: torch.Tensor | None
     options: dict[str, Any]
+
+
+def added_up(all_stats: list[mkv.CacheStats]) -> mkv.CacheStats:
+    """Return the counters of native caches that hold the same tokens: bytes and seconds of all."""
+    added = {
+        field.name: sum(getattr(stats, field.name) for stats in all_stats)
+        for field in dataclasses.fields(all_stats[0])
+        if field.name.endswith("bytes") or field.name in ("move_seconds", "bytes_saved")
+    }
+    return dataclasses.replace(all_stats[0], **added)
