@@ -10,12 +10,20 @@ from typing import Any
 
 import mixedkv as mkv
 import mixedkv.integrations.transformers as mkt
+from mixedkv._options import size
 
 from .. import models
+from .._commands import MOST_SEED
 from ..memory import padded
 from ..progress import Progress
 from . import llama
 from .configurations import Configuration, config_of, sized
+
+MOST_TOKENS = 2**30
+"""More than any text has; a cache's sizes end a little above it."""
+
+MOST_FACTS = 16
+"""In one text: there are no more places that they tell of."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,17 @@ class Settings:
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuse what no model's cache can be, before one is fetched; ValueError tells what."""
+    """Refuse what no model can be run with, before one is fetched; ValueError tells what."""
+    for name, least, most in (
+        ("context", 2, MOST_TOKENS),
+        ("tokens", 1, MOST_TOKENS),
+        ("facts", 1, MOST_FACTS),
+        ("texts", 1, MOST_TOKENS),
+        ("seed", 0, MOST_SEED),
+    ):
+        size(getattr(settings, name), name, least, most)
+    if settings.prompt is not None:
+        size(settings.prompt, "prompt", 1, settings.context - 1)
     for configuration in settings.configurations:
         try:
             sizes = sized(configuration.options, settings.context)
