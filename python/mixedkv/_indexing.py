@@ -71,6 +71,8 @@ def axes_of(part: Any) -> int:
         return 0
     if isinstance(part, (bool, np.bool_)):
         raise IndexError("a bool is no index of a QuantizedArray; use an array of bools")
+    if isinstance(part, list):
+        part = np.asarray(part)
     is_mask = str(getattr(part, "dtype", "")) in ("bool", "torch.bool")
     return int(part.ndim) if is_mask else 1
 
