@@ -93,3 +93,24 @@ def test_attention_nan_in_mask_reaches_its_row_alone(rng: np.random.Generator) -
     assert np.isnan(out[:, :, 3]).all()
     rest = np.arange(13) != 3
     np.testing.assert_array_equal(out[:, :, rest], want[:, :, rest])
+
+
+@pytest.mark.parametrize("bad", BAD_VALUES, ids=BAD_IDS)
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_attention_bad_slope_or_sink_reaches_its_head_alone(
+    isa: str, rng: np.random.Generator, name: str, bad: float, kv_type: str
+) -> None:
+    """They are data, as q, k and v are: a sink of -inf is none, any other spoils its head."""
+    q, k, v = make(rng, SIZES["prefill"], kv_type, kv_type)
+    values = rng.uniform(0.1, 1, q.shape[1]).astype(np.float32)
+    want = mkv.attention(q, k, v, causal=True, **{name: values})
+    values[2] = bad
+    out = mkv.attention(q, k, v, causal=True, **{name: values})
+    hit = np.zeros(out.shape[:3], bool)
+    hit[:, 2] = True
+    np.testing.assert_array_equal(out[~hit], want[~hit])
+    if name == "sinks" and bad == -np.inf:
+        without = mkv.attention(q, k, v, causal=True)
+        np.testing.assert_array_equal(out[hit], without[hit])
+    else:
+        assert np.isnan(out[hit]).all()
