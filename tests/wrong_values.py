@@ -48,6 +48,7 @@ NO_ARRAY: list[Any] = ["x", 1, NAN, True, [], [[1.0]], {}, object(), np.float32(
 
 REAL = [*NO_NUMBER, NAN, INF, -INF, 1e300, -1e39, 10**400]
 COUNT = [*NO_INT, None, 0, -1, -(2**70), 2**31, 2**41, 2**70]
+LENGTH = [*NO_INT, None, -1, 33]
 EXTENT = [x for x in COUNT if x is None or x != 0]
 PINS = [*NO_INT, None, -1, 10**6, 2**31, 2**70, -(2**70)]
 WINDOW = [*NO_INT, -2, -(2**70), 2**41, 2**70]
@@ -87,6 +88,7 @@ OF_KIND: dict[str, list[Any]] = {
     "mask": [*NO_ARRAY, zeros(1000, 1000), zeros(1, 1, 1, 1, 1), zeros(1, dtype=float)],
     "out": [*NO_ARRAY, zeros(), zeros(7, 7), zeros(1, 1, 1, 1, 1, 1)],
     "qo_indptr": [x for x in INDICES if x is not None],
+    **dict.fromkeys(("n", "num_bytes"), LENGTH),
     "layer": [*NO_INT, None, -1, 10**6, 2**32, 2**70, -(2**70)],
     "seq": [*NO_INT, None, -1, 10**6, 2**32, 2**70, -(2**70)],
     "max_batch_size": [x for x in COUNT if x is not None],

@@ -134,7 +134,7 @@ class Result:
             return
         self.array = np.empty(shape, np.float32)
 
-        def copy_back() -> NDArray[np.float32]:
+        def copy_back() -> Array:
             out[...] = self.array
             return out
 

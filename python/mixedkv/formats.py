@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import _core
 from ._arrays import shown
+from ._indexing import whole
 
 __all__ = ["Format", "available", "info", "packed"]
 
@@ -45,7 +46,7 @@ class Format:
         ValueError
             Where n is not a multiple of block_values.
         """
-        if n < 0 or n % self.block_values:
+        if whole(n, "n") < 0 or n % self.block_values:
             raise ValueError(f"n must be a multiple of {self.block_values}, got {n}")
         return n // self.block_values * self.block_bytes
 
@@ -57,7 +58,7 @@ class Format:
         ValueError
             Where these are not whole blocks.
         """
-        if num_bytes < 0 or num_bytes % self.block_bytes:
+        if whole(num_bytes, "num_bytes") < 0 or num_bytes % self.block_bytes:
             raise ValueError(f"num_bytes must be a multiple of {self.block_bytes}, got {num_bytes}")
         return num_bytes // self.block_bytes * self.block_values
 

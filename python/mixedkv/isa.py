@@ -38,10 +38,7 @@ def requires(name: str) -> str:
     ValueError
         Where this build has no such variant.
     """
-    for known, _, features, _ in _core.compiled_isas():
-        if known == name:
-            return features
-    raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+    return str(_row(name)[2])
 
 
 def compute_types(name: str | None = None) -> list[str]:
@@ -55,11 +52,8 @@ def compute_types(name: str | None = None) -> list[str]:
     ValueError
         Where this build has no such variant.
     """
-    wanted = _core.active_isa() if name is None else name
-    for known, _, _, has_bf16 in _core.compiled_isas():
-        if known == wanted:
-            return ["f32", "bf16"] if has_bf16 else ["f32"]
-    raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+    has_bf16 = _row(_core.active_isa() if name is None else name)[3]
+    return ["f32", "bf16"] if has_bf16 else ["f32"]
 
 
 def auto_compute_type() -> str:
@@ -93,9 +87,22 @@ def select(name: str) -> None:
     ValueError
         Where the name is unknown or this machine lacks the variant; nothing changes then.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, got {shown(name)}")
+    _check_is_text(name)
     try:
         _core.select_isa(name)
     except ValueError as error:
         raise ValueError(f"name: {error}") from None
+
+
+def _row(name: str) -> tuple[str, bool, str, bool]:
+    """Return what the core tells of a variant; ValueError and TypeError name it."""
+    _check_is_text(name)
+    for row in _core.compiled_isas():
+        if row[0] == name:
+            return row
+    raise ValueError(f"name must be one of {', '.join(compiled())}, got {name!r}")
+
+
+def _check_is_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {shown(name)}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from . import _core, formats
 from ._arrays import FLOATS, Array, boolean, check_target, check_threads, is_tensor, shown, to_numpy
+from ._indexing import whole
 
 __all__ = ["BLOCK_BYTES", "BLOCK_VALUES", "dequantize_q4_0", "quantize_q4_0", "row_bytes_q4_0"]
 
@@ -26,7 +27,7 @@ BLOCK_BYTES = 18
 
 def row_bytes_q4_0(n: int) -> int:
     """Return the bytes of a Q4_0 row of n values, n a multiple of 32."""
-    if n < 0 or n % BLOCK_VALUES:
+    if whole(n, "n") < 0 or n % BLOCK_VALUES:
         raise ValueError(f"n must be a multiple of {BLOCK_VALUES}, got {n}")
     return n // BLOCK_VALUES * BLOCK_BYTES
 

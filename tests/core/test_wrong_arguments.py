@@ -17,6 +17,7 @@ HQ, HKV, LQ, LKV, D = 4, 2, 3, 5, 32
 RNG = np.random.default_rng(11)
 Q, K, V = normal(RNG, HQ, LQ, D), normal(RNG, HKV, LKV, D), normal(RNG, HKV, LKV, D)
 PAGES = normal(RNG, 3, 2, HKV, 4, D)
+ROWS = mkv.quantize(K, "q8_0")
 GEOMETRY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": HKV, "head_dim": D}
 SIZES: dict[str, Any] = {"hot_size": 64, "cold_size": 64}
 
@@ -48,6 +49,11 @@ OP_DOORS = [
     door(mkv.QuantizedArray, data=mkv.quantize_q4_0(K), format="q4_0"),
     door(mkv.formats.info, name="q4_0"),
     door(mkv.isa.select, name=mkv.isa.active()),
+    door(mkv.isa.requires, name="scalar"),
+    door(mkv.isa.compute_types, name="scalar"),
+    door(mkv.QuantizedArray.dequantize, self=ROWS),
+    door(mkv.formats.Format.row_bytes, self=mkv.formats.info("q4_0"), n=64),
+    door(mkv.formats.Format.row_values, self=mkv.formats.info("q4_0"), num_bytes=36),
 ]
 
 
