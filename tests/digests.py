@@ -7,7 +7,8 @@ Run it over two installed versions on one machine and compare what it prints:
     diff before.txt after.txt
 
 A line is the instruction set, the case, and a SHA-256 of the result's bytes. Only options that have
-kept their names are used. Results depend on the machine's libm, so none are kept in the tree.
+kept their names are used; formats that a version has not got yet are left out. Results depend on
+the machine's libm, so none are kept in the tree.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import mixedkv as mkv
 import numpy as np
 
 KINDS = ("f32", "f16", "q4_0")
+MORE_KINDS = ("q8_0", "bf16", "iq4_nl", "nl4", "nl3")
 Case = tuple[str, list[np.ndarray]]
 
 
-def rows(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
+def rows(rng: np.random.Generator, kind: str, *shape: int) -> Any:
     x = rng.standard_normal(shape).astype(np.float32)
     x[..., ::17] *= 6  # outlier channels, as models have them
     if kind == "f16":
         return x.astype(np.float16)
+    if kind in MORE_KINDS:
+        return mkv.quantize(x, kind)
     return mkv.quantize_q4_0(x) if kind == "q4_0" else x
 
 
@@ -97,10 +101,41 @@ def cache(rng: np.random.Generator) -> Iterator[Case]:
             yield f"cache {hot} {cold} {d} {dtype}", results
 
 
+def more_kinds(rng: np.random.Generator) -> Iterator[Case]:
+    kinds = [kind for kind in MORE_KINDS if kind in mkv.formats.available()]
+    for kind in kinds:
+        x = (rng.standard_normal((37, 192)) * 3).astype(np.float32)
+        x[3] = 0
+        x[5, ::2] = x[5, 0]
+        for values in (x, x.astype(np.float16)):
+            a = mkv.quantize(values, kind)
+            yield f"{kind} {values.dtype}", [a.data, a.dequantize(), a.dequantize(np.float16)]
+        for lq, lkv, d in ((1, 700, 64), (5, 130, 128), (40, 300, 64)):
+            q = rows(rng, "f32", 1, 4, lq, d)
+            packed, plain = rows(rng, kind, 1, 2, lkv, d), rows(rng, "f16", 1, 2, lkv, d)
+            for name, (k, v) in {"k": (packed, plain), "v": (plain, packed)}.items():
+                for compute_type in ("f32", "bf16"):
+                    out = mkv.attention(q, k, v, causal=True, compute_type=compute_type)
+                    yield f"attention {(lq, lkv, d)} {kind} {name} {compute_type}", [out]
+    for kind, changed in itertools.product(kinds, ({}, {"rotate": True}, {"center_keys": True})):
+        c = mkv.MixedKVCache(
+            num_layers=1, num_kv_heads=2, head_dim=64, hot_size=64, cold_size=512, group_size=32,
+            n_pad=16, cold_k_type=kind, cold_v_type=kind, **changed,
+        )  # fmt: skip
+        results = []
+        for n in (90, *[1] * 70, 40, 1):
+            first = c.seq_pos_max(0) + 1
+            assert c.find_slot(range(first, first + n), [0] * n) is not None
+            c.store(0, rows(rng, "f32", 2, n, 64), rows(rng, "f32", 2, n, 64))
+            results.append(c.attend(0, rows(rng, "f32", 6, n, 64)))
+            c.commit()
+        yield f"cache {kind} {' '.join(changed)}", [*results, c.keys(0, 0), c.values(0, 0)]
+
+
 def main() -> None:
     for isa in mkv.isa.available():
         mkv.isa.select(isa)
-        for cases in (conversions, attention, cache):
+        for cases in (conversions, attention, cache, more_kinds):
             for name, arrays in cases(np.random.default_rng(7)):
                 digest = hashlib.sha256()
                 for array in arrays:
