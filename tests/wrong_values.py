@@ -25,19 +25,8 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 # --- kinds ------------------------------------------------------------------------------------
 
-NO_NUMBER: list[Any] = [
-    "1",
-    b"1",
-    "",
-    True,
-    np.True_,
-    1j,
-    [1.0],
-    {},
-    zeros(1),
-    zeros(2),
-    np.float32,
-]
+NO_NUMBER: list[Any] = ["1", b"1", "", True, np.True_, 1j, [1.0], {}, np.float32]
+NO_NUMBER += [zeros(1), zeros(2)]
 NO_INT: list[Any] = [
     *("1", "", 1.0, 1.5, np.float32(1), NAN, INF, True, np.True_, 1j, [1], zeros(1, dtype=np.int64))
 ]
@@ -60,6 +49,8 @@ INDICES: list[Any] = [
     *("x", 1, NAN, True, {}, None, object(), [NAN], [1.5], ["1"], [None], [2**70])
 ]
 INDICES += [[[0]], zeros(3), zeros(3, 1, dtype=np.int64), zeros(3, dtype=bool), np.array(1)]
+LAYERS: list[Any] = ["0", 1, NAN, True, {"a": 1}, [], [True], [1.0], [-1], [10**6], [2**70]]
+LAYERS += [zeros(1)]
 FORMAT = [*NO_WORD, None, "Q4_0", "q5_0", "float16"]
 
 OF_KIND: dict[str, list[Any]] = {
@@ -92,20 +83,7 @@ OF_KIND: dict[str, list[Any]] = {
     "layer": [*NO_INT, None, -1, 10**6, 2**32, 2**70, -(2**70)],
     "seq": [*NO_INT, None, -1, 10**6, 2**32, 2**70, -(2**70)],
     "max_batch_size": [x for x in COUNT if x is not None],
-    "layer_filter": [
-        "0",
-        1,
-        NAN,
-        True,
-        {"a": 1},
-        [],
-        [True],
-        [1.0],
-        [-1],
-        [10**6],
-        [2**70],
-        zeros(1),
-    ],
+    "layer_filter": LAYERS,
     "rope": [1, "x", NAN, True, {}, zeros(2)],
     "q_start": [*NO_INT, -(2**70), 2**41, 2**70],
     "kv_start": [*NO_INT, -(2**70), 2**41, 2**70],
@@ -147,7 +125,11 @@ def check_refused(call: Callable[[], Any], name: str, value: Any, *, named: str 
         raise AssertionError(f"{name}={label(value)} was taken: {got!r}")
     found = re.search(rf"(?<![A-Za-z0-9_])({named or name})(?![A-Za-z0-9_])", message)
     assert found, f"{name}={label(value)} is not named: {message}"
-    assert any(text in message for text in _texts(value)), (
+    told = message
+    if not isinstance(value, np.ndarray):  # whose shape may be what others have to have
+        told = message.rpartition("got ")[2]  # all of it, where there is no such word
+        told += " ".join(re.findall(rf"{name} \(.*?\)|{name}=[^ ,]*", message))
+    assert any(text in told for text in _texts(value)), (
         f"{name}: its value {label(value)} is not told: {message}"
     )
 
@@ -162,7 +144,7 @@ def _texts(value: Any) -> list[str]:
     texts = [repr(value), reprlib.repr(value), str(value) or repr(value)]
     if isinstance(value, (list, dict)):
         texts += [*map(repr, value), type(value).__name__, f"{len(value)} of them"]
-        texts += [] if value else ["got none"]
+        texts += [] if value else ["none"]
     if isinstance(value, np.generic):
         texts.append(f"shape {value.shape}")
     if value is None or type(value) is object:

@@ -122,8 +122,6 @@ CACHE_DOORS = [
 )
 def test_cache_option(function: Any, right: dict[str, Any], name: str, value: Any) -> None:
     options = {**right, name: value}
-    if name == "cold_size":
-        options["quantize"] = True
     check_refused(
         lambda: function(**options), name, value, named={"name": "preset"}.get(name, name)
     )
@@ -148,9 +146,9 @@ def test_option_by_replace(name: str, value: Any) -> None:
     check_refused(lambda: config.replace(**{name: value}), name, value)
 
 
-def filled(**options: Any) -> mkv.MixedKVCache:
+def filled() -> mkv.MixedKVCache:
     """A cache with tokens in both tiers and a slot of LQ more, stored."""
-    cache = mkv.MixedKVCache(**{**GEOMETRY, **SIZES, "group_size": 8, **options})
+    cache = mkv.MixedKVCache(**GEOMETRY, **SIZES, group_size=8)
     rng = np.random.default_rng(3)
     for n in (50, 8):
         rows = normal(rng, 2, HKV, n, D)
