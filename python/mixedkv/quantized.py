@@ -34,6 +34,8 @@ _FORMAT_OF: dict[np.dtype[Any], formats.Format] = {
     _U8: formats.info("q4_0"),
 }
 _ROWS = tuple(_FORMAT_OF)
+_PACKED = formats.packed()
+_BF16 = formats.info("bf16")
 
 
 class QuantizedArray:
@@ -211,10 +213,8 @@ class QuantizedArray:
     def rows(self) -> NDArray[np.uint8]:
         """Return the bytes as numpy, a row's side by side, aligned as the format needs."""
         array = to_numpy(self._data, "data", (_U8,))
-        if self._format.block_values == 1 and array.size:
-            where = (array.__array_interface__["data"][0], *array.strides[:-1])
-            if any(place % self._format.block_bytes for place in where):
-                array = np.array(array, order="C")
+        if self._format is _BF16 and not array.view(np.uint16).flags.aligned:
+            array = np.array(array, order="C")
         return array
 
     def numpy(self) -> QuantizedArray:
@@ -352,7 +352,7 @@ def find_packed(value: str, name: str) -> formats.Format:
     """Return the format that an argument names, which must be one of bytes."""
     if isinstance(value, str) and value in ("f32", "f16"):
         raise ValueError(f"{name} must not be {value!r}: such rows are plain arrays")
-    return formats.find(value, name, formats.packed())
+    return formats.find(value, name, _PACKED)
 
 
 def rows_of(x: Any, name: str) -> tuple[NDArray[Any], formats.Format]:

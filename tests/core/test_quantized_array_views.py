@@ -199,3 +199,15 @@ def test_numpy_computes_with_values(array: mkv.QuantizedArray) -> None:
     with pytest.raises(TypeError):
         np.add(x, x, out=array)
     assert array == before
+
+
+@pytest.mark.parametrize(("start", "stride"), [(0, 130), (1, 130), (0, 129), (1, 129)])
+def test_bf16_rows_that_are_not_aligned_are_copied(start: int, stride: int) -> None:
+    """Bytes may begin anywhere; the core reads bf16 in twos."""
+    rng = np.random.default_rng(6)
+    memory = mkv.quantize(normal(rng, 8, 64), "bf16").data.reshape(-1)
+    data = np.lib.stride_tricks.as_strided(memory[start:], (1, 5, 128), (0, stride, 1))
+    a = mkv.QuantizedArray(data, "bf16")
+    assert np.shares_memory(a.rows(), memory) == (start % 2 == stride % 2 == 0)
+    q = normal(rng, 1, 2, 64)
+    np.testing.assert_array_equal(mkv.attention(q, a, a), mkv.attention(q, a.copy(), a.copy()))
