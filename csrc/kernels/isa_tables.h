@@ -13,6 +13,20 @@ constexpr void set_tiles(Kernels &kernels, Format format, const TileKernels *til
   kernels.tiles[static_cast<int>(format)] = tiles;
 }
 
+/// Of a format whose scales are chosen by least squared error whoever asks.
+constexpr RowKernels always_fitted(RowKernels rows) {
+  rows.fit_f32 = rows.from_f32;
+  rows.fit_f16 = rows.from_f16;
+  return rows;
+}
+constexpr TileKernels always_fitted(TileKernels tiles) {
+  tiles.fit_keys_f32 = tiles.pack_keys_f32;
+  tiles.fit_keys_f16 = tiles.pack_keys_f16;
+  tiles.fit_values_f32 = tiles.pack_values_f32;
+  tiles.fit_values_f16 = tiles.pack_values_f16;
+  return tiles;
+}
+
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx2_vnni;

@@ -39,6 +39,11 @@ struct RowKernels {
   /// bit.
   void (*from_f32)(const float *x, void *y, std::size_t n) noexcept;
   void (*from_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
+  /// By least squared error (FormatInfo::fits); null where the format knows no such choice. q4_0,
+  /// iq4_nl: ggml's block, or the one of a scale among a few others that errs less:
+  /// docs/formats.md, bit for bit. nl4, nl3: from_f32 and from_f16 themselves.
+  void (*fit_f32)(const float *x, void *y, std::size_t n) noexcept;
+  void (*fit_f16)(const f16_t *x, void *y, std::size_t n) noexcept;
   void (*to_f32)(const void *x, float *y, std::size_t n) noexcept;
   /// As by to_f32, rounded to f16.
   void (*to_f16)(const void *x, f16_t *y, std::size_t n) noexcept;
@@ -109,6 +114,11 @@ struct TileKernels {
   PackFn *pack_keys_f16;
   PackFn *pack_values_f32;
   PackFn *pack_values_f16;
+  /// The same by fit_f32 and fit_f16; null where these are.
+  PackFn *fit_keys_f32;
+  PackFn *fit_keys_f16;
+  PackFn *fit_values_f32;
+  PackFn *fit_values_f16;
 
   /// As the panels of RowKernels, of all tokens of one tile; null where the instruction set has no
   /// arithmetic in bf16.

@@ -53,6 +53,8 @@
 
 #include "kernels/formats/nl3_tiles.inl"
 
+#include "kernels/formats/fitted_scales.inl"
+
 // --- the table ---------------------------------------------------------------------------------
 
 // A vector instruction set's kernels, made of what its page has included so far. A page defines
@@ -64,23 +66,23 @@
 #define MIXEDKV_TEXT_OF(isa) #isa
 #define MIXEDKV_TEXT(isa) MIXEDKV_TEXT_OF(isa)
 
-constexpr TileKernels tiles_q4_0 = make_tiles_q4_0();
+constexpr TileKernels tiles_q4_0 = fitted_tiles_q4_0();
 constexpr TileKernels tiles_q8_0 = make_tiles_q8_0();
-constexpr TileKernels tiles_iq4_nl = make_tiles_iq4_nl();
-constexpr TileKernels tiles_nl4 = make_tiles_nl4();
-constexpr TileKernels tiles_nl3 = make_tiles_nl3();
+constexpr TileKernels tiles_iq4_nl = fitted_tiles_iq4_nl();
+constexpr TileKernels tiles_nl4 = always_fitted(make_tiles_nl4());
+constexpr TileKernels tiles_nl3 = always_fitted(make_tiles_nl3());
 
 constexpr Kernels make_kernels() {
   Kernels k{};
   k.name = MIXEDKV_TEXT(MIXEDKV_ISA);
   set_rows(k, Format::f32, rows_f32());
   set_rows(k, Format::f16, rows_f16());
-  set_rows(k, Format::q4_0, rows_q4_0());
+  set_rows(k, Format::q4_0, fitted_rows_q4_0());
   set_rows(k, Format::q8_0, rows_q8_0());
   set_rows(k, Format::bf16, rows_bf16());
-  set_rows(k, Format::iq4_nl, rows_iq4_nl());
-  set_rows(k, Format::nl4, rows_nl4());
-  set_rows(k, Format::nl3, rows_nl3());
+  set_rows(k, Format::iq4_nl, fitted_rows_iq4_nl());
+  set_rows(k, Format::nl4, always_fitted(rows_nl4()));
+  set_rows(k, Format::nl3, always_fitted(rows_nl3()));
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   set_tiles(k, Format::q8_0, &tiles_q8_0);
   set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);

@@ -40,14 +40,18 @@ bool fits_f16_by_scales(Format type, const char *row, std::size_t n) {
 
 } // namespace
 
-void convert_row(Format from, const void *x, Format to, void *y, std::size_t n) {
+void convert_row(Format from, const void *x, Format to, void *y, std::size_t n, bool fit_scales) {
   const Kernels &kernels = active_kernels();
+  const RowKernels &target = kernels.of(to);
+  const bool fit = fit_scales && target.fit_f32 != nullptr;
+  const auto of_f32 = fit ? target.fit_f32 : target.from_f32;
+  const auto of_f16 = fit ? target.fit_f16 : target.from_f16;
   if (from == to) {
     std::memcpy(y, x, row_bytes(from, n));
   } else if (from == Format::f32) {
-    kernels.of(to).from_f32(static_cast<const float *>(x), y, n);
+    of_f32(static_cast<const float *>(x), y, n);
   } else if (from == Format::f16) {
-    kernels.of(to).from_f16(static_cast<const f16_t *>(x), y, n);
+    of_f16(static_cast<const f16_t *>(x), y, n);
   } else if (to == Format::f32) {
     kernels.of(from).to_f32(x, static_cast<float *>(y), n);
   } else if (to == Format::f16) {
@@ -59,7 +63,7 @@ void convert_row(Format from, const void *x, Format to, void *y, std::size_t n) 
     for (std::size_t i = 0; i < n; i += kPart) {
       const std::size_t count = std::min(kPart, n - i);
       kernels.of(from).to_f32(static_cast<const char *>(x) + row_bytes(from, i), part, count);
-      kernels.of(to).from_f32(part, static_cast<char *>(y) + row_bytes(to, i), count);
+      of_f32(part, static_cast<char *>(y) + row_bytes(to, i), count);
     }
   }
 }
@@ -126,7 +130,7 @@ std::optional<RowValue> find_unkept(const ConstRowsView &x, std::int64_t num_row
 }
 
 void convert_rows(const ConstRowsView &x, const MutableRowsView &y, std::int64_t num_rows,
-                  std::size_t n, int num_threads) {
+                  std::size_t n, int num_threads, bool fit_scales) {
   const std::int64_t step = rows_per_unit(n);
   const bool side_by_side = x.stride == static_cast<std::ptrdiff_t>(row_bytes(x.type, n)) &&
                             y.stride == static_cast<std::ptrdiff_t>(row_bytes(y.type, n));
@@ -135,11 +139,12 @@ void convert_rows(const ConstRowsView &x, const MutableRowsView &y, std::int64_t
     if (side_by_side) { // as one row: kernels like them long
       const std::int64_t i = unit * step;
       convert_row(x.type, row_at(x, i), y.type, static_cast<char *>(y.data) + i * y.stride,
-                  n * static_cast<std::size_t>(end - i));
+                  n * static_cast<std::size_t>(end - i), fit_scales);
       return;
     }
     for (std::int64_t i = unit * step; i < end; ++i) {
-      convert_row(x.type, row_at(x, i), y.type, static_cast<char *>(y.data) + i * y.stride, n);
+      convert_row(x.type, row_at(x, i), y.type, static_cast<char *>(y.data) + i * y.stride, n,
+                  fit_scales);
     }
   });
 }

@@ -15,11 +15,21 @@ constexpr std::size_t kCacheLine = 64;
 constexpr int kPart = 256;
 constexpr std::size_t kPartBytes = kPart * sizeof(float);
 
+TileKernels::PackFn *packing(const TileKernels &of, RowPlane::Kind kind, Format from, bool fit) {
+  if (kind == RowPlane::Kind::keys) {
+    return from == Format::f32 ? (fit ? of.fit_keys_f32 : of.pack_keys_f32)
+                               : (fit ? of.fit_keys_f16 : of.pack_keys_f16);
+  }
+  return from == Format::f32 ? (fit ? of.fit_values_f32 : of.pack_values_f32)
+                             : (fit ? of.fit_values_f16 : of.pack_values_f16);
+}
+
 } // namespace
 
-RowPlane::RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_t num_cells)
+RowPlane::RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_t num_cells,
+                   bool fit_scales)
     : kind_(kind), type_(type), tile_layout_(tile_layout(type)), width_(width),
-      num_blocks_(width / format_info(type).block_values) {
+      num_blocks_(width / format_info(type).block_values), fit_scales_(fit_scales) {
   const std::size_t n = static_cast<std::size_t>(width);
   stride_ = static_cast<std::ptrdiff_t>(tiled() ? tile_bytes(type, n) : row_bytes(type, n));
   const std::int64_t num_rows = tiled() ? (num_cells + kTileTokens - 1) / kTileTokens : num_cells;
@@ -46,11 +56,12 @@ void RowPlane::put_part(char *base, int head, std::int64_t cell, Format from, co
   const std::size_t count = static_cast<std::size_t>(n);
   if (!tiled()) {
     char *to = base + head * head_stride_ + cell * stride_;
-    convert_row(from, part, type_, to + row_bytes(type_, static_cast<std::size_t>(first)), count);
+    convert_row(from, part, type_, to + row_bytes(type_, static_cast<std::size_t>(first)), count,
+                fit_scales_);
     return;
   }
   alignas(kCacheLine) char blocks[kPartBytes];
-  convert_row(from, part, type_, blocks, count);
+  convert_row(from, part, type_, blocks, count, fit_scales_);
   const int block = format_info(type_).block_values;
   const auto put = kind_ == Kind::keys ? tile_layout_->put_keys : tile_layout_->put_values;
   put(blocks, first / block, n / block, num_blocks_,
@@ -83,9 +94,7 @@ void RowPlane::put_rows(char *base, int head, const std::int32_t *cells, std::in
     return;
   }
   const TileKernels &kernels = *active_kernels().tiles_of(type_);
-  const auto of_f32 = kind_ == Kind::keys ? kernels.pack_keys_f32 : kernels.pack_values_f32;
-  const auto of_f16 = kind_ == Kind::keys ? kernels.pack_keys_f16 : kernels.pack_values_f16;
-  const auto pack = from == Format::f32 ? of_f32 : of_f16;
+  const auto pack = packing(kernels, kind_, from, fit_scales_ && format_info(type_).fits);
   for (std::int64_t i = 0; i < n;) {
     const std::int32_t number = cells[i] / kTileTokens;
     const void *tokens[kTileTokens] = {};

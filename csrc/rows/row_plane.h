@@ -16,8 +16,9 @@ public:
   /// Which of a tile's two layouts.
   enum class Kind : std::uint8_t { keys, values };
 
-  /// Rows of `width` values.
-  RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_t num_cells);
+  /// Rows of `width` values. fit_scales: what is converted is by least squared error (convert_row).
+  RowPlane(Kind kind, Format type, int width, int num_heads, std::int64_t num_cells,
+           bool fit_scales = false);
 
   Format type() const { return type_; }
   Layout layout() const { return tile_layout_ != nullptr ? Layout::tiles : Layout::rows; }
@@ -72,6 +73,7 @@ private:
   std::ptrdiff_t stride_;
   std::ptrdiff_t head_stride_;
   std::size_t bytes_;
+  bool fit_scales_;
 };
 
 } // namespace mixedkv

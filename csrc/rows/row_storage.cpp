@@ -34,9 +34,10 @@ void advise_huge_pages(char *data, std::size_t bytes) {
 } // namespace
 
 RowStorage::RowStorage(const RowShape &shape, std::int64_t num_cells)
-    : shape_(shape), num_cells_(num_cells),
-      k_(RowPlane::Kind::keys, shape.k_type, shape.head_dim, shape.num_kv_heads, num_cells),
-      v_(RowPlane::Kind::values, shape.v_type, shape.head_dim_v, shape.num_kv_heads, num_cells),
+    : shape_(shape), num_cells_(num_cells), k_(RowPlane::Kind::keys, shape.k_type, shape.head_dim,
+                                               shape.num_kv_heads, num_cells, shape.fit_scales),
+      v_(RowPlane::Kind::values, shape.v_type, shape.head_dim_v, shape.num_kv_heads, num_cells,
+         shape.fit_scales),
       centers_(shape.center_keys
                    ? KeyCenters(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_cells)
                    : KeyCenters()),

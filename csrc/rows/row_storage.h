@@ -24,6 +24,7 @@ struct RowShape {
   Format k_type = Format::f16;
   Format v_type = Format::f16;
   bool center_keys = false; ///< stored less a vector that neighbours share (key_centers.h)
+  bool fit_scales = false;  ///< converted by least squared error (convert_row)
 
   std::size_t k_row_bytes() const { return row_bytes(k_type, static_cast<std::size_t>(head_dim)); }
   std::size_t v_row_bytes() const {

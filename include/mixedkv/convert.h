@@ -24,7 +24,10 @@ struct MutableRowsView {
 
 /// One row of n values from any type that has rows to any such type with the active kernels; same
 /// type: a copy. Q4_0 sources and targets: n is a multiple of QK4_0. Never fails for a value.
-MIXEDKV_API void convert_row(Format from, const void *x, Format to, void *y, std::size_t n);
+/// fit_scales: of a target that can (FormatInfo::fits), scales by least squared error; of others it
+/// changes nothing.
+MIXEDKV_API void convert_row(Format from, const void *x, Format to, void *y, std::size_t n,
+                             bool fit_scales = false);
 
 /// A value of some rows, and where it is.
 struct RowValue {
@@ -40,9 +43,10 @@ struct RowValue {
 MIXEDKV_API std::optional<RowValue> find_unkept(const ConstRowsView &x, std::int64_t num_rows,
                                                 std::size_t n, Format to, int num_threads);
 
-/// Converts num_rows rows of n values, whatever they are: what find_unkept finds becomes infinite
-/// or NaN.
+/// Converts num_rows rows of n values, each as convert_row does, whatever they are: what
+/// find_unkept finds becomes infinite or NaN.
 MIXEDKV_API void convert_rows(const ConstRowsView &x, const MutableRowsView &y,
-                              std::int64_t num_rows, std::size_t n, int num_threads);
+                              std::int64_t num_rows, std::size_t n, int num_threads,
+                              bool fit_scales = false);
 
 } // namespace mixedkv

@@ -36,6 +36,14 @@ struct FormatInfo {
   double overflow;
   /// A magnitude may grow by so much of itself, at most, when it is stored.
   double growth;
+  /// Whether a block's scale can be chosen by least squared error (docs/formats.md); nl4's and
+  /// nl3's always are.
+  bool fits;
+  /// As `growth`, where scales are: the largest magnitude may go to the level above it, and by some
+  /// more where most other values lie above theirs.
+  constexpr double growth_of(bool fit_scales) const {
+    return fit_scales && fits && growth < 0.5 ? 0.5 : growth;
+  }
 
   /// Whether values are stored as they are, each on its own, in a type of numpy's or torch's.
   constexpr bool plain() const { return block_values == 1; }
@@ -55,14 +63,14 @@ constexpr double kBf16Overflow = 0x1.ffp127;
 /// By Format.
 // clang-format off
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", 1, 4, 0, 0.0, 0.0},
-    {"f16", 1, 2, 1, kF16Overflow, 0x1p-11},
-    {"q4_0", 32, 18, 2, 8 * kF16Overflow, 0x1p-10},
-    {"q8_0", 32, 34, 8, 127 * kF16Overflow, 0x1p-10},
-    {"bf16", 1, 2, 30, kBf16Overflow, 0x1p-8},
-    {"iq4_nl", 32, 18, 20, 113 * kF16Overflow, 0x1p-3},
-    {"nl4", 64, 34, -1, 64 * kF16Overflow, 1.0},
-    {"nl3", 32, 14, -1, 32 * kF16Overflow, 2.0},
+    {"f32", 1, 4, 0, 0.0, 0.0, false},
+    {"f16", 1, 2, 1, kF16Overflow, 0x1p-11, false},
+    {"q4_0", 32, 18, 2, 8 * kF16Overflow, 0x1p-10, true},
+    {"q8_0", 32, 34, 8, 127 * kF16Overflow, 0x1p-10, false},
+    {"bf16", 1, 2, 30, kBf16Overflow, 0x1p-8, false},
+    {"iq4_nl", 32, 18, 20, 113 * kF16Overflow, 0x1p-3, true},
+    {"nl4", 64, 34, -1, 64 * kF16Overflow, 1.0, true},
+    {"nl3", 32, 14, -1, 32 * kF16Overflow, 2.0, true},
 };
 // clang-format on
 

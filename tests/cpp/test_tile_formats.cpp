@@ -124,6 +124,14 @@ void test_conversion(const std::string &isa, const Kernels &kernels, Format form
         for (unsigned char &byte : want)
           byte = static_cast<unsigned char>(random());
         std::vector<unsigned char> got = want;
+        if (format_info(format).fits && step % 2 != 0) {
+          (keys ? scalar.fit_keys_f32 : scalar.fit_values_f32)(f32, dim, want.data());
+          (keys ? tiles.fit_keys_f32 : tiles.fit_values_f32)(f32, dim, got.data());
+          EXPECT(got == want, "fitted, f32, dim %d tokens %x", dim, seen & 0xffffu);
+          (keys ? scalar.fit_keys_f16 : scalar.fit_values_f16)(f16, dim, want.data());
+          (keys ? tiles.fit_keys_f16 : tiles.fit_values_f16)(f16, dim, got.data());
+          EXPECT(got == want, "fitted, f16, dim %d tokens %x", dim, seen & 0xffffu);
+        }
         (keys ? scalar.pack_keys_f32 : scalar.pack_values_f32)(f32, dim, want.data());
         (keys ? tiles.pack_keys_f32 : tiles.pack_values_f32)(f32, dim, got.data());
         EXPECT(got == want, "f32, dim %d tokens %x", dim, seen & 0xffffu);

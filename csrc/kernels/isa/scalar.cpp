@@ -37,27 +37,29 @@ namespace {
 
 #include "kernels/scalar/level_search.inl"
 
+#include "kernels/scalar/fitted_scales.inl"
+
 #include "kernels/scalar/nl4.inl"
 
 #include "kernels/scalar/nl3.inl"
 
-constexpr TileKernels tiles_q4_0 = tiles_of<block_q4_0>();
+constexpr TileKernels tiles_q4_0 = fitted_tiles<block_q4_0>();
 constexpr TileKernels tiles_q8_0 = tiles_of<block_q8_0>();
-constexpr TileKernels tiles_iq4_nl = tiles_of<block_iq4_nl>();
-constexpr TileKernels tiles_nl4 = tiles_of<block_nl4>();
-constexpr TileKernels tiles_nl3 = tiles_of<block_nl3>();
+constexpr TileKernels tiles_iq4_nl = fitted_tiles<block_iq4_nl>();
+constexpr TileKernels tiles_nl4 = always_fitted(tiles_of<block_nl4>());
+constexpr TileKernels tiles_nl3 = always_fitted(tiles_of<block_nl3>());
 
 constexpr Kernels make_kernels() {
   Kernels k{};
   k.name = "scalar";
   set_rows(k, Format::f32, rows_f32());
   set_rows(k, Format::f16, rows_f16());
-  set_rows(k, Format::q4_0, block_rows<block_q4_0>());
+  set_rows(k, Format::q4_0, fitted_rows<block_q4_0>());
   set_rows(k, Format::q8_0, block_rows<block_q8_0>());
   set_rows(k, Format::bf16, rows_bf16());
-  set_rows(k, Format::iq4_nl, block_rows<block_iq4_nl>());
-  set_rows(k, Format::nl4, block_rows<block_nl4>());
-  set_rows(k, Format::nl3, block_rows<block_nl3>());
+  set_rows(k, Format::iq4_nl, fitted_rows<block_iq4_nl>());
+  set_rows(k, Format::nl4, always_fitted(block_rows<block_nl4>()));
+  set_rows(k, Format::nl3, always_fitted(block_rows<block_nl3>()));
   set_tiles(k, Format::q4_0, &tiles_q4_0);
   set_tiles(k, Format::q8_0, &tiles_q8_0);
   set_tiles(k, Format::iq4_nl, &tiles_iq4_nl);

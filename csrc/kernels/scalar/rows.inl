@@ -7,17 +7,19 @@ template <typename Block> struct BlockMath;
 template <typename Block> constexpr int kValuesOf = 32;
 template <> constexpr int kValuesOf<block_nl4> = QNL4;
 
-template <typename Block> void from_f32(const float *x, void *y, size_t n) noexcept {
+template <typename Block, typename Math = BlockMath<Block>>
+void from_f32(const float *x, void *y, size_t n) noexcept {
   for (size_t b = 0; b < n / kValuesOf<Block>; ++b)
-    BlockMath<Block>::quantize(x + b * kValuesOf<Block>, static_cast<Block *>(y) + b);
+    Math::quantize(x + b * kValuesOf<Block>, static_cast<Block *>(y) + b);
 }
 
-template <typename Block> void from_f16(const f16_t *x, void *y, size_t n) noexcept {
+template <typename Block, typename Math = BlockMath<Block>>
+void from_f16(const f16_t *x, void *y, size_t n) noexcept {
   for (size_t b = 0; b < n / kValuesOf<Block>; ++b) {
     float block[kValuesOf<Block>];
     for (int i = 0; i < kValuesOf<Block>; ++i)
       block[i] = half_to_float(x[b * kValuesOf<Block> + static_cast<size_t>(i)]);
-    BlockMath<Block>::quantize(block, static_cast<Block *>(y) + b);
+    Math::quantize(block, static_cast<Block *>(y) + b);
   }
 }
 

@@ -175,7 +175,7 @@ void read_values(const f16_t *row, int n, float *x) {
     x[i] = half_to_float(row[i]);
 }
 
-template <typename Block, typename T, bool Keys>
+template <typename Block, typename T, bool Keys, typename Math = BlockMath<Block>>
 void pack(const void *const *rows, int head_dim, void *tile) noexcept {
   const int num_blocks = head_dim / kValuesOf<Block>;
   for (int token = 0; token < kTileTokens; ++token)
@@ -183,7 +183,7 @@ void pack(const void *const *rows, int head_dim, void *tile) noexcept {
       float x[kValuesOf<Block>];
       read_values(static_cast<const T *>(rows[token]) + b * kValuesOf<Block>, kValuesOf<Block>, x);
       Block block;
-      BlockMath<Block>::quantize(x, &block);
+      Math::quantize(x, &block);
       (Keys ? InTile<Block>::put_key : InTile<Block>::put_value)(static_cast<uint8_t *>(tile),
                                                                  num_blocks, b, token, block);
     }
