@@ -15,21 +15,22 @@
 namespace mixedkv::bindings {
 namespace {
 
-/// [(name, values of a block, bytes of a block, ggml's number or -1, overflow or 0)].
-std::vector<std::tuple<std::string, int, int, int, double>> formats() {
-  std::vector<std::tuple<std::string, int, int, int, double>> all;
+/// [(name, values of a block, bytes of a block, ggml's number or -1, overflow or 0, fits)].
+std::vector<std::tuple<std::string, int, int, int, double, bool>> formats() {
+  std::vector<std::tuple<std::string, int, int, int, double, bool>> all;
   for (const FormatInfo &info : kFormats) {
-    all.emplace_back(info.name, info.block_values, info.block_bytes, info.ggml_type, info.overflow);
+    all.emplace_back(info.name, info.block_values, info.block_bytes, info.ggml_type, info.overflow,
+                     info.fits);
   }
   return all;
 }
 
 /// x [rows, row of x_format] into out [rows, row of out_format]. check: (row, column, value) of the
 /// first value that out's format does not keep is returned, where there is one, and nothing
-/// written.
+/// written. fit_scales: out_format's scales by least squared error.
 std::optional<std::tuple<std::int64_t, std::int64_t, float>>
 convert(const py::array &x, const std::string &x_format, const py::array &out,
-        const std::string &out_format, bool check, int threads) {
+        const std::string &out_format, bool check, bool fit_scales, int threads) {
   check_apart({"out", out}, {{"x", x}});
   const RowsArray from = view_rows(x, "x", 2, parse_format(x_format, "x_format"));
   const RowsArray to =
@@ -40,6 +41,10 @@ convert(const py::array &x, const std::string &x_format, const py::array &out,
                                 std::to_string(from.width) + ", got " +
                                 std::to_string(to.shape[0]) + " and " + std::to_string(to.width));
   }
+  if (fit_scales && !format_info(to.format).fits) {
+    throw std::invalid_argument("fit_scales must be False for " + out_format +
+                                ", whose blocks have no choice of scales, got True");
+  }
   const auto n = static_cast<std::size_t>(from.width);
   const int num_threads = threads > 0 ? threads : get_num_threads();
   const ConstRowsView rows{from.data, from.format, from.strides[0]};
@@ -49,7 +54,8 @@ convert(const py::array &x, const std::string &x_format, const py::array &out,
       return std::make_tuple(bad->row, bad->column, bad->value);
     }
   }
-  convert_rows(rows, {to.data, to.format, to.strides[0]}, from.shape[0], n, num_threads);
+  convert_rows(rows, {to.data, to.format, to.strides[0]}, from.shape[0], n, num_threads,
+               fit_scales);
   return std::nullopt;
 }
 
@@ -58,7 +64,7 @@ convert(const py::array &x, const std::string &x_format, const py::array &out,
 void register_quantize(py::module_ &m) {
   m.def("formats", &formats);
   m.def("convert", &convert, py::arg("x"), py::arg("x_format"), py::arg("out"),
-        py::arg("out_format"), py::arg("check"), py::arg("threads"));
+        py::arg("out_format"), py::arg("check"), py::arg("fit_scales"), py::arg("threads"));
 }
 
 } // namespace mixedkv::bindings

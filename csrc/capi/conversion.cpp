@@ -48,7 +48,15 @@ void convert(mixedkv_format from, const void *x, std::ptrdiff_t x_stride, mixedk
   check_range("n", n, 0, kMostLen);
   check_width("n", n, source);
   check_width("n", n, target);
-  check_flags("flags", flags, MIXEDKV_ALLOW_NON_FINITE);
+  check_flags("flags", flags, MIXEDKV_ALLOW_NON_FINITE | MIXEDKV_FIT_SCALES);
+  const bool fit_scales = (flags & MIXEDKV_FIT_SCALES) != 0;
+  if (fit_scales && !format_info(target).fits) {
+    refuse(
+        MIXEDKV_INVALID_ARGUMENT,
+        "flags must be without MIXEDKV_FIT_SCALES where to is %s, whose blocks have no choice of "
+        "scales, got %u",
+        format_name(target), flags);
+  }
   check_range("num_threads", num_threads, 0, kMostThreads);
   if (num_rows == 0 || n == 0) {
     return;
@@ -66,7 +74,7 @@ void convert(mixedkv_format from, const void *x, std::ptrdiff_t x_stride, mixedk
       refuse_unkept(*bad, target);
     }
   }
-  convert_rows(rows, {y, target, y_stride}, num_rows, width, threads);
+  convert_rows(rows, {y, target, y_stride}, num_rows, width, threads, fit_scales);
 }
 
 } // namespace

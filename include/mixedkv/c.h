@@ -79,6 +79,9 @@ MIXEDKV_API mixedkv_status mixedkv_row_bytes(mixedkv_format format, int64_t n, s
  * block that holds an infinity or a NaN gets a scale of NaN; a finite value beyond the format
  * becomes what ggml makes of it, mostly infinities. */
 #define MIXEDKV_ALLOW_NON_FINITE 1u
+/* Another: scales of q4_0 and iq4_nl by least squared error, where ggml's err more (nl4's and nl3's
+ * always are); other formats refuse it. */
+#define MIXEDKV_FIT_SCALES 2u
 
 /* num_rows rows of n values from one format to another; row i begins at x + i * x_stride bytes,
  * likewise y; x and y share no memory. All values are looked at first: a finite one that y's format

@@ -27,6 +27,9 @@ class Format:
     ggml_type: int | None
     #: Finite values of this magnitude and more don't stay finite; None where all do.
     overflow: float | None
+    #: Whether a block's scale can be chosen by least squared error (``fit_scales``); those of nl4
+    #: and nl3 always are.
+    fits: bool
 
     @property
     def bits(self) -> float:
@@ -64,8 +67,8 @@ class Format:
 
 
 _FORMATS = {
-    name: Format(name, values, size, number if number >= 0 else None, overflow or None)
-    for name, values, size, number, overflow in _core.formats()
+    name: Format(name, values, size, number if number >= 0 else None, overflow or None, fits)
+    for name, values, size, number, overflow, fits in _core.formats()
 }
 
 

@@ -151,6 +151,7 @@ def convert(
     name: str,
     *,
     check: bool,
+    fit_scales: bool = False,
 ) -> None:
     """Convert rows of any leading shape; in place where the target's rows have one stride.
 
@@ -164,7 +165,7 @@ def convert(
     if not in_place:
         rows = np.empty(rows.shape, rows.dtype)
     flat = source.reshape(-1, source.shape[-1])
-    found = _core.convert(flat, source_format, rows, target_format, check, threads)
+    found = _core.convert(flat, source_format, rows, target_format, check, fit_scales, threads)
     if found is not None:
         raise ValueError(_not_kept(found, source.shape[:-1], formats.info(target_format), name))
     if not in_place:

@@ -285,6 +285,7 @@ def quantize(
     format: str,
     *,
     out: QuantizedArray | Array | None = None,
+    fit_scales: bool = False,
     threads: int | None = None,
     allow_non_finite: bool = False,
 ) -> QuantizedArray:
@@ -306,6 +307,10 @@ def quantize(
     out
         A QuantizedArray of x's shape and this format, or uint8 [..., bytes of a row], contiguous in
         its last axis; filled.
+    fit_scales
+        Choose each block's scale by its squared error: of "q4_0" and "iq4_nl" ggml's, or the best
+        of eighteen others (docs/formats.md), in bytes that ggml reads. "nl4" and "nl3" always do;
+        other formats have no choice.
     threads
         Threads to use; None: :func:`mixedkv.get_num_threads`.
     allow_non_finite
@@ -321,11 +326,13 @@ def quantize(
     ValueError
         Where n is not a multiple of the block, x holds a finite value that the format does not
         keep finite (:attr:`mixedkv.formats.Format.overflow`), a NaN or an infinity (bf16 keeps
-        these), or out has another shape or format. Nothing is written then.
+        these), out has another shape or format, or fit_scales is set for a format that has no
+        choice. Nothing is written then.
     TypeError
-        Where x or out has another dtype.
+        Where x or out has another dtype, or fit_scales is no bool.
     """
     kind = find_packed(format, "format")
+    fitted = boolean(fit_scales, "fit_scales")
     array = to_numpy(x, "x", FLOATS)
     if array.ndim == 0:
         raise ValueError("x must have one axis at least, got a scalar")
@@ -343,8 +350,9 @@ def quantize(
     data = out.data if isinstance(out, QuantizedArray) else out
     target, result = target_of(x, shape, data, _U8)
     check_target(target, {"x": array}, "out")
-    check = not boolean(allow_non_finite, "allow_non_finite")
-    convert(array, plain_format(array), target, format, check_threads(threads), "x", check=check)
+    check, num = not boolean(allow_non_finite, "allow_non_finite"), check_threads(threads)
+    source = plain_format(array)
+    convert(array, source, target, format, num, "x", check=check, fit_scales=fitted)
     return out if isinstance(out, QuantizedArray) else QuantizedArray(result, format)
 
 

@@ -268,6 +268,21 @@ void test_formats() {
       EXPECT(bytes % static_cast<std::size_t>(info.alignment) == 0, "%d", info.alignment);
     }
   });
+  check("scales are fitted on request, as convert_rows does it", [] {
+    std::vector<float> x(96);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<float>(i * 37 % 64) - 29.5f;
+    for (const mixedkv::Format format : {mixedkv::Format::q4_0, mixedkv::Format::iq4_nl}) {
+      std::vector<std::uint16_t> plain(27), fitted(27), want(27);
+      for (std::uint32_t flags : {0u, MIXEDKV_FIT_SCALES})
+        EXPECT(mixedkv_convert_rows(MIXEDKV_F32, x.data(), 384, static_cast<mixedkv_format>(format),
+                                    (flags ? fitted : plain).data(), 54, 1, 96, flags,
+                                    1) == MIXEDKV_OK,
+               "%s", mixedkv_last_error());
+      mixedkv::convert_row(mixedkv::Format::f32, x.data(), format, want.data(), 96, true);
+      EXPECT(fitted == want && fitted != plain, "%s", format_name(format));
+    }
+  });
 }
 
 void test_machine() {

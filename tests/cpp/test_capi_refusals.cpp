@@ -248,8 +248,10 @@ void test_formats() {
                    convert(0, MIXEDKV_Q4_0, 2, 32, 128, 19), kBad);
     expect_refused("y_stride must keep rows of 18 apart, got 16",
                    convert(0, MIXEDKV_Q4_0, 2, 32, 128, 16), kBad);
-    expect_refused("flags has bits", convert(0, MIXEDKV_Q4_0, 2, 32, 128, 18, 2),
+    expect_refused("flags has bits", convert(0, MIXEDKV_Q4_0, 2, 32, 128, 18, 4),
                    MIXEDKV_UNSUPPORTED);
+    expect_refused("flags must be without MIXEDKV_FIT_SCALES where to is f16, whose",
+                   convert(0, MIXEDKV_F16, 1, 32, 128, 64, MIXEDKV_FIT_SCALES), kBad);
     expect_refused("num_threads must be from 0", convert(0, MIXEDKV_Q4_0, 2, 32, 128, 18, 0, -1),
                    kBad);
     expect_refused("x must not be null",

@@ -254,6 +254,38 @@ def dequantize_nl3(b: np.ndarray) -> np.ndarray:
     return x.reshape(*b.shape[:-1], b.shape[-1] // 14 * 32)
 
 
+FIT_MULTIPLIERS = (151, 143, 137, 130, 125, 120, 115, 111, 107)
+
+
+def fit_scales(x: np.ndarray, kind: str) -> np.ndarray:
+    """Bytes of "q4_0" or "iq4_nl" whose scales are searched for, float [..., n] -> uint8.
+
+    A block is ggml's, or the one that `search_levels` finds where its squared error, 1 + 2^-17
+    times over, is below that of ggml's, which must be finite and 1e-30 at least. Errors are added
+    in float32: values 0, 16, 1, 17 and so on.
+    """
+    x = np.asarray(x, np.float32)
+    blocks = x.reshape(-1, 32)
+    pack, unpack = PACKED[kind]
+    levels, unit = (tuple(range(-128, 128, 16)), 16) if kind == "q4_0" else (IQ4_NL_LEVELS, 1)
+    d, numbers = search_levels(blocks, levels, FIT_MULTIPLIERS, unit)
+    with np.errstate(all="ignore"):
+        head = d.astype(np.float16).view(np.uint8).reshape(-1, 2)
+        out, found = pack(blocks), np.concatenate([head, _nibbles(numbers)], -1)
+        errors = []
+        for rows in (out, found):
+            of = np.square(blocks - unpack(rows))
+            of = of.reshape(-1, 2, 16).swapaxes(1, 2).reshape(-1, 32)
+            total = np.zeros(len(of), np.float32)
+            for i in range(32):
+                total = total + of[:, i]
+            errors.append(total)
+        better = errors[1] * np.float32(1 + 2**-17) < errors[0]
+    better &= np.isfinite(errors[0]) & (errors[0] >= np.float32(1e-30))
+    out[better] = found[better]
+    return out.reshape(*x.shape[:-1], x.shape[-1] // 32 * 18)
+
+
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """float [..., n] -> uint8 [..., 2 n]: the upper half, to nearest even; NaN stays one."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
