@@ -109,7 +109,7 @@ void check_magnitudes(const char *name, const RowsView &rows, const StoredAs &as
   if (as.cold && *as.cold != as.hot) {
     // A move converts what hot holds, which may be larger than what came.
     const double of_cold = (limit_of(*as.cold) - (as.centered ? kF16Overflow : 0.0)) /
-                           (1.0 + format_info(as.hot).growth);
+                           (1.0 + format_info(as.hot).growth_of(as.fit_scales));
     if (of_cold < limit) {
       narrowest = *as.cold;
       limit = of_cold;

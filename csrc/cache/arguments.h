@@ -24,6 +24,7 @@ struct StoredAs {
   Format hot = Format::f16;
   std::optional<Format> cold; ///< where there is a cold tier
   bool centered = false;      ///< less a center there, whose magnitude is at most 65504
+  bool fit_scales = false;    ///< by least squared error, in both tiers
   /// What the rows were before the cache's transform changed them; null: the same.
   const RowsView *unchanged = nullptr;
 };

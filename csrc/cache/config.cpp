@@ -99,6 +99,7 @@ static RowShape tier_shape(const CacheConfig &config, Format k_type, Format v_ty
   shape.head_dim_v = config.head_dim_v;
   shape.k_type = k_type;
   shape.v_type = v_type;
+  shape.fit_scales = config.fit_scales;
   return shape;
 }
 

@@ -202,6 +202,7 @@ void MixedCache::store(int layer, const RowsView &new_k, const RowsView &new_v) 
   as.num_tokens = num_tokens;
   as.width = shape.head_dim;
   as.hot = shape.k_type;
+  as.fit_scales = shape.fit_scales;
   if (m.config.quantize) {
     as.cold = m.config.cold_k_type;
     as.centered = m.cold.rows.shape().center_keys;

@@ -32,6 +32,7 @@ namespace mixedkv {
   FIELD(std::int64_t, window_left, -1, "attend's default window; -1: none.") \
   FIELD(std::vector<std::uint8_t>, layer_filter, {}, "[num_layers], non-zero: held; empty: all.") \
   FIELD(bool, center_keys, false, "Cold keys of quantised types: less a vector 128 cells share.") \
+  FIELD(bool, fit_scales, false, "Scales of q4_0 and iq4_nl by least squared error, not ggml's.") \
   FIELD(bool, quantize, true, "Off: one tier, no moves; cold is not allocated.")
 // clang-format on
 

@@ -173,7 +173,7 @@ def test_config_shows_in_signatures() -> None:
     assert [*unified] == [
         *("size", "k_type", "v_type"),
         *("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "n_pad", "n_seq_max"),
-        *("rotate", "window_left", "rope", "layer_filter"),
+        *("rotate", "window_left", "rope", "layer_filter", "fit_scales"),
     ]
 
 

@@ -29,6 +29,15 @@ def test_values_are_those_of_the_bytes(kind: str) -> None:
     np.testing.assert_array_equal(found.numpy(), mkv.quantize(values, kind).dequantize())
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl"])
+def test_fitted_values_are_those_of_the_bytes(kind: str) -> None:
+    values = rows(2000)
+    found = codes.quantised(torch.from_numpy(values), kind, least_error=True)
+    wanted = mkv.quantize(values, kind, fit_scales=True).dequantize()
+    np.testing.assert_array_equal(found.numpy(), wanted)
+    assert (found.numpy() != mkv.quantize(values, kind).dequantize()).any(1).mean() > 0.9
+
+
 @pytest.mark.parametrize("kind", list(codes.CODES))
 def test_least_error_is_no_more(kind: str) -> None:
     values = torch.from_numpy(rows())

@@ -106,6 +106,9 @@ class CacheConfig:
     center_keys: Annotated[
         Switch, "Cold keys of quantised types: less a vector 128 cells share."
     ] = False
+    fit_scales: Annotated[
+        Switch, "Scales of q4_0 and iq4_nl by least squared error, not ggml's."
+    ] = False
     quantize: Annotated[Switch, "Off: one tier, no moves; cold is not allocated."] = True
 
     def __post_init__(self) -> None:

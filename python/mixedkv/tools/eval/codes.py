@@ -29,6 +29,8 @@ NL3 = tuple(float(level) for level in (-104, -65, -34, -8, 17, 44, 76, 127))
 MANY = tuple(0.8 + 0.05 * step for step in range(9))
 FEW = tuple(0.86 + 0.07 * step for step in range(5))
 """Factors of the scale that a search tries, each with both signs."""
+FITTED = (151, 143, 137, 130, 125, 120, 115, 111, 107)
+"""Bytes that a block's largest magnitude becomes where ggml's formats are fitted, likewise."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,20 @@ class Code:
     levels
         What a value may be, ascending; bits: log2 of how many.
     factors
-        Scales that a least-error search tries, over the one that suits Gaussian values best.
+        Of a format without a rule: scales that its search tries, over the one that suits Gaussian
+        values best.
     rule
         Gives d (f32) and the levels chosen for blocks [n, block] where no search is asked for;
         None: there is no other way than the search.
+    step
+        A level's unit in the bytes that a search for another scale than the rule's works with.
     """
 
     block: int
     levels: tuple[float, ...]
     factors: tuple[float, ...]
     rule: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
+    step: int = 1
 
     @property
     def bits(self) -> float:
@@ -87,11 +93,17 @@ def quantised(rows: torch.Tensor, kind: str, *, least_error: bool = False) -> to
         return (_half(scale) * _away(blocks * _inverse(scale))).reshape(rows.shape)
     code = CODES[kind]
     blocks = rows.reshape(-1, code.block)
-    if least_error or code.rule is None:
+    if code.rule is None:
         scale, levels = _searched(blocks, code)
-    else:
-        scale, levels = code.rule(blocks)
-    return (_half(scale) * levels).reshape(rows.shape)
+        return (_half(scale) * levels).reshape(rows.shape)
+    scale, levels = code.rule(blocks)
+    values = _half(scale) * levels
+    if least_error:
+        scale, levels = _fitted(blocks, code)
+        found = _half(scale) * levels
+        errors = [(of.double() - blocks).square().sum(1, keepdim=True) for of in (values, found)]
+        values = torch.where(errors[1] * (1 + 2**-17) < errors[0], found, values)
+    return values.reshape(rows.shape)
 
 
 def bits(kind: str) -> float:
@@ -171,6 +183,27 @@ def _searched(blocks: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Ten
     return scale[:, None], levels[best, index]
 
 
+def _fitted(blocks: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the scale and levels that `fit_scales` tries beside the rule's: docs/formats.md."""
+    largest = blocks.abs().amax(1, keepdim=True)
+    inverse = torch.where(largest < 1e-30, 0.0, 32767 / largest)
+    whole = torch.round(blocks * inverse).double()  # halves to even; all below is exact in f64
+    wide = tuple(level * code.step for level in code.levels)
+    most = torch.full_like(largest, -1.0)
+    scale, levels = torch.zeros_like(largest), torch.zeros_like(blocks)
+    for multiplier in (sign * size for size in FITTED for sign in (1, -1)):
+        bytes_ = torch.floor((whole * multiplier + 16384) / 32768).clamp(-128, 127)
+        tried = _nearest(bytes_.float(), wide)
+        products = (whole * tried).sum(1, keepdim=True).float()
+        norms = tried.square().sum(1, keepdim=True)
+        score = products * products / norms
+        better = score > most
+        most = torch.where(better, score, most)
+        scale = torch.where(better, products / norms, scale)
+        levels = torch.where(better, tried / code.step, levels)
+    return scale * (largest / 32767 * code.step), levels
+
+
 @cache
 def _gaussian_deviation(levels: tuple[float, ...]) -> float:
     """Give the deviation at which Gaussian values lose least by going to these levels."""
@@ -187,8 +220,8 @@ def _gaussian_deviation(levels: tuple[float, ...]) -> float:
 
 
 CODES = {
-    "q4_0": Code(32, Q4_0, MANY, _q4_0),
-    "iq4_nl": Code(32, IQ4_NL, MANY, _iq4_nl),
+    "q4_0": Code(32, Q4_0, (), _q4_0, step=16),
+    "iq4_nl": Code(32, IQ4_NL, (), _iq4_nl),
     "nl4": Code(64, NL4, MANY, None),
     "nl3": Code(32, NL3, FEW, None),
 }

@@ -147,8 +147,10 @@ class SimulatedLayer(CacheLayerMixin):
         while stop > self.keys.shape[2]:
             self.keys = torch.cat([self.keys, torch.empty_like(self.keys)], 2)
             self.values = torch.cat([self.values, torch.empty_like(self.values)], 2)
-        keys = quantised(self._turned(key_states), self.rules.hot_k_type)
-        values = quantised(self._turned(value_states), self.rules.hot_v_type)
+        rules = self.rules
+        fit = rules.fit_scales
+        keys = quantised(self._turned(key_states), rules.hot_k_type, least_error=fit)
+        values = quantised(self._turned(value_states), rules.hot_v_type, least_error=fit)
         self.keys[:, :, self.length : stop] = self._turned(keys)
         self.values[:, :, self.length : stop] = self._turned(values)
         self.length = stop
