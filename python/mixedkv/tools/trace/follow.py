@@ -192,11 +192,14 @@ def _side_by_side(rows: list[Rows]) -> Rows:
 
 
 def _is_moved(cold: Rows, hot: Rows) -> bool:
-    """Whether cold rows are what the hot ones become in the cold rows' format."""
+    """Whether cold rows are what the hot ones become in the cold rows' format.
+
+    With or without `fit_scales`: a trace does not tell.
+    """
     name = format_of(cold).name
     if format_of(hot).name != name and not np.isfinite(as_float32(hot)).all():
         return True  # quantised to what is no number, which has many forms
     try:
-        return same_bits(cold, converted(hot, name))
+        return any(same_bits(cold, converted(hot, name, fit_scales=fit)) for fit in (False, True))
     except ValueError:  # likewise
         return True

@@ -214,7 +214,9 @@ def record(
     recorder = Recorder(header, num_layers, settings, listener)
     cache = make_cache(model.config, len(prompt) + settings.steps, settings)
     options = settings.options(0, model.config)
-    header.notes |= {name: "on" for name in ("rotate", "center_keys") if options.get(name)}
+    header.notes |= {
+        name: "on" for name in ("rotate", "center_keys", "fit_scales") if options.get(name)
+    }
     cache.observer = partial(_observe, recorder, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     fed = list(prompt)

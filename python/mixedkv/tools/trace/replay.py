@@ -60,13 +60,14 @@ class OwnOp:
         if cold is None:
             self.plain = "its rows are not as a cache of mixedkv stores them"
         else:
-            self._order, self._cold = found, cold
+            self._order = found
+            self._fit_scales, self._cold = cold
 
     def attend(self) -> NDArray[np.float32]:
         """Compute the output [n, Hq, Dv]."""
         if self._order is None:
             return attend_mixedkv(self.data, self.info)
-        cache = filled_cache(self.data, self._order, self._cold)
+        cache = filled_cache(self.data, self._order, self._cold, fit_scales=self._fit_scales)
         sinks = None if self.info.sinks is None else np.array(self.info.sinks, np.float32)
         out = cache.attend(
             0,
@@ -122,8 +123,23 @@ def _rows(stored: Rows, at: NDArray[np.intp]) -> Rows:
     return of_format(np.ascontiguousarray(data_of(stored)[:, at]), stored)
 
 
-def _cold_sources(data: StepData, order: _Order, before: Before | None) -> tuple[Rows, ...] | None:
-    """Give rows whose values a cache has in cold as they were recorded; None: none are known."""
+def _cold_sources(
+    data: StepData, order: _Order, before: Before | None
+) -> tuple[bool, tuple[Rows, ...]] | None:
+    """Give rows whose values a cache has in cold as they were recorded, and its fit_scales.
+
+    None: no such rows are known.
+    """
+    for fit_scales in (False, True):
+        sources = _sources_that(fit_scales, data, order, before)
+        if sources is not None:
+            return fit_scales, sources
+    return None
+
+
+def _sources_that(
+    fit_scales: bool, data: StepData, order: _Order, before: Before | None
+) -> tuple[Rows, ...] | None:
     if data.k_quant is None or data.v_quant is None:
         return ()
     sources = []
@@ -133,14 +149,15 @@ def _cold_sources(data: StepData, order: _Order, before: Before | None) -> tuple
     ):
         wanted = typed(_rows(cold, order.cold))
         tried = [wanted, *([] if known is None else [_rows(known, order.cold)])]
-        fitting = [rows for rows in tried if _becomes(rows, format_of(hot).name, wanted)]
+        name = format_of(hot).name
+        fitting = [rows for rows in tried if _becomes(rows, name, wanted, fit_scales)]
         if not fitting:
             return None
         sources.append(fitting[0])
     return tuple(sources)
 
 
-def _becomes(rows: Rows, hot: str, cold: Rows) -> bool:
+def _becomes(rows: Rows, hot: str, cold: Rows, fit_scales: bool) -> bool:
     """Whether rows that pass through the hot format have the values of these cold ones.
 
     So do what mixedkv moved, and Q4_0 that was quantised as ggml does it, where a block's largest
@@ -150,14 +167,14 @@ def _becomes(rows: Rows, hot: str, cold: Rows) -> bool:
     if not np.isfinite(values).all() and name in mkv.formats.packed():
         return False
     try:
-        moved = converted(converted(rows, hot), name)
+        moved = converted(converted(rows, hot, fit_scales=fit_scales), name, fit_scales=fit_scales)
     except ValueError:  # no finite numbers on the way
         return False
     return np.array_equal(as_float32(moved), values, equal_nan=True)
 
 
 def filled_cache(
-    data: StepData, order: _Order, cold_rows: tuple[Rows, ...]
+    data: StepData, order: _Order, cold_rows: tuple[Rows, ...], *, fit_scales: bool = False
 ) -> mkv.MixedKVCache | mkv.UnifiedKVCache:
     """Give a cache that holds the step's rows in their tiers, the queries' own tokens pending.
 
@@ -170,6 +187,7 @@ def filled_cache(
         "head_dim": data.q.shape[2],
         "head_dim_v": data.out.shape[2],
         "n_pad": 1,
+        "fit_scales": fit_scales,
     }
     k_type, v_type = format_of(data.k).name, format_of(data.v).name
     cache: mkv.MixedKVCache | mkv.UnifiedKVCache

@@ -77,8 +77,10 @@ def same_bits(a: Rows, b: Rows) -> bool:
     return bool(data_of(a).tobytes() == data_of(b).tobytes())
 
 
-def converted(rows: Rows, name: str) -> Rows:
+def converted(rows: Rows, name: str, *, fit_scales: bool = False) -> Rows:
     """Give what a cache makes of rows that it stores in a format, or that move there.
+
+    `fit_scales` is the cache's option; of formats without a choice of scales it changes nothing.
 
     Raises ValueError where they hold what such rows can't be made of.
     """
@@ -86,6 +88,7 @@ def converted(rows: Rows, name: str) -> Rows:
     if format_of(rows).name == name:
         return rows
     if name in mkv.formats.packed():
-        return mkv.quantize(as_float32(rows), name)
+        fit = fit_scales and mkv.formats.info(name).fits
+        return mkv.quantize(as_float32(rows), name, fit_scales=fit)
     with np.errstate(over="ignore"):
         return as_float32(rows).astype(np.float32 if name == "f32" else np.float16)
