@@ -74,7 +74,7 @@ public:
   static constexpr std::int64_t kBatch = 256;
   static constexpr std::int64_t kHot = 1024;
 
-  explicit Move(const Shape &shape) : cache_(shape, fill()) {}
+  Move(const Shape &shape, Format cold, bool fit_scales) : cache_(shape, fill(cold, fit_scales)) {}
 
   void reset() override {
     if (moved_) {
@@ -101,8 +101,10 @@ public:
   }
 
 private:
-  static Fill fill() {
+  static Fill fill(Format cold, bool fit_scales) {
     Fill fill;
+    fill.cold_type = cold;
+    fill.fit_scales = fit_scales;
     fill.hot = kHot;
     fill.cold_size = kBatch;
     fill.group_size = kBatch;
@@ -142,10 +144,15 @@ void add_move(const Options &options, const Shape &shape) {
   work.bytes = kv_bytes(shape, Move::kBatch, Format::f16);
   work.ops = 2.0 * Move::kBatch * shape.num_kv_heads * shape.head_dim;
   work.resets = true;
-  add_benchmarks(options,
-                 "move/hot_f16_to_cold_q4_0/" + name_of(shape) +
-                     "/tokens=" + std::to_string(Move::kBatch),
-                 work, [=] { return std::make_unique<Move>(shape); });
+  for (const Format cold : {Format::q4_0, Format::iq4_nl}) {
+    for (const bool fit_scales : {false, true}) {
+      add_benchmarks(options,
+                     std::string("move/hot_f16_to_cold_") + format_name(cold) +
+                         (fit_scales ? "_fitted/" : "/") + name_of(shape) +
+                         "/tokens=" + std::to_string(Move::kBatch),
+                     work, [=] { return std::make_unique<Move>(shape, cold, fit_scales); });
+    }
+  }
 }
 
 } // namespace

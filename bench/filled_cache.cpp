@@ -21,6 +21,8 @@ CacheConfig config_of(const Shape &shape, const Fill &fill) {
   config.n_pad = 1;
   config.n_seq_max = fill.num_seqs;
   config.quantize = std::max(fill.cold, fill.cold_size) > 0;
+  config.cold_k_type = config.cold_v_type = fill.cold_type;
+  config.fit_scales = fill.fit_scales;
   if (config.quantize) {
     config.hot_size = fill.hot + most_tokens(fill);
     config.cold_size = std::max(fill.cold, fill.cold_size);

@@ -18,6 +18,8 @@ struct Fill {
   std::int64_t cold_size = 0;
   std::int64_t group_size = 1; ///< 1: a commit that moves leaves exactly `hot` tokens in hot
   Format hot_type = Format::f16;
+  Format cold_type = Format::q4_0;
+  bool fit_scales = false;
   /// Tokens belong to so many sequences, in turns; a slot of as many has one of each.
   int num_seqs = 1;
 };
