@@ -41,6 +41,7 @@ def test_presets_go_from_large_to_small() -> None:
 def test_balanced_holds_ggml_bytes() -> None:
     config = presets.config("balanced", **GEOMETRY)
     assert {config.cold_k_type, config.cold_v_type} <= {"q4_0", "iq4_nl"}
+    assert config.fit_scales
 
 
 def test_balanced_takes_little_at_4000_tokens() -> None:

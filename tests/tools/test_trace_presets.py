@@ -71,6 +71,27 @@ def test_trace_of_a_preset_is_recorded_and_verified(name: str, tmp_path: Path) -
     assert any("what became of rows that moved to cold" in words for words in result.remarks)
 
 
+@pytest.mark.parametrize("name", ["balanced", "small"])
+def test_fitted_rows_that_nothing_changed_are_followed_to_cold(name: str, tmp_path: Path) -> None:
+    """Verify holds cold rows to what hot ones become, and puts these into a cache of its own."""
+    recorded = of_preset(name, rotate=False, center_keys=False)
+    fitted = {} if name == "small" else {"fit_scales": "on"}
+    assert {key: note for key, note in recorded.header.notes.items() if key != "isa"} == fitted
+    trace = read_trace(saved(tmp_path / "t.gguf", recorded))
+    result = verify(trace)
+    assert result.passed, [step.failures for step in result.steps] + result.failures
+    cold = [step for step in result.steps if step.kv_cold > 1]
+    assert cold
+    assert all(step.quantised and step.plain is None for step in cold)
+    recorded = copy.deepcopy(recorded)
+    last = recorded.steps[-1].tensors["k_quant"]
+    assert isinstance(last, mkv.QuantizedArray)
+    last.data[..., 0, 5] ^= 1  # a code of the first cold token's keys
+    result = verify(read_trace(saved(tmp_path / "changed.gguf", recorded)))
+    assert not result.passed
+    assert any("are not the" in words for words in result.failures), result.failures
+
+
 def test_rows_are_those_that_the_model_has() -> None:
     """Of the first layer, where nothing came before: those of a cache that changes nothing."""
     plain, changed = (

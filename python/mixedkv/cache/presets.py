@@ -28,7 +28,7 @@ of them whatever else happens."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "near_lossless": {"cold_k_type": "q8_0", "cold_v_type": "q8_0"},
-    "balanced": {"cold_k_type": "iq4_nl", "cold_v_type": "iq4_nl"},
+    "balanced": {"cold_k_type": "iq4_nl", "cold_v_type": "iq4_nl", "fit_scales": True},
     "small": {"cold_k_type": "nl4", "cold_v_type": "nl4"},
     "tiny": {"cold_k_type": "nl3", "cold_v_type": "nl3"},
 }
