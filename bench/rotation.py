@@ -1,33 +1,45 @@
-"""What rotated rows cost a decode step: attention of a cache made with rotate=True, and without.
+"""What rotated and centered rows cost a decode step, and what the presets do, beside a plain cache.
 
-Both in one process, taking turns; a third row without says how far equal things are apart.
+All in one process, taking turns; a second plain cache says how far equal things are apart. All
+tokens but the newest lie in cold, as Q4_0; a preset has its own formats and keeps its own hot
+tokens.
 
     python bench/rotation.py [--kv 4096] [--isa avx2] [--threads 1]
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from functools import partial
 from typing import Any
 
 import mixedkv as mkv
 import numpy as np
+import turns
 
-SHAPES = [(32, 8, 128), (9, 3, 64)]  # query heads, kv heads, head_dim
+#: Options beside a plain cache's; of presets, their name.
+CACHES: dict[str, dict[str, Any] | str] = {
+    "plain": {},
+    "plain again": {},
+    "rotated": {"rotate": True},
+    "centered": {"center_keys": True},
+    "both": {"rotate": True, "center_keys": True},
+    **{name: name for name in ("near_lossless", "balanced", "small", "tiny")},
+}
 
 
-def filled(heads: tuple[int, int, int], kv: int, *, rotate: bool) -> Any:
-    """Make a cache whose tokens lie in cold but for a few, with a slot of one token pending."""
+def filled(heads: tuple[int, int, int], kv: int, options: dict[str, Any] | str) -> Any:
+    """Make a cache of kv - 1 tokens, with a slot of one more pending."""
     _, hkv, dim = heads
-    cache = mkv.MixedKVCache(
-        num_layers=1,
-        num_kv_heads=hkv,
-        head_dim=dim,
-        hot_size=64,
-        cold_size=-(-kv // 32) * 32,
-        rotate=rotate,
-    )
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "num_kv_heads": hkv,
+        "head_dim": dim,
+        "cold_size": -(-kv // 32) * 32,
+    }
+    if isinstance(options, str):
+        cache = mkv.MixedKVCache.preset(options, **sizes)
+    else:
+        cache = mkv.MixedKVCache(hot_size=64, **sizes, **options)
     rng = np.random.default_rng(0)
     for first, n in ((0, kv - 1), (kv - 1, 1)):
         assert cache.find_slot(pos=range(first, first + n), seq_id=[0] * n)
@@ -39,39 +51,24 @@ def filled(heads: tuple[int, int, int], kv: int, *, rotate: bool) -> Any:
 
 
 def main() -> None:
-    """Print microseconds of one attend, the least of all turns' medians, and the ratio to plain."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kv", type=int, default=4096)
-    parser.add_argument("--isa", default=None)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=40)
-    args = parser.parse_args()
-    if args.isa:
-        mkv.isa.select(args.isa)
-    mkv.set_num_threads(args.threads)
-    for heads in SHAPES:
+    """Print microseconds of one attend, the least of all turns' medians, and ratios to plain."""
+    args = turns.parse(turns.parser(__doc__))
+    for heads in turns.SHAPES:
         rng = np.random.default_rng(1)
         q = rng.standard_normal((heads[0], 1, heads[2]), dtype=np.float32)
         out = np.empty_like(q)
-        caches = {name: filled(heads, args.kv, rotate=name == "rotated") for name in NAMES}
-        times: dict[str, list[float]] = {name: [] for name in NAMES}
-        for _ in range(args.turns):
-            for name, cache in caches.items():
-                laps = []
-                for _ in range(30):
-                    begin = time.perf_counter()
-                    cache.attend(0, q, out=out)
-                    laps.append(time.perf_counter() - begin)
-                times[name].append(float(np.median(laps)))
-        best = {name: 1e6 * min(laps) for name, laps in times.items()}
-        plain = best["plain"]
-        print(
-            f"{mkv.isa.active()} {heads} kv {args.kv} threads {args.threads}: "
-            + ", ".join(f"{name} {us:.1f} us ({us / plain:.3f})" for name, us in best.items())
+        caches = {name: filled(heads, args.kv, options) for name, options in CACHES.items()}
+        times = turns.Times(
+            {name: partial(cache.attend, 0, q, out=out) for name, cache in caches.items()}, args
         )
+        print(turns.title(heads, args))
+        print(f"{'':14} {'us':>7} {'over plain':>10}  cold tokens")
+        for name, cache in caches.items():
+            print(
+                f"{name:14} {times.best(name):7.1f} {times.ratio(name, 'plain'):10.3f}"
+                f"  {cache.stats().cold_tokens}"
+            )
 
-
-NAMES = ("plain", "rotated", "plain again")
 
 if __name__ == "__main__":
     main()
