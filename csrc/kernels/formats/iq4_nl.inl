@@ -86,7 +86,7 @@ template <typename F> MIXEDKV_INLINE void quantize_blocks(F source, int count, b
 template <> struct BlockWords<block_iq4_nl> {
   using Opened = Levels;
   static MIXEDKV_INLINE Levels open(const block_iq4_nl *block) {
-    return open_levels(kLevelsIq4Nl, block->d, block->qs);
+    return open_levels(kLevelsIq4Nl, block->d, load_b16(block->qs));
   }
   template <int V> static MIXEDKV_INLINE f32v vector(const Levels &x) { return level<V>(x); }
   template <int V> static MIXEDKV_INLINE f32v exact(const Levels &x) { return level<V>(x); }

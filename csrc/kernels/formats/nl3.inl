@@ -23,14 +23,15 @@ template <typename F> MIXEDKV_INLINE void quantize_blocks(F source, int count, b
 template <> struct BlockWords<block_nl3> {
   using Opened = Levels;
   static MIXEDKV_INLINE Levels open(const block_nl3 *block) {
-    uint32_t words[4];
-    memcpy(words, block->qs, sizeof block->qs);
-    words[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) |
-               (words[2] >> 1 & 0x44444444u);
-    // Top bits of nibbles stay: each level is there twice.
-    uint8_t nibbles[16];
-    memcpy(nibbles, words, sizeof nibbles);
-    return open_levels(SearchNl3::kTable.levels, block->d, nibbles);
+    uint64_t low;
+    uint32_t high;
+    memcpy(&low, block->qs, sizeof low);
+    memcpy(&high, block->qs + sizeof low, sizeof high);
+    const uint64_t last =
+        (low >> 3 & 0x11111111u) | (low >> 34 & 0x22222222u) | (high >> 1 & 0x44444444u);
+    // Top bits of nibbles stay: each level is there twice. By registers: a wide read of narrow
+    // stores would wait for all of them.
+    return open_levels(SearchNl3::kTable.levels, block->d, b16_of(low, last << 32 | high));
   }
   template <int V> static MIXEDKV_INLINE f32v vector(const Levels &x) { return level<V>(x); }
   template <int V> static MIXEDKV_INLINE f32v exact(const Levels &x) { return level<V>(x); }

@@ -17,7 +17,7 @@ template <typename F> MIXEDKV_INLINE void quantize_blocks(F source, int count, b
 template <> struct BlockWords<block_nl4> {
   using Opened = Levels;
   static MIXEDKV_INLINE Levels open(const block_nl4 *block, int part) {
-    return open_levels(kLevelsNl4, block->d, block->qs + part * kNibbleCodeBytes);
+    return open_levels(kLevelsNl4, block->d, load_b16(block->qs + part * kNibbleCodeBytes));
   }
   template <int V> static MIXEDKV_INLINE f32v vector(const Levels &x) { return level<V>(x); }
   template <int V> static MIXEDKV_INLINE f32v exact(const Levels &x) { return level<V>(x); }

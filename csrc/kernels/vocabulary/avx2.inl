@@ -147,9 +147,8 @@ struct Levels {
   __m128i low, high;
   __m256 d;
 };
-MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, __m128i bytes) {
   const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(levels));
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(qs));
   const __m128i fifteen = _mm_set1_epi8(15);
   const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen);
   return {_mm_shuffle_epi8(table, _mm_and_si128(bytes, fifteen)), _mm_shuffle_epi8(table, high),

@@ -131,8 +131,7 @@ template <int V> MIXEDKV_INLINE f32v q4_vector_exact(const Q4 &q4) { return q4_v
 
 /// Any sixteen levels are looked up in the same way.
 using Levels = Q4;
-MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(qs));
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, __m128i bytes) {
   return {_mm512_mul_ps(load(levels), set1_half(d)), _mm512_cvtepu8_epi32(bytes)};
 }
 template <int V> MIXEDKV_INLINE f32v level(const Levels &x) { return q4_vector<V>(x); }

@@ -21,9 +21,9 @@
 //   Q4, q4_open, q4_vector  a Q4_0 block as values: vector V holds elements V * kLanes on, but for
 //                           the sign of zeros, and NaN where d is infinite;
 //                           q4_vector_exact: (q - 8) * d in all bits
-//   Levels, open_levels(levels, d, qs), level<V>   32 nibbles in a block's order (as Q4_0's), each
-//   of
-//                           which stands for one of sixteen levels, signed bytes, times d
+//   Levels, open_levels(levels, d, bytes), level<V>   32 nibbles in a block's order (as Q4_0's), a
+//                           register (b16), each of which stands for one of sixteen levels, signed
+//                           bytes, times d
 //   swap_lanes<H>(x)        lane i becomes lane i ^ H, H a power of two below kLanes
 //   transpose(x)            of kLanes vectors: lane j of x[i] becomes lane i of x[j]
 //   find_extremes, find_group_extremes (of kQuantBlocks blocks, a multiple of kLanes), store_q4,
@@ -66,7 +66,8 @@
 // For q4_0_tiles.inl, bytes_<architecture>.h adds these:
 //
 //   b16                     sixteen bytes;  load_b16 store_b16, set1_b16, set1_words_b16 (of one
-//                           byte, of one 32-bit word), and_b16 or_b16 xor_b16
+//                           byte, of one 32-bit word), b16_of (of two 64-bit words), and_b16
+//                           or_b16 xor_b16
 //   low_nibbles_of(a, b)    bytes of the low nibbles of a (low) and b (high); high_nibbles_of: of
 //                           the high ones
 //   interleave_b16(x)       of four: the i-th word of all is made of the i-th bytes of x[0] to x[3]

@@ -143,9 +143,8 @@ struct Levels {
   int16x8_t low[2], high[2];
   f32v d;
 };
-MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, const uint8_t *qs) {
+MIXEDKV_INLINE Levels open_levels(const int8_t *levels, f16_t d, uint8x16_t bytes) {
   const int8x16_t table = vld1q_s8(levels);
-  const uint8x16_t bytes = vld1q_u8(qs);
   const int8x16_t low = vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15)));
   const int8x16_t high = vqtbl1q_s8(table, vshrq_n_u8(bytes, 4));
   return {{vmovl_s8(vget_low_s8(low)), vmovl_high_s8(low)},

@@ -7,6 +7,9 @@ MIXEDKV_INLINE b16 load_b16(const void *p) { return vld1q_u8(static_cast<const u
 MIXEDKV_INLINE void store_b16(void *p, b16 x) { vst1q_u8(static_cast<uint8_t *>(p), x); }
 MIXEDKV_INLINE b16 set1_b16(uint8_t x) { return vdupq_n_u8(x); }
 MIXEDKV_INLINE b16 set1_words_b16(uint32_t x) { return vreinterpretq_u8_u32(vdupq_n_u32(x)); }
+MIXEDKV_INLINE b16 b16_of(uint64_t low, uint64_t high) {
+  return vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+}
 MIXEDKV_INLINE b16 and_b16(b16 a, b16 b) { return vandq_u8(a, b); }
 MIXEDKV_INLINE b16 or_b16(b16 a, b16 b) { return vorrq_u8(a, b); }
 MIXEDKV_INLINE b16 xor_b16(b16 a, b16 b) { return veorq_u8(a, b); }

@@ -9,6 +9,9 @@ MIXEDKV_INLINE b16 load_b16(const void *p) {
 MIXEDKV_INLINE void store_b16(void *p, b16 x) { _mm_storeu_si128(static_cast<__m128i *>(p), x); }
 MIXEDKV_INLINE b16 set1_b16(uint8_t x) { return _mm_set1_epi8(static_cast<char>(x)); }
 MIXEDKV_INLINE b16 set1_words_b16(uint32_t x) { return _mm_set1_epi32(static_cast<int>(x)); }
+MIXEDKV_INLINE b16 b16_of(uint64_t low, uint64_t high) {
+  return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+}
 MIXEDKV_INLINE b16 and_b16(b16 a, b16 b) { return _mm_and_si128(a, b); }
 MIXEDKV_INLINE b16 or_b16(b16 a, b16 b) { return _mm_or_si128(a, b); }
 MIXEDKV_INLINE b16 xor_b16(b16 a, b16 b) { return _mm_xor_si128(a, b); }
