@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 
 namespace mixedkv {
 namespace {
@@ -45,6 +46,35 @@ struct ProblemPlan {
   std::size_t partial_stride; ///< floats of a piece's partial state
 };
 
+/// A worker's tile. Its next unit is mostly another piece of the same one, whose queries are
+/// loaded, changed and prepared already.
+class alignas(64) WorkerTile {
+public:
+  /// Before a call: what the last one's tile refers to may be gone.
+  void forget() { tile_.reset(); }
+
+  /// The tile of these rows (as of QueryTile), with empty states.
+  QueryTile &take(const Kernels &kernels, float *scratch, const AttentionParams &params,
+                  const AttentionProblem &problem, int kv_head, std::int64_t row_begin,
+                  int num_rows) {
+    if (tile_ && problem_ == &problem && kv_head_ == kv_head && row_begin_ == row_begin) {
+      tile_->clear();
+    } else {
+      tile_.emplace(kernels, scratch, params, problem, kv_head, row_begin, num_rows);
+      problem_ = &problem;
+      kv_head_ = kv_head;
+      row_begin_ = row_begin;
+    }
+    return *tile_;
+  }
+
+private:
+  std::optional<QueryTile> tile_;
+  const AttentionProblem *problem_ = nullptr;
+  int kv_head_ = 0;
+  std::int64_t row_begin_ = 0;
+};
+
 /// What a calling thread's calls need, the scratch of all their workers included; it grows in a
 /// call's plan, before anything is computed, and is kept from call to call.
 struct Workspace {
@@ -54,6 +84,8 @@ struct Workspace {
   std::unique_ptr<std::atomic<std::int64_t>[]> counters;
   std::int64_t num_counters = 0;
   Buffer<float> scratch;
+  std::unique_ptr<WorkerTile[]> tiles;
+  int num_tiles = 0;
 };
 
 Workspace &workspace() {
@@ -91,6 +123,13 @@ public:
                                         1, std::min<std::int64_t>(threads, num_units)));
     scratch_stride_ = QueryTile::scratch_floats(params_);
     scratch_ = ws_.scratch.get(scratch_stride_ * threads);
+    if (threads > ws_.num_tiles) {
+      ws_.tiles.reset(new WorkerTile[static_cast<std::size_t>(threads)]);
+      ws_.num_tiles = threads;
+    }
+    for (int worker = 0; worker < threads; ++worker) {
+      ws_.tiles[static_cast<std::size_t>(worker)].forget();
+    }
     parallel_for(num_units, threads,
                  [this](std::int64_t unit, int worker) { run_unit(unit, worker); });
   }
@@ -195,7 +234,8 @@ private:
     const std::int64_t row_begin = tile_index * kTileRows;
     const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, rows - row_begin));
 
-    QueryTile tile(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
+    QueryTile &tile = ws_.tiles[static_cast<std::size_t>(worker)].take(
+        kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
     if (plan->num_pieces == 1) {
       attend_all(tile, problem);
       if (!tile.states().all_finite()) {
@@ -217,8 +257,8 @@ private:
     }
     tile.states().store_partial(partials + static_cast<std::size_t>(piece) * plan->partial_stride);
     if (counters_[plan->counter_begin + index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      QueryTile whole(kernels_, scratch, params_, problem, kv_head, row_begin, num_rows);
-      merge_pieces(whole, problem, *plan, partials);
+      tile.clear();
+      merge_pieces(tile, problem, *plan, partials);
     }
   }
 

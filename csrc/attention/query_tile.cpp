@@ -70,6 +70,11 @@ void QueryTile::attend(const KeySegment &segment, std::int64_t begin, std::int64
   }
 }
 
+void QueryTile::clear() {
+  states_.clear();
+  careful_ = false;
+}
+
 void QueryTile::start_over_with_care() {
   states_.clear();
   careful_ = true;

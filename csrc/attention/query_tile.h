@@ -35,6 +35,8 @@ public:
   void attend(const KeySegment &segment, std::int64_t begin, std::int64_t end,
               std::int64_t mask_begin);
   TileStates &states() { return states_; }
+  /// As if made anew, but that queries stay loaded and prepared, and terms of centers known.
+  void clear();
   /// Empties the states, and from now on looks at every weight of 0 before it meets a value.
   /// Without that, infinities and NaN under the weight 0 of a key that is seen make its rows NaN,
   /// which states().all_finite() tells; finding them beforehand would cost every call.

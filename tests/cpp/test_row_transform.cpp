@@ -3,9 +3,11 @@
 // another one than its way there.
 #include "checks.h"
 
+#include "mixedkv/attention.h"
 #include "mixedkv/cache.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 using namespace mixedkv;
@@ -30,6 +32,15 @@ struct Turn : RowTransform {
   }
   void undo(float *row, std::size_t n) const noexcept override {
     std::rotate(row, row + n - kDims, row + n);
+  }
+};
+
+/// Every other sign, and how often.
+struct CountedFlip : Flip {
+  mutable std::atomic<int> count{0};
+  void apply(float *row, std::size_t n) const noexcept override {
+    ++count;
+    Flip::apply(row, n);
   }
 };
 
@@ -211,6 +222,81 @@ void test_turn() {
     });
 }
 
+/// Two sequences' queries in one call, each over so many keys of its own that these are cut into
+/// pieces.
+struct Batch {
+  static constexpr int kSequences = 2, kQueries = 3, kKeys = 5000;
+  std::vector<float> q, k, v;
+  Batch() {
+    Random random(31);
+    q = normals(random, kSequences * kQueryHeads * kQueries * kDim);
+    k = normals(random, kSequences * kHeads * kKeys * kDim);
+    v = normals(random, kSequences * kHeads * kKeys * kDimV);
+  }
+
+  /// Sequences [first, end).
+  std::vector<float> attend(int first, int end, const RowTransform *transform, int threads) const {
+    std::vector<float> out(size((end - first) * kQueryHeads * kQueries * kDimV));
+    std::vector<KeySegment> segments(size(end - first));
+    std::vector<AttentionProblem> problems(size(end - first));
+    for (int i = first; i < end; ++i) {
+      KeySegment &segment = segments[size(i - first)];
+      segment.k = k.data() + std::ptrdiff_t{i} * kHeads * kKeys * kDim;
+      segment.v = v.data() + std::ptrdiff_t{i} * kHeads * kKeys * kDimV;
+      segment.k_format = segment.v_format = Format::f32;
+      segment.k_row_stride = kDim * 4;
+      segment.v_row_stride = kDimV * 4;
+      segment.k_head_stride = kKeys * segment.k_row_stride;
+      segment.v_head_stride = kKeys * segment.v_row_stride;
+      segment.len = kKeys;
+      AttentionProblem &problem = problems[size(i - first)];
+      problem.q.data = q.data() + std::ptrdiff_t{i} * kQueryHeads * kQueries * kDim;
+      problem.q.head_stride = kQueries * kDim * 4;
+      problem.q.row_stride = kDim * 4;
+      problem.q.len = kQueries;
+      problem.segments = &segment;
+      problem.num_segments = 1;
+      problem.out.data = out.data() + std::ptrdiff_t{i - first} * kQueryHeads * kQueries * kDimV;
+      problem.out.head_stride = kQueries * kDimV;
+      problem.out.row_stride = kDimV;
+    }
+    AttentionParams params;
+    params.num_qo_heads = kQueryHeads;
+    params.num_kv_heads = kHeads;
+    params.head_dim = kDim;
+    params.head_dim_v = kDimV;
+    params.sm_scale = 0.1f;
+    params.key_transform = transform;
+    params.num_threads = threads;
+    params.cut_alone = true;
+    mixedkv::attend(problems.data(), end - first, params);
+    return out;
+  }
+};
+
+void test_pieces() {
+  check("queries are changed once a worker, however their keys are cut", [] {
+    const Batch batch;
+    constexpr int rows = Batch::kSequences * kQueryHeads * Batch::kQueries;
+    std::vector<float> apart, first;
+    for (int i = 0; i < Batch::kSequences; ++i) {
+      const std::vector<float> one = batch.attend(i, i + 1, nullptr, 1);
+      apart.insert(apart.end(), one.begin(), one.end());
+    }
+    for (int threads : {1, 2, 3}) {
+      EXPECT(batch.attend(0, Batch::kSequences, nullptr, threads) == apart, "sequences apart");
+      const CountedFlip flip;
+      const std::vector<float> out = batch.attend(0, Batch::kSequences, &flip, threads);
+      // Keys are not flipped here: only that all threads see the same queries counts.
+      if (threads == 1) {
+        first = out;
+        EXPECT(flip.count == rows, "%d rows are changed %d times", rows, flip.count.load());
+      }
+      EXPECT(out == first, "%d threads", threads);
+    }
+  });
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -218,5 +304,6 @@ int main(int argc, char **argv) {
     name_filter = argv[1];
   test_flip();
   test_turn();
+  test_pieces();
   return summary();
 }
