@@ -66,7 +66,7 @@ OF_KIND: dict[str, list[Any]] = {
     **dict.fromkeys(("hot_k_type", "hot_v_type", "cold_k_type", "cold_v_type"), FORMAT),
     **dict.fromkeys(("k_type", "v_type", "format"), FORMAT),
     **dict.fromkeys(("causal", "return_lse", "rotate", "center_keys", "quantize"), NO_SWITCH),
-    **dict.fromkeys(("dequantize", "allow_non_finite", "record_history"), NO_SWITCH),
+    **dict.fromkeys(("dequantize", "allow_non_finite", "record_history", "fit_scales"), NO_SWITCH),
     "group_size": [x for x in COUNT if x != 2**31],
     "sm_scale": REAL,
     "logits_soft_cap": [*REAL, None, -1.0, -1e-30, 1e-46, 1e-40],
