@@ -35,18 +35,15 @@ MIXEDKV_INLINE void add_squared_errors(const f32v *x, i32v low, i32v high, f32v 
   sum = add(sum, mul(above, above));
 }
 
-/// Of each block the sum of squared errors, x being a value of every block; lanes without a block
-/// repeat the last one's.
+/// Of each of kLanes blocks the sum of squared errors, x being a value of every block.
 template <typename L>
-MIXEDKV_INLINE f32v squared_errors(const f32v (&x)[L::kValues], const typename L::Block *y,
-                                   int count) {
+MIXEDKV_INLINE f32v squared_errors(const f32v (&x)[L::kValues], const typename L::Block *y) {
   alignas(64) int32_t words[L::kWords][kLanes];
   f16_t scales[kLanes];
   for (int b = 0; b < kLanes; ++b) {
-    const typename L::Block &block = y[b < count ? b : count - 1];
-    scales[b] = block.d;
+    scales[b] = y[b].d;
     for (int w = 0; w < L::kWords; ++w)
-      memcpy(&words[w][b], block.qs + 4 * w, 4);
+      memcpy(&words[w][b], y[b].qs + 4 * w, 4);
   }
   const f32v d = mul(load(scales), set1(1.0f / L::kLevelsPerUnit));
   const i32v table = load_table(L::kTable.bytes[0]);
@@ -62,28 +59,29 @@ MIXEDKV_INLINE f32v squared_errors(const f32v (&x)[L::kValues], const typename L
   return sum;
 }
 
-/// count <= kLanes blocks y[i], ggml's of the values at source(i), become those of fitted scales
-/// where these err less. (Sums of 32 squares are rounded by less than half of what is asked for.)
-template <typename L, typename F>
-MIXEDKV_INLINE void fit_blocks(F source, int count, typename L::Block *y) {
+/// kLanes blocks y[i], ggml's of the values at source[i], become those of fitted scales where these
+/// err less. (Sums of 32 squares are rounded by less than half of what is asked for.) A function of
+/// its own: what calls it would be several times as large, and no faster.
+template <typename L, typename T>
+MIXEDKV_NOINLINE void fit_blocks(const T *const *source, typename L::Block *y) noexcept {
   typename L::Block found[kLanes];
-  search_levels<L>(source, count, found);
+  search_levels<L>([source](int i) { return source[i]; }, kLanes, found);
   f32v x[L::kValues];
   f32v part[kLanes];
   for (int first = 0; first < L::kValues; first += kLanes) {
     for (int b = 0; b < kLanes; ++b)
-      part[b] = load(source(b < count ? b : count - 1) + first);
+      part[b] = load(source[b] + first);
     transpose(part);
     for (int i = 0; i < kLanes; ++i)
       x[first + i] = part[i];
   }
-  const f32v error = squared_errors<L>(x, found, count);
-  f32v limit = squared_errors<L>(x, y, count);
+  const f32v error = squared_errors<L>(x, found);
+  f32v limit = squared_errors<L>(x, y);
   limit = select_below(limit, set1(INFINITY), limit, zero()); // what overflows stays ggml's
   limit = select_below(limit, set1(kFitLeastError), zero(), limit);
   float better[kLanes];
   store(better, select_below(mul(error, set1(kFitMargin)), limit, set1(1.0f), zero()));
-  for (int b = 0; b < count; ++b)
+  for (int b = 0; b < kLanes; ++b)
     if (better[b] != 0.0f)
       y[b] = found[b];
 }
@@ -95,10 +93,16 @@ void fitted_row_from(const T *x, void *y, size_t n) noexcept {
   typename L::Block *blocks = static_cast<typename L::Block *>(y);
   const size_t num_blocks = n / L::kValues;
   for (size_t b = 0; b < num_blocks; b += kLanes) {
-    const T *part = x + b * L::kValues;
-    const size_t rest = num_blocks - b;
-    fit_blocks<L>([part](int i) { return part + i * L::kValues; },
-                  rest < kLanes ? static_cast<int>(rest) : kLanes, blocks + b);
+    const size_t count = num_blocks - b < kLanes ? num_blocks - b : kLanes;
+    const T *source[kLanes];
+    typename L::Block part[kLanes]; // the last block again where there are no more
+    for (size_t i = 0; i < kLanes; ++i) {
+      const size_t block = b + (i < count ? i : count - 1);
+      source[i] = x + block * L::kValues;
+      part[i] = blocks[block];
+    }
+    fit_blocks<L>(source, part);
+    memcpy(blocks + b, part, count * sizeof part[0]);
   }
 }
 
@@ -107,8 +111,11 @@ template <typename L, typename Tiles> struct FittedTiles : Tiles {
   template <typename T, typename F>
   MIXEDKV_INLINE static void quantize(F source, typename L::Block *y) {
     Tiles::template quantize<T>(source, y);
+    const T *rows[kTileTokens];
+    for (int i = 0; i < kTileTokens; ++i)
+      rows[i] = source(i);
     for (int first = 0; first < kTileTokens; first += kLanes)
-      fit_blocks<L>([=](int i) { return source(first + i); }, kLanes, y + first);
+      fit_blocks<L>(rows + first, y + first);
   }
 };
 

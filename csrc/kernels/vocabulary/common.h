@@ -86,10 +86,13 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define MIXEDKV_INLINE __forceinline
-#define MIXEDKV_RARE __declspec(noinline)
+#define MIXEDKV_NOINLINE __declspec(noinline)
+#define MIXEDKV_RARE MIXEDKV_NOINLINE
 #else
 // nothrow: or else the callers, being noexcept, bring in the (weak) personality of C++ exceptions.
 #define MIXEDKV_INLINE inline __attribute__((always_inline, nothrow))
+/// Called from several places, and large.
+#define MIXEDKV_NOINLINE __attribute__((noinline))
 /// Apart from the loop that it is called from, which keeps its registers.
 #define MIXEDKV_RARE __attribute__((noinline, cold))
 #endif
