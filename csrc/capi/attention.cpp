@@ -4,6 +4,7 @@
 #include "mixedkv/attention.h"
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 namespace mixedkv::capi {
@@ -21,6 +22,20 @@ Workspace &workspace() {
   return instance;
 }
 
+/// One side of a window as the core has it: -1 for none.
+std::int64_t read_window(const Name &name, std::int64_t value, std::uint32_t flags,
+                         std::uint32_t flag, const char *flag_name) {
+  if ((flags & flag) == 0) {
+    if (value != 0) {
+      refuse(MIXEDKV_INVALID_ARGUMENT, "%s is %lld, and params.flags lacks %s", name.text().data,
+             static_cast<long long>(value), flag_name);
+    }
+    return -1;
+  }
+  check_range(name, value, 0, kMostWindow);
+  return value;
+}
+
 AttentionParams read_params(const mixedkv_params *from) {
   const mixedkv_params p =
       read_struct("params", from, MIXEDKV_FIRST_SIZE(mixedkv_params, reserved));
@@ -29,7 +44,7 @@ AttentionParams read_params(const mixedkv_params *from) {
   check_multiple("params.num_qo_heads", p.num_qo_heads, p.num_kv_heads);
   check_range("params.head_dim", p.head_dim, 1, kMostDim);
   check_range("params.head_dim_v", p.head_dim_v, 0, kMostDim);
-  check_flags("params.flags", p.flags, MIXEDKV_CAUSAL | MIXEDKV_WINDOW_LEFT);
+  check_flags("params.flags", p.flags, MIXEDKV_CAUSAL | MIXEDKV_WINDOW_LEFT | MIXEDKV_WINDOW_RIGHT);
   if (!std::isfinite(p.sm_scale)) {
     refuse(MIXEDKV_INVALID_ARGUMENT, "params.sm_scale must be finite, got %g",
            static_cast<double>(p.sm_scale));
@@ -39,14 +54,12 @@ AttentionParams read_params(const mixedkv_params *from) {
            "params.logits_soft_cap must be finite and not negative, got %g",
            static_cast<double>(p.logits_soft_cap));
   }
-  check_range("params.compute_type", p.compute_type, MIXEDKV_COMPUTE_F32, MIXEDKV_COMPUTE_BF16);
-  const bool has_window = (p.flags & MIXEDKV_WINDOW_LEFT) != 0;
-  if (!has_window && p.window_left != 0) {
+  if (p.logits_soft_cap > 0 && p.logits_soft_cap < std::numeric_limits<float>::min()) {
     refuse(MIXEDKV_INVALID_ARGUMENT,
-           "params.window_left is %lld, and params.flags lacks MIXEDKV_WINDOW_LEFT",
-           static_cast<long long>(p.window_left));
+           "params.logits_soft_cap must be 0 (none) or 1.17549435e-38 (2**-126) or more, got %g",
+           static_cast<double>(p.logits_soft_cap));
   }
-  check_range("params.window_left", p.window_left, 0, INT64_MAX);
+  check_range("params.compute_type", p.compute_type, MIXEDKV_COMPUTE_F32, MIXEDKV_COMPUTE_AUTO);
   check_optional("params.alibi_slopes", p.alibi_slopes, kFloat);
   check_optional("params.sinks", p.sinks, kFloat);
   check_range("params.num_threads", p.num_threads, 0, kMostThreads);
@@ -62,12 +75,16 @@ AttentionParams read_params(const mixedkv_params *from) {
                         : static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   params.logits_soft_cap = p.logits_soft_cap;
   params.causal = (p.flags & MIXEDKV_CAUSAL) != 0;
-  params.window_left = has_window ? p.window_left : -1;
+  params.window_left = read_window("params.window_left", p.window_left, p.flags,
+                                   MIXEDKV_WINDOW_LEFT, "MIXEDKV_WINDOW_LEFT");
+  params.window_right = read_window("params.window_right", p.window_right, p.flags,
+                                    MIXEDKV_WINDOW_RIGHT, "MIXEDKV_WINDOW_RIGHT");
   params.alibi_slopes = p.alibi_slopes;
   params.sinks = p.sinks;
   params.num_threads = p.num_threads;
-  params.compute_type =
-      p.compute_type == MIXEDKV_COMPUTE_BF16 ? ComputeType::bf16 : ComputeType::f32;
+  params.compute_type = p.compute_type == MIXEDKV_COMPUTE_AUTO   ? ComputeType::automatic
+                        : p.compute_type == MIXEDKV_COMPUTE_BF16 ? ComputeType::bf16
+                                                                 : ComputeType::f32;
   return params;
 }
 

@@ -15,6 +15,7 @@ constexpr std::int64_t kMostHeads = 1 << 16;
 constexpr std::int64_t kMostDim = 1 << 16;
 constexpr std::int64_t kMostLen = INT32_MAX;
 constexpr std::int64_t kMostThreads = 1024;
+constexpr std::int64_t kMostWindow = std::int64_t{1} << 40; ///< as in Python
 
 /// An argument as messages name it: "params", or "problems[2].segments[0].k" made from its parts
 /// when it is wrong and no sooner.

@@ -74,6 +74,8 @@ KeySegment read_segment(std::int64_t problem, std::int64_t number, const mixedkv
   check_same_size(name(""), check_size(name(""), at, kLeast), size);
   const mixedkv_segment s = read_struct(name(""), at, kLeast);
   KeySegment segment;
+  check_zero(name("k_layout"), s.k_layout);
+  check_zero(name("v_layout"), s.v_layout);
   segment.k_format = check_format(name("k_format"), s.k_format);
   segment.v_format = check_format(name("v_format"), s.v_format);
   check_width("params.head_dim", params.head_dim, segment.k_format);

@@ -111,6 +111,12 @@ typedef struct mixedkv_queries {
   int32_t reserved; /* zero */
 } mixedkv_queries;
 
+/* How keys or values lie. Rows alone are served: the library's tiles of 16 tokens, which its caches
+ * keep quantised rows in, are an inner layout, different from version to version, and no layout to
+ * hand over. Any other number is MIXEDKV_UNSUPPORTED. */
+typedef int32_t mixedkv_layout;
+enum { MIXEDKV_ROWS = 0 };
+
 /* A run of keys and values, for all kv heads, in any formats. Key j of kv head h is at
  * k + h * k_head_stride + k_row_stride * (index ? index[j] : j), likewise v; strides in bytes.
  * Or keys lie in pages: key j is number i = j % page_size of page p = pages[j / page_size], at
@@ -134,6 +140,8 @@ typedef struct mixedkv_segment {
   int64_t page_size;    /* keys */
   ptrdiff_t k_page_stride;
   ptrdiff_t v_page_stride;
+  mixedkv_layout k_layout; /* MIXEDKV_ROWS */
+  mixedkv_layout v_layout;
 } mixedkv_segment;
 
 typedef int32_t mixedkv_mask_type;
@@ -192,12 +200,16 @@ typedef struct mixedkv_problem {
 typedef int32_t mixedkv_compute_type;
 enum {
   MIXEDKV_COMPUTE_F32 = 0,
-  MIXEDKV_COMPUTE_BF16 = 1 /* products of many query rows, where the instruction set has it */
+  MIXEDKV_COMPUTE_BF16 = 1, /* products of many query rows, where the instruction set has it */
+  /* Whichever is the faster here: a trial of some milliseconds at the process's first such call;
+   * the environment variable MIXEDKV_COMPUTE_TYPE, "f32" or "bf16", decides beforehand. */
+  MIXEDKV_COMPUTE_AUTO = 2
 };
 
 /* Flags of mixedkv_params. */
-#define MIXEDKV_CAUSAL 1u      /* a query sees keys up to its own position */
-#define MIXEDKV_WINDOW_LEFT 2u /* and, at position p, those from p - window_left on */
+#define MIXEDKV_CAUSAL 1u       /* a query sees keys up to its own position */
+#define MIXEDKV_WINDOW_LEFT 2u  /* and, at position p, those from p - window_left on */
+#define MIXEDKV_WINDOW_RIGHT 4u /* and those up to p + window_right */
 
 /* What all problems of a call share. */
 typedef struct mixedkv_params {
@@ -208,13 +220,14 @@ typedef struct mixedkv_params {
   int32_t head_dim_v; /* 0: head_dim */
   uint32_t flags;
   float sm_scale;        /* 0: 1 / sqrt(head_dim) */
-  float logits_soft_cap; /* 0: none */
+  float logits_soft_cap; /* 0: none; else a normal number, 2**-126 or more */
   mixedkv_compute_type compute_type;
-  int64_t window_left;       /* with MIXEDKV_WINDOW_LEFT; from 0 */
+  int64_t window_left;       /* with MIXEDKV_WINDOW_LEFT; from 0 to 2**40 */
   const float *alibi_slopes; /* [num_qo_heads] or null */
   const float *sinks;        /* [num_qo_heads] or null: logits that take part in S at the end */
   int32_t num_threads;       /* 0: the default */
   int32_t reserved;          /* zero */
+  int64_t window_right;      /* with MIXEDKV_WINDOW_RIGHT; from 0 to 2**40 */
 } mixedkv_params;
 
 /* Attends all problems: continues each one's state over its segments in their order, and writes its
@@ -229,11 +242,13 @@ MIXEDKV_API mixedkv_status mixedkv_state_init(const mixedkv_state *state, int64_
 MIXEDKV_API mixedkv_status mixedkv_finalize(const mixedkv_state *state, int32_t num_qo_heads,
                                             int64_t len, int32_t head_dim_v, const float *sinks,
                                             const mixedkv_output *out);
-/* a becomes the state of the union of what a and b saw. */
+/* a becomes the state of the union of what a and b saw; rows whose M is -inf saw nothing. */
 MIXEDKV_API mixedkv_status mixedkv_merge(const mixedkv_state *a, const mixedkv_state *b,
                                          int64_t num_rows, int32_t head_dim_v);
 /* Merges num_states normalised results, outs [num_states, num_rows, head_dim_v] and lses
- * [num_states, num_rows], into out [num_rows, head_dim_v] and lse [num_rows], all contiguous. */
+ * [num_states, num_rows], into out [num_rows, head_dim_v] and lse [num_rows], all contiguous. An
+ * lse of -inf or +inf (which is how FlashAttention 2 and vLLM write it) says that a result saw
+ * nothing; what it holds is not read. */
 MIXEDKV_API mixedkv_status mixedkv_merge_states(const float *outs, const float *lses,
                                                 int64_t num_states, int64_t num_rows,
                                                 int32_t head_dim_v, float *out, float *lse);

@@ -1,6 +1,6 @@
 // The C interface: results against a double loop in float64 and against the C++ interface bit for
-// bit, formats, threads, instruction sets, structures of other versions' sizes, errors of several
-// threads. It includes public headers alone; what is refused is test_capi_refusals.cpp's.
+// bit, formats, threads, instruction sets. It includes public headers alone; versions are
+// test_capi_versions.cpp's, what is refused test_capi_refusals.cpp's.
 //
 // Usage: test_capi [part of a check's name]
 
@@ -8,8 +8,6 @@
 #include "mixedkv/attention.h"
 #include "mixedkv/convert.h"
 #include "mixedkv/runtime.h"
-
-#include <thread>
 
 using namespace testing;
 
@@ -19,8 +17,9 @@ namespace {
 constexpr double kTolerance = 1e-5;
 
 /// out and lse of f32 keys by definition.
-void reference(const Call &call, bool causal, std::int64_t window, bool mask, bool sinks,
-               bool alibi, float cap, std::vector<double> &out, std::vector<double> &lse) {
+void reference(const Call &call, bool causal, std::int64_t window, std::int64_t right, bool mask,
+               bool sinks, bool alibi, float cap, std::vector<double> &out,
+               std::vector<double> &lse) {
   out.assign(kHeads * kQueries * kDim, 0.0);
   lse.assign(kHeads * kQueries, -kInf);
   for (int h = 0; h < kHeads; ++h)
@@ -29,7 +28,8 @@ void reference(const Call &call, bool causal, std::int64_t window, bool mask, bo
       double sum = sinks ? std::exp(static_cast<double>(call.sinks[h])) : 0;
       double *row = &out[static_cast<std::size_t>((h * kQueries + i) * kDim)];
       for (int j = 0; j < kKeys; ++j) {
-        if ((causal && j > pos) || (window >= 0 && j < pos - window))
+        if ((causal && j > pos) || (window >= 0 && j < pos - window) ||
+            (right >= 0 && j > pos + right))
           continue;
         double x = 0;
         for (int d = 0; d < kDim; ++d)
@@ -64,6 +64,7 @@ void test_results() {
     std::int64_t window;
     bool mask, sinks, alibi;
     float cap;
+    std::int64_t right = -1;
   };
   for (const Options &o : {Options{"plain", false, -1, false, false, false, 0},
                            Options{"causal", true, -1, false, false, false, 0},
@@ -71,11 +72,15 @@ void test_results() {
                            Options{"window 0", true, 0, false, false, false, 0},
                            Options{"mask", false, -1, true, false, false, 0},
                            Options{"sinks and cap", true, -1, false, true, false, 2},
-                           Options{"alibi", true, -1, false, false, true, 0}}) {
+                           Options{"alibi", true, -1, false, false, true, 0},
+                           Options{"window right", false, -1, false, false, false, 0, 1},
+                           Options{"window right 0", false, 4, false, false, false, 0, 0}}) {
     check(std::string("attend against float64, ") + o.name, [&] {
       Call call;
-      call.params.flags =
-          (o.causal ? MIXEDKV_CAUSAL : 0) | (o.window >= 0 ? MIXEDKV_WINDOW_LEFT : 0);
+      call.params.flags = (o.causal ? MIXEDKV_CAUSAL : 0) |
+                          (o.window >= 0 ? MIXEDKV_WINDOW_LEFT : 0) |
+                          (o.right >= 0 ? MIXEDKV_WINDOW_RIGHT : 0);
+      call.params.window_right = o.right >= 0 ? o.right : 0;
       call.params.window_left = o.window >= 0 ? o.window : 0;
       call.params.logits_soft_cap = o.cap;
       call.params.sinks = o.sinks ? call.sinks.data() : nullptr;
@@ -83,7 +88,7 @@ void test_results() {
       call.problem.mask = o.mask ? &call.mask : nullptr;
       call.expect_ok();
       std::vector<double> out, lse;
-      reference(call, o.causal, o.window, o.mask, o.sinks, o.alibi, o.cap, out, lse);
+      reference(call, o.causal, o.window, o.right, o.mask, o.sinks, o.alibi, o.cap, out, lse);
       expect_near(call.out, out, "out");
       expect_near(call.lse, lse, "lse");
     });
@@ -322,80 +327,6 @@ void test_machine() {
   });
 }
 
-// --- versions and errors -------------------------------------------------------------------------
-
-void test_versions() {
-  check("versions are the header's", [] {
-    EXPECT(std::string(mixedkv_version()) == MIXEDKV_VERSION_STRING, "%s", mixedkv_version());
-    EXPECT(mixedkv_abi_version() == MIXEDKV_ABI_VERSION, "%d", mixedkv_abi_version());
-  });
-  check("structures of a later version: zeros pass, news is unsupported", [] {
-    struct Later {
-      mixedkv_params params;
-      std::int64_t news;
-    } later;
-    Call call;
-    call.expect_ok();
-    const std::vector<float> want = call.out;
-    std::memset(&later, 0, sizeof later);
-    later.params = call.params;
-    later.params.struct_size = sizeof later;
-    call.out.assign(call.out.size(), kNan);
-    EXPECT(mixedkv_attend(&call.problem, 1, &later.params) == MIXEDKV_OK, "%s",
-           mixedkv_last_error());
-    EXPECT(call.out == want, "other bits");
-    later.news = 1;
-    expect_refused("not all zero beyond", mixedkv_attend(&call.problem, 1, &later.params),
-                   MIXEDKV_UNSUPPORTED);
-
-    struct LaterSegment {
-      mixedkv_segment segment;
-      std::int64_t news;
-    } segments[2];
-    std::memset(segments, 0, sizeof segments);
-    for (int s = 0; s < 2; ++s) {
-      segments[s].segment = call.segments[s];
-      segments[s].segment.struct_size = sizeof segments[s];
-    }
-    call.problem.segments = &segments[0].segment;
-    call.out.assign(call.out.size(), kNan);
-    call.expect_ok();
-    EXPECT(call.out == want, "other bits, of an array");
-
-    struct LaterInfo {
-      mixedkv_format_info info;
-      std::int64_t news;
-    } info;
-    info.info.struct_size = sizeof info;
-    info.news = 5;
-    EXPECT(mixedkv_get_format_info(MIXEDKV_Q4_0, &info.info) == MIXEDKV_OK, "%s",
-           mixedkv_last_error());
-    EXPECT(info.info.struct_size == sizeof info && info.news == 5 && info.info.block_bytes == 18,
-           "%d", info.info.block_bytes);
-  });
-  check("every thread has errors of its own", [] {
-    expect_refused("unknown ISA 'here'", mixedkv_select_isa("here"), MIXEDKV_INVALID_ARGUMENT);
-    std::string at_first, then;
-    std::thread other([&] {
-      at_first = mixedkv_last_error();
-      mixedkv_select_isa("there");
-      then = mixedkv_last_error();
-    });
-    other.join();
-    EXPECT(at_first.empty(), "'%s'", at_first.c_str());
-    EXPECT(then.find("'there'") != std::string::npos, "'%s'", then.c_str());
-    EXPECT(std::strstr(mixedkv_last_error(), "'here'") != nullptr, "'%s'", mixedkv_last_error());
-    const std::string long_name(5000, 'x'); // is cut, and ends
-    EXPECT(mixedkv_select_isa(long_name.c_str()) == MIXEDKV_INVALID_ARGUMENT, "taken");
-    EXPECT(std::strlen(mixedkv_last_error()) == 511, "%zu", std::strlen(mixedkv_last_error()));
-  });
-  check("every status has a text", [] {
-    for (mixedkv_status status = MIXEDKV_OK; status <= MIXEDKV_INTERNAL; ++status)
-      EXPECT(std::strcmp(mixedkv_status_text(status), "unknown status") != 0, "%d", status);
-    EXPECT(std::strcmp(mixedkv_status_text(-1), "unknown status") == 0, "-1");
-  });
-}
-
 } // namespace
 
 int main(int argc, char **argv) {
@@ -405,6 +336,5 @@ int main(int argc, char **argv) {
   test_pages();
   test_formats();
   test_machine();
-  test_versions();
   return summary();
 }

@@ -44,8 +44,21 @@ void test_faults() {
       {"params.logits_soft_cap must be finite and not negative, got -1",
        [](Call &c) { c.params.logits_soft_cap = -1; }},
       {"params.logits_soft_cap must be finite", [](Call &c) { c.params.logits_soft_cap = kNan; }},
-      {"params.compute_type must be from 0 to 1, got 2",
-       [](Call &c) { c.params.compute_type = 2; }},
+      {"params.logits_soft_cap must be 0 (none) or 1.17549435e-38 (2**-126) or more, got 9.99995e-41",
+       [](Call &c) { c.params.logits_soft_cap = 1e-40f; }},
+      {"params.compute_type must be from 0 to 2, got 3",
+       [](Call &c) { c.params.compute_type = 3; }},
+      {"params.window_right is -1, and params.flags lacks MIXEDKV_WINDOW_RIGHT",
+       [](Call &c) { c.params.window_right = -1; }},
+      {"params.window_right must be from 0 to 1099511627776, got 9223372036854775807",
+       [](Call &c) {
+         c.params.flags = MIXEDKV_WINDOW_RIGHT;
+         c.params.window_right = INT64_MAX;
+       }},
+      {"problems[0].segments[1].k_layout must be zero for this version, got 1",
+       [](Call &c) { c.segments[1].k_layout = 1; }, MIXEDKV_UNSUPPORTED},
+      {"problems[0].segments[0].v_layout must be zero for this version, got -1",
+       [](Call &c) { c.segments[0].v_layout = -1; }, MIXEDKV_UNSUPPORTED},
       {"params.window_left is 5, and params.flags lacks MIXEDKV_WINDOW_LEFT",
        [](Call &c) { c.params.window_left = 5; }},
       {"params.window_left must be from 0",
