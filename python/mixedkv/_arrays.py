@@ -205,8 +205,9 @@ def bytes_of(data: Any, format: str, name: str) -> Array:
     if is_tensor(data):
         torch = sys.modules["torch"]
         data = cpu_tensor(data, name)
-        if data.ndim and data.shape[-1] > 1 and data.stride(-1) != 1:
-            data = data.contiguous()
+        if data.ndim and data.stride(-1) != 1:
+            # Not contiguous(): that leaves the stride of a single value as it is.
+            data = data.clone(memory_format=torch.contiguous_format)
         if format == "bf16" and data.dtype in (torch.bfloat16, torch.int16, torch.uint16):
             data = _as_bytes(data, torch.uint8, name)
         if data.dtype != torch.uint8:

@@ -198,6 +198,15 @@ def test_quantized_array_of_torch(array: mkv.QuantizedArray) -> None:
     assert torch.is_tensor(quantised.data)
 
 
+def test_quantized_array_of_torch_rows_of_one_value() -> None:
+    """A stride that no second value shows is no reason to refuse."""
+    torch = pytest.importorskip("torch")
+    t = torch.randn(4, 8).bfloat16()
+    for rows in (t[:, ::8], t[:1, ::8]):
+        array = mkv.QuantizedArray(rows, "bf16")
+        np.testing.assert_array_equal(array.dequantize(np.float32), rows.float().numpy())
+
+
 def test_quantized_array_views_bf16_of_any_kind() -> None:
     torch = pytest.importorskip("torch")
     t = torch.randn(3, 5, 40).bfloat16()
