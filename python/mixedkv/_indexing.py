@@ -29,8 +29,8 @@ def take(data: Array, index: Any, shape: tuple[int, ...]) -> Array:
     axis = 0
     for part in parts:
         one = part
-        if isinstance(part, np.ndarray):
-            one = torch.from_numpy(np.array(part))
+        if isinstance(part, (list, np.ndarray)) or is_tensor(part):
+            one = _places(part, torch)
         elif isinstance(part, slice):
             start, stop, step = part.indices(data.shape[axis])
             if step < 0:
@@ -42,6 +42,14 @@ def take(data: Array, index: Any, shape: tuple[int, ...]) -> Array:
         taken.append(one)
         axis += axes_of(part)
     return data[tuple(taken)]
+
+
+def _places(part: Any, torch: Any) -> Any:
+    """Return an array of an index as a tensor: torch takes uint8 for a mask, and few other ints."""
+    places = part if is_tensor(part) else torch.from_numpy(np.array(part))
+    if places.dtype == torch.bool or places.is_floating_point() or places.is_complex():
+        return places if places.numel() or not isinstance(part, list) else places.long()
+    return places.to(torch.int64)
 
 
 def whole_rows(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -200,6 +200,11 @@ class QuantizedArray:
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Take part in numpy's arithmetic as values; an array's == and != ask :meth:`__eq__`."""
         if ufunc in (np.equal, np.not_equal) and method == "__call__":
+            if options:
+                raise TypeError(
+                    f"{ufunc.__name__} of a QuantizedArray gives one bool and takes no "
+                    f"{', '.join(sorted(options))}: compare np.asarray() of it, value by value"
+                )
             first, second = inputs
             same = first.__eq__(second) if first is self else self.__eq__(first)
             return same if ufunc is np.equal else not same

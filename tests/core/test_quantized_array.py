@@ -198,6 +198,22 @@ def test_quantized_array_of_torch(array: mkv.QuantizedArray) -> None:
     assert torch.is_tensor(quantised.data)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+)
+def test_quantized_array_takes_integers_of_every_width(dtype: str) -> None:
+    """Numbers of rows, also where torch by itself takes uint8 for a mask."""
+    torch = pytest.importorskip("torch")
+    array = mkv.quantize(normal(np.random.default_rng(3), 4, 2, 32), "q8_0")
+    index = np.array([0, 1, 1, 3], dtype)
+    tensor = torch.from_numpy(index)
+    want = values(array)[[0, 1, 1, 3]]
+    for rows in (array, array.torch()):
+        for places in (index, list(index), tensor):
+            np.testing.assert_array_equal(values(rows[places]), want)
+    assert array.torch()[[]].shape == array[[]].shape == (0, 2, 32)
+
+
 def test_quantized_array_of_torch_rows_of_one_value() -> None:
     """A stride that no second value shows is no reason to refuse."""
     torch = pytest.importorskip("torch")

@@ -175,6 +175,9 @@ def test_equality_is_one_bool_whatever_stands_beside(array: mkv.QuantizedArray) 
     assert (array == array.torch()) is True
     assert (array.torch() == array) is True
     assert np.equal(array, array) is True
+    for options in ({"out": np.ones(2, bool)}, {"where": np.array([False])}):
+        with pytest.raises(TypeError, match=f"takes no {next(iter(options))}"):
+            np.equal(array, array, **options)
     assert values(array)[0] not in array
     assert array[1].copy() in array
 
