@@ -11,7 +11,7 @@ namespace {
 thread_local std::int64_t num_allocations = 0;
 thread_local std::int64_t allocations_left = -1; ///< -1: no end
 
-void *allocate(std::size_t size) {
+void *allocate(std::size_t size, std::size_t alignment = 0) {
   ++num_allocations;
   if (allocations_left == 0) {
     throw std::bad_alloc();
@@ -19,7 +19,9 @@ void *allocate(std::size_t size) {
   if (allocations_left > 0) {
     --allocations_left;
   }
-  void *p = std::malloc(size != 0 ? size : 1);
+  void *p = alignment != 0
+                ? std::aligned_alloc(alignment, (size + alignment) / alignment * alignment)
+                : std::malloc(size != 0 ? size : 1);
   if (p == nullptr) {
     throw std::bad_alloc();
   }
@@ -36,6 +38,17 @@ void *operator new(std::size_t size, const std::nothrow_t &) noexcept {
     return nullptr;
   }
 }
+// The aligned forms too, which buffers and workers' tiles come from.
+void *operator new(std::size_t size, std::align_val_t alignment) {
+  return allocate(size, static_cast<std::size_t>(alignment));
+}
+void *operator new[](std::size_t size, std::align_val_t alignment) {
+  return allocate(size, static_cast<std::size_t>(alignment));
+}
+void operator delete(void *p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void *p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void *p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void *p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 void operator delete(void *p) noexcept { std::free(p); }
 void operator delete[](void *p) noexcept { std::free(p); }
 void operator delete(void *p, std::size_t) noexcept { std::free(p); }

@@ -72,6 +72,19 @@ void test_versions() {
     call.out.assign(call.out.size(), kNan);
     call.expect_ok();
     EXPECT(call.out == want, "other bits");
+
+    // Segments lie one after the other in their own size.
+    constexpr std::size_t kSize = offsetof(mixedkv_segment, k_layout);
+    alignas(mixedkv_segment) char earlier[2 * kSize];
+    for (std::size_t i = 0; i < 2; ++i) {
+      mixedkv_segment segment = call.segments[i];
+      segment.struct_size = kSize;
+      std::memcpy(earlier + i * kSize, &segment, kSize);
+    }
+    call.problem.segments = reinterpret_cast<const mixedkv_segment *>(earlier);
+    call.out.assign(call.out.size(), kNan);
+    call.expect_ok();
+    EXPECT(call.out == want, "other bits, of a segment");
   });
   check("compute type auto is one of the two", [] {
     Call f32, bf16, either;
